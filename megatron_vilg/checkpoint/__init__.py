@@ -1,0 +1,1 @@
+"""Training checkpoints, manifests, canonical files."""

@@ -1,0 +1,1 @@
+"""The verbs of the command vilg, one file each."""

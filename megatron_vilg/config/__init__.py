@@ -1,0 +1,1 @@
+"""Configuration: what the options are, where values come from, which combinations work."""

@@ -1,0 +1,104 @@
+"""Named starting points. A preset is a function without arguments that returns a whole configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_vilg.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ImageTokenizerConfig,
+    ImageTokenizerTrainConfig,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SampleConfig,
+    TextTokenizerConfig,
+    TrainConfig,
+)
+
+
+def demo() -> RunConfig:
+    """Emoji in six styles on two CPU cores, 48 px, 8 x 8 tokens: about a quarter of an hour."""
+    return RunConfig(
+        preset="demo",
+        model=ModelConfig(num_layers=4, width=256, num_heads=4, num_text_slots=10, codebook_dim=16),
+        text_tokenizer=TextTokenizerConfig(vocab_size=1200),
+        image_tokenizer=ImageTokenizerConfig(
+            image_size=48,
+            patch=3,
+            channels=64,
+            channel_multipliers=(1, 2),
+            num_res_blocks=1,
+            bottom_attention=False,
+            codebook_size=512,
+            codebook_dim=16,
+        ),
+        image_tokenizer_train=ImageTokenizerTrainConfig(
+            num_steps=1400,
+            batch_size=16,
+            lr=2e-3,
+            warmup_steps=30,
+            continuous_fraction=0.12,
+            perceptual_weight=0.5,
+            picture_every=350,
+            checkpoint_every=350,
+        ),
+        data=DataConfig(
+            num_views=8,
+            caption_dropout=0.1,
+            alternate_caption_probability=0.2,
+            image_input_noise=0.1,
+            image_source_noise=0.05,
+        ),
+        loss=LossConfig(),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.97), warmup_steps=40),
+        train=TrainConfig(num_steps=2500, batch_size=12, eval_every=500, sample_every=500),
+        checkpoint=CheckpointConfig(every=250),
+        sample=SampleConfig(temperature=0.5, top_k=8),
+    )
+
+
+def e2e_300m() -> RunConfig:
+    """The 300M model of the paper's end-to-end ablation (section 5): 24 layers, 1024 wide, 16 heads."""
+    return RunConfig(
+        preset="e2e-300m",
+        model=ModelConfig(num_layers=24, width=1024, num_heads=16, num_text_slots=64),
+        text_tokenizer=TextTokenizerConfig(vocab_size=18_000, character_coverage=0.9995),
+        optim=OptimConfig(lr=3e-4, warmup_steps=5000),
+        train=TrainConfig(num_steps=250_000, batch_size=512),
+        parallel=ParallelConfig(recompute="block"),
+        log=LogConfig(every=50),
+    )
+
+
+def paper_10b() -> RunConfig:
+    """The 10B model (paper section 4.1): 48 layers, 4096 wide, 64 heads, 32 x 32 tokens of a VQGAN with 8192 codes."""
+    return RunConfig(
+        preset="paper-10b",
+        model=ModelConfig(
+            num_layers=48,
+            width=4096,
+            num_heads=64,
+            num_text_slots=64,
+            image_side=32,
+            text_vocab_size=18_000,
+            image_vocab_size=8192,
+        ),
+        text_tokenizer=TextTokenizerConfig(vocab_size=18_000, character_coverage=0.9995),
+        loss=LossConfig(z_loss=1e-5),
+        optim=OptimConfig(lr=1e-4, betas=(0.9, 0.96), weight_decay=0.04, warmup_steps=5000),
+        train=TrainConfig(num_steps=430_000, batch_size=2048),
+        parallel=ParallelConfig(recompute="block"),
+        log=LogConfig(every=50),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "demo": demo,
+    "e2e-300m": e2e_300m,
+    "paper-10b": paper_10b,
+}

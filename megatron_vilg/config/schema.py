@@ -1,0 +1,397 @@
+"""Every option of a run: frozen, typed, with its unit and meaning under the field.
+
+Sizes live here; numbers that follow from them are properties. Rules that span two fields are in
+``config/check.py``. This module imports no torch, so that ``--help`` and ``plan`` answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from megatron_vilg.sequence import StreamSpec
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+_strict = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class ModelConfig:
+    """The shared transformer (paper sections 3.1.2 and 4.1)."""
+
+    num_layers: PositiveInt = 4
+    """Transformer blocks."""
+    width: PositiveInt = 256
+    """Hidden size D."""
+    num_heads: PositiveInt = 4
+    """Attention heads A; must divide ``width``."""
+    mlp_ratio: PositiveInt = 4
+    """Hidden size of the feed-forward layer, as a multiple of ``width``."""
+    num_text_slots: PositiveInt = 16
+    """Text tokens per caption L, special tokens not counted. Longer captions are cut, and counted."""
+    image_side: Count = 0
+    """Image tokens per row; a picture has ``image_side ** 2``. 0: taken from ``image_tokenizer``."""
+    text_vocab_size: Count = 0
+    """Text tokens, special ones included. 0: taken from the trained text tokenizer."""
+    image_vocab_size: Count = 0
+    """Image codes. 0: taken from ``image_tokenizer``."""
+    pattern: Literal["paper", "full"] = "paper"
+    """Who an image token may see: the paper's row, column and convolution layers, or everything."""
+    conv_kernel: PositiveInt = 11
+    """Side of the convolution window of the last layer (odd)."""
+    conv_wrap: bool = True
+    """Whether that window wraps around the left and right border, as in DALL-E."""
+    image_to_text_row: Literal["same_row", "window"] = "same_row"
+    """Row layers of the image source: exactly the same row, or DALL-E's raster window made symmetric."""
+    qk_norm: bool = True
+    """Normalise queries and keys per head before the scores (Chameleon, section 2.3)."""
+    sandwich_norm: bool = False
+    """A second norm behind attention and feed-forward, before the residual sum (CogView)."""
+    embedding_gradient_shrink: Fraction = 1.0
+    """Share of the gradient that reaches the embedding tables (CogView uses 0.1). 1: all of it."""
+    segment_embedding: bool = True
+    """One learned vector for each of text source, image target, image source, text target."""
+    codebook_dim: Count = 0
+    """Also feed each image token a projection of its codebook vector of this size. 0: off."""
+    dropout: Fraction = 0.0
+    """Dropout behind attention, feed-forward and embedding."""
+    norm_eps: Positive = 1e-5
+    """Added to the variance in every norm."""
+    init_std: Positive = 0.02
+    """Standard deviation of initial weights; output projections use ``init_std / sqrt(2 * num_layers)``."""
+
+    @property
+    def head_dim(self) -> int:
+        """H, the size of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def spec(self) -> StreamSpec:
+        """The row layout that follows from the sizes."""
+        return StreamSpec(num_text_slots=self.num_text_slots, image_side=self.image_side)
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class OpsConfig:
+    """Which implementation executes an operation; never changes the result."""
+
+    attention: Literal["auto", "dense", "fold"] = "auto"
+    """``dense``: a boolean mask; ``fold``: row and column layers as batches of short lines. ``auto`` picks by size."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class TextTokenizerConfig:
+    """SentencePiece over the captions."""
+
+    vocab_size: PositiveInt = 8000
+    """Pieces wanted, special tokens and 256 byte pieces included; small corpora may give fewer."""
+    character_coverage: Fraction = 1.0
+    """Share of characters that get a piece of their own; the rest is written as bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class ImageTokenizerConfig:
+    """Architecture of the image tokenizer (VQGAN: taming-transformers, with LlamaGen's l2-normalised codes)."""
+
+    kind: Literal["vqgan"] = "vqgan"
+    """Family of the tokenizer."""
+    image_size: PositiveInt = 256
+    """Side of the square picture in pixels."""
+    patch: PositiveInt = 1
+    """Pixels folded into channels before the first convolution (pixel unshuffle); 1: none."""
+    channels: PositiveInt = 128
+    """Channels of the first level."""
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 4)
+    """Channels of each level as multiples of ``channels``; between two levels the picture is halved."""
+    num_res_blocks: PositiveInt = 2
+    """Residual blocks per level; the decoder has one more, as in taming-transformers."""
+    bottom_attention: bool = True
+    """Self-attention at the lowest resolution."""
+    codebook_size: PositiveInt = 8192
+    """Codes K."""
+    codebook_dim: PositiveInt = 16
+    """Numbers per code; 8 to 32 keep the codebook alive (ViT-VQGAN table 4, LlamaGen)."""
+    l2_normalise: bool = True
+    """Compare directions only: codes and encoder outputs have length 1."""
+    codebook_update: Literal["ema", "gradient"] = "ema"
+    """How codes follow the encoder: moving averages, or the codebook loss of VQ-VAE."""
+    ema_decay: Fraction = 0.97
+    """Decay of those moving averages, per step."""
+    commitment_weight: NonNegative = 0.25
+    """Weight of the loss that keeps encoder outputs near their code."""
+    dead_code_threshold: NonNegative = 0.05
+    """A code used less often than this per step (moving average) is replaced by an encoder output."""
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per token along one side."""
+        return self.patch * 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def grid_side(self) -> int:
+        """Tokens along one side of a picture."""
+        return self.image_size // self.downsample
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class ImageTokenizerTrainConfig:
+    """Training of the image tokenizer (stage one)."""
+
+    num_steps: PositiveInt = 100_000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 64
+    """Pictures per step."""
+    lr: Positive = 1e-4
+    """Peak learning rate of encoder, decoder and codebook."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    """Adam's two decays."""
+    weight_decay: NonNegative = 1e-4
+    """AdamW's weight decay."""
+    warmup_steps: Count = 500
+    """Steps of linear warm-up; then a cosine down to 2 % of the peak."""
+    grad_clip: Positive = 1.0
+    """Largest gradient norm."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the convolutions; weights stay fp32."""
+    continuous_fraction: Fraction = 0.1
+    """First share of the steps without quantisation; k-means on encoder outputs then sets the codebook."""
+    frozen_codebook_fraction: Fraction = 0.15
+    """Last share of the steps with a frozen codebook, so that the decoder settles."""
+    pixel_weight: NonNegative = 1.0
+    """Weight of the mean absolute pixel error."""
+    edge_weight: NonNegative = 0.5
+    """Weight of the mean absolute error of neighbouring pixels' differences."""
+    perceptual_weight: NonNegative = 1.0
+    """Weight of the distance in the features of ``perceptual_network``."""
+    perceptual_network: str = "efficientnet-lite0"
+    """``efficientnet-lite0``, ``efficientnet-lite2`` (packages with weights), or the path of a weights file."""
+    perceptual_share: Fraction = 0.5
+    """Share of each batch on which the perceptual distance is computed."""
+    critic_weight: NonNegative = 0.0
+    """Weight of the PatchGAN critic; 0: no critic."""
+    critic_adaptive_weight: bool = True
+    """Scale the critic by the ratio of gradient norms at the last layer (VQGAN equation 7)."""
+    critic_start_step: Count = 20_000
+    """The critic never starts before this step ..."""
+    critic_gate: Positive = 0.1
+    """... nor before the moving average of the pixel error is below this."""
+    critic_lr: Positive = 1e-4
+    """Learning rate of the critic."""
+    critic_channels: PositiveInt = 64
+    """Channels of the critic's first layer."""
+    augment_share: Fraction = 0.75
+    """Share of each batch that is shifted and zoomed."""
+    log_every: PositiveInt = 50
+    """Steps between log lines."""
+    picture_every: PositiveInt = 1000
+    """Steps between pictures of reconstructions in tensorboard."""
+    checkpoint_every: PositiveInt = 1000
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Initial weights, order, augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class DataConfig:
+    """Pairs, their views, and what is randomly changed while training."""
+
+    num_views: Count = 0
+    """Shifted and zoomed copies of each picture kept in the token cache beside the picture itself."""
+    view_shift_pixels: NonNegative = 3.0
+    """Largest shift of such a copy, in pixels."""
+    view_zoom: Fraction = 0.1
+    """Largest zoom of such a copy, in or out."""
+    view_flip: bool = False
+    """Whether copies may be mirrored. Off by default: pictures may hold writing."""
+    source_view_probability: Fraction = 1.0
+    """How often image-to-text sees such a copy instead of the picture itself (if there are any)."""
+    target_view_probability: Fraction = 0.0
+    """How often text-to-image has such a copy as its target."""
+    caption_dropout: Fraction = 0.1
+    """How often text-to-image sees an empty caption (classifier-free guidance)."""
+    alternate_caption_probability: Fraction = 0.0
+    """How often text-to-image sees another wording of the caption, where a record brings some."""
+    image_input_noise: Fraction = 0.0
+    """Share of text-to-image *input* codes replaced at random; what is predicted stays clean."""
+    image_source_noise: Fraction = 0.0
+    """Share of image-to-text source codes replaced at random."""
+    max_bad_share: Fraction = 0.01
+    """Share of unreadable records above which reading stops."""
+    shard_size: PositiveInt = 2048
+    """Pairs per shard of a token cache."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class LossConfig:
+    """The two-direction loss (paper equations 3 to 5)."""
+
+    text_to_image_weight: NonNegative = 1.0
+    """Weight of the image tokens' cross-entropy."""
+    image_to_text_weight: NonNegative = 1.0
+    """Weight of the text tokens' cross-entropy."""
+    normalisation: Literal["direction_mean", "token_sum"] = "direction_mean"
+    """Mean per direction, or one sum over all predicted tokens as equations 3 to 5 are written."""
+    z_loss: NonNegative = 0.0
+    """Weight of ``log(Z) ** 2`` of both heads (PaLM 1e-4, Chameleon 1e-5)."""
+    label_smoothing: Fraction = 0.0
+    """Probability spread evenly over all tokens of the head's vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: Positive = 3e-4
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Adam's two decays."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.05
+    """Decay of matrices; vectors (norms, biases) are not decayed."""
+    grad_clip: Positive = 1.0
+    """Largest gradient norm over all parameters."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up."""
+    warmup_steps: Count = 1000
+    """Steps of linear warm-up."""
+    min_lr_share: Fraction = 0.02
+    """Floor of the cosine, as a share of ``lr``."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class ParallelConfig:
+    """How ranks share the work."""
+
+    tensor: PositiveInt = 1
+    """Ranks that share one layer."""
+    pipeline: PositiveInt = 1
+    """Ranks in the pipeline."""
+    replica: PositiveInt = 1
+    """Copies of the sharded weights (HSDP)."""
+    shard: int = -1
+    """Ranks that share weights, gradients and optimizer state. -1: all that is left."""
+    num_microbatches: PositiveInt = 1
+    """Pieces a batch is cut into; gradients are accumulated over them."""
+    recompute: Literal["none", "block"] = "none"
+    """``block``: keep only each block's input and compute the rest again in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class TrainConfig:
+    """The training loop."""
+
+    engine: Literal["native"] = "native"
+    """Who executes a step."""
+    num_steps: PositiveInt = 100_000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 64
+    """Pairs per step over all ranks; each gives one row of either direction."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of matrix products; weights, optimizer and loss stay fp32."""
+    seed: int = 0
+    """Initial weights, order, noise."""
+    max_skipped_in_row: PositiveInt = 20
+    """Non-finite steps in a row after which the run stops."""
+    eval_every: Count = 1000
+    """Steps between measurements on held-out pairs. 0: never."""
+    eval_pairs: PositiveInt = 128
+    """Pairs per such measurement."""
+    sample_every: Count = 1000
+    """Steps between sample pictures and captions. 0: never."""
+    num_threads: Count = 0
+    """CPU threads of torch. 0: torch decides."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_every: Count = 0
+    """Checkpoints at multiples of this step count are kept for good. 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class LogConfig:
+    """What the run writes while it works."""
+
+    every: PositiveInt = 20
+    """Steps between log lines."""
+    tensorboard: bool = True
+    """Whether scalars and sample pictures go to ``tensorboard/`` too."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class SampleConfig:
+    """Default sampling settings of ``vilg generate``, ``vilg caption`` and of sample pictures."""
+
+    temperature: NonNegative = 1.0
+    """Softmax temperature; 0 takes the most likely token."""
+    top_k: Count = 0
+    """Keep only this many likeliest tokens. 0: all."""
+    top_p: Fraction = 1.0
+    """Keep the likeliest tokens that together have this probability."""
+    guidance: NonNegative = 1.0
+    """Classifier-free guidance scale; 1: off."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
+class RunConfig:
+    """Everything that defines a run; ``vilg config`` prints it with these texts."""
+
+    preset: str = ""
+    """Name of the preset the values started from; only a record."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """The shared transformer."""
+    ops: OpsConfig = dataclasses.field(default_factory=OpsConfig)
+    """Implementations of operations."""
+    text_tokenizer: TextTokenizerConfig = dataclasses.field(default_factory=TextTokenizerConfig)
+    """Text tokenizer."""
+    image_tokenizer: ImageTokenizerConfig = dataclasses.field(default_factory=ImageTokenizerConfig)
+    """Image tokenizer."""
+    image_tokenizer_train: ImageTokenizerTrainConfig = dataclasses.field(default_factory=ImageTokenizerTrainConfig)
+    """Training of the image tokenizer."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Data."""
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """Loss."""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """Optimizer."""
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    """Parallel layout."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """Training loop."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    """Logging."""
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    """Sampling."""
+
+    def resolve(self, *, text_vocab_size: int | None = None) -> RunConfig:
+        """Fill the zeros of ``model`` that other sections determine.
+
+        Args:
+            text_vocab_size: size of the trained text tokenizer; without it a zero stays zero.
+        """
+        model = dataclasses.replace(
+            self.model,
+            image_side=self.model.image_side or self.image_tokenizer.grid_side,
+            image_vocab_size=self.model.image_vocab_size or self.image_tokenizer.codebook_size,
+            text_vocab_size=self.model.text_vocab_size or text_vocab_size or 0,
+        )
+        return dataclasses.replace(self, model=model)

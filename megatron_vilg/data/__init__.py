@@ -1,0 +1,1 @@
+"""Pairs, tokenizers, token caches, batches."""

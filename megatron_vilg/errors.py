@@ -1,0 +1,38 @@
+"""Every exception that a user of the package can meet.
+
+A message names the option (or file), the value, the rule, and values that would work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class VilgError(Exception):
+    """Base class: the command line prints its message without a traceback and exits with code 2."""
+
+
+class ConfigError(VilgError):
+    """One or more problems in a configuration, all reported together."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count != 1 else ''} in the configuration"
+        super().__init__("\n".join([head, *(f"  {p}" for p in self.problems)]))
+
+
+class DataError(VilgError):
+    """Pairs, shards or a token cache that cannot be read, or too many bad records."""
+
+
+class CheckpointError(VilgError):
+    """A checkpoint that is missing, incomplete, damaged, or belongs to another configuration."""
+
+
+class MissingPackageError(VilgError):
+    """An optional package that the chosen option needs is not installed."""
+
+
+class TrainingError(VilgError):
+    """Training cannot go on, for example after too many non-finite steps in a row."""

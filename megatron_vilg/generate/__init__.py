@@ -1,0 +1,1 @@
+"""Pictures from text and text from pictures."""

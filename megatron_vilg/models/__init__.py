@@ -1,0 +1,1 @@
+"""Plain PyTorch modules: the transformer, the image tokenizers."""

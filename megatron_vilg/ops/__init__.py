@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: who may see whom, attention, sampling."""

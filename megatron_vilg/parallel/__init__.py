@@ -1,0 +1,1 @@
+"""Meshes, plans, initial weights: everything that knows of several ranks."""

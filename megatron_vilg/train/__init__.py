@@ -1,0 +1,1 @@
+"""Engines, losses, loops, metrics."""
