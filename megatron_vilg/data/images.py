@@ -1,0 +1,100 @@
+"""Picture files to tensors in [-1, 1] on white ground, and their randomly shifted, zoomed, mirrored views."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from megatron_vilg.errors import DataError
+
+WHITE = 1.0
+"""What transparent pixels and the margin of a shifted picture become, in the range [-1, 1]."""
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode a picture file to RGB; transparency is laid on white, the camera's rotation is applied.
+
+    Raises:
+        DataError: the bytes are no complete picture that Pillow can read.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"not a readable picture ({len(data)} bytes): {error}") from error
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255 instead of scaling them
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257.0).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        ground.alpha_composite(image)
+        image = ground
+    return image.convert("RGB")
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square of an RGB picture, resized (Lanczos) to ``size`` pixels a side."""
+    side = min(image.size)
+    if image.size != (side, side):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as float32 [3, H, W] in [-1, 1]."""
+    array = np.array(image, dtype=np.uint8)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float() / 127.5 - 1.0
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """One picture [3, H, W] in [-1, 1] (clamped) back to RGB."""
+    values = ((pixels.detach().float().cpu().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+
+
+def load_pixels(files: Sequence[bytes], size: int) -> Tensor:
+    """Picture files to float32 [B, 3, size, size] in [-1, 1].
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    if not files:
+        return torch.empty(0, 3, size, size)
+    return torch.stack([to_tensor(square(decode_image(data), size)) for data in files])
+
+
+def random_views(pixels: Tensor, generator: torch.Generator, *, shift_pixels: float, zoom: float, flip: bool) -> Tensor:
+    """Shift, zoom and maybe mirror each picture by amounts of its own; what comes in from outside is white.
+
+    Args:
+        pixels: [B, 3, S, S] in [-1, 1], on any device.
+        generator: a CPU generator, so that every device draws the same views.
+        shift_pixels: largest shift along either axis, in pixels.
+        zoom: largest change of scale: factors are uniform in [1 - zoom, 1 + zoom].
+        flip: mirror half of the pictures left to right.
+
+    Returns:
+        [B, 3, S, S], of the type and on the device of ``pixels``.
+    """
+    count, side = pixels.shape[0], pixels.shape[-1]
+    draws = torch.rand(count, 4, generator=generator)  # always four numbers a picture: options do not move the others
+    signed = draws[:, :3] * 2 - 1
+    scale = 1.0 / (1.0 + zoom * signed[:, 0])
+    mirror = torch.where(draws[:, 3] < 0.5, -1.0, 1.0) if flip else torch.ones(count)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = scale * mirror
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = signed[:, 1:3] * (2.0 * shift_pixels / side)
+    grid = torch.nn.functional.affine_grid(theta.to(pixels.device), list(pixels.shape), align_corners=False)
+    # Sampled as a difference to white, so that the zeros outside the picture are white.
+    moved = torch.nn.functional.grid_sample(
+        pixels.float() - WHITE, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+    return (moved + WHITE).to(pixels.dtype)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vilg.data.images import decode_image, load_pixels, random_views, square, to_image, to_tensor
+from megatron_vilg.errors import DataError
+
+
+def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def test_transparent_pixels_become_white() -> None:
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((1, 2), (0, 0, 255, 255))
+    got = np.asarray(decode_image(file_of(image)))
+    assert got[0, 0].tolist() == [255, 255, 255]
+    assert got[2, 1].tolist() == [0, 0, 255]
+
+
+def test_palette_with_transparency_and_grey() -> None:
+    palette = Image.new("P", (3, 3), 0)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    data = io.BytesIO()
+    palette.save(data, "PNG", transparency=0)
+    assert np.asarray(decode_image(data.getvalue()))[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(decode_image(file_of(Image.new("L", (3, 3), 7))))[0, 0].tolist() == [7, 7, 7]
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    image = Image.fromarray(np.full((3, 3), 0x8080, dtype=np.uint16))
+    assert np.asarray(decode_image(file_of(image)))[1, 1].tolist() == [128, 128, 128]
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", file_of(Image.new("RGB", (64, 64), "red"))[:60]])
+def test_unreadable_bytes_are_a_data_error(data: bytes) -> None:
+    with pytest.raises(DataError, match="not a readable picture"):
+        decode_image(data)
+
+
+def test_centre_crop_keeps_the_middle() -> None:
+    image = Image.new("RGB", (30, 10), "black")
+    image.paste("white", (10, 0, 20, 10))
+    assert np.asarray(square(image, 10)).min() == 255
+    assert square(image, 6).size == (6, 6)
+
+
+def test_tensor_round_trip_is_exact() -> None:
+    values = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    pixels = to_tensor(Image.fromarray(values))
+    assert pixels.shape == (3, 8, 8)
+    assert pixels.min() >= -1 and pixels.max() <= 1
+    assert np.array_equal(np.asarray(to_image(pixels)), values)
+
+
+def test_load_pixels_stacks_and_accepts_none() -> None:
+    files = [file_of(Image.new("RGB", (9, 5), "white")), file_of(Image.new("RGB", (20, 20), "black"), "JPEG")]
+    pixels = load_pixels(files, 8)
+    assert pixels.shape == (2, 3, 8, 8)
+    assert pixels[0].min() == 1 and pixels[1].max() == -1
+    assert load_pixels([], 8).shape == (0, 3, 8, 8)
+
+
+def dot_picture(count: int, side: int = 16) -> torch.Tensor:
+    pixels = torch.ones(count, 3, side, side)
+    pixels[:, :, 4:8, 4:8] = -1
+    return pixels
+
+
+def test_views_without_amounts_change_nothing() -> None:
+    pixels = torch.rand(2, 3, 12, 12) * 2 - 1
+    got = random_views(pixels, torch.Generator().manual_seed(0), shift_pixels=0, zoom=0, flip=False)
+    torch.testing.assert_close(got, pixels, atol=1e-5, rtol=0)
+
+
+def test_views_differ_per_picture_repeat_per_seed_and_stay_in_range() -> None:
+    pixels = dot_picture(8)
+    views = [
+        random_views(pixels, torch.Generator().manual_seed(seed), shift_pixels=3, zoom=0.1, flip=False)
+        for seed in (5, 5, 6)
+    ]
+    assert torch.equal(views[0], views[1])
+    assert not torch.equal(views[0], views[2])
+    assert not torch.equal(views[0][0], views[0][1])
+    assert views[0].min() >= -1 - 1e-5 and views[0].max() <= 1 + 1e-5
+
+
+def test_views_shift_at_most_as_far_as_asked_and_fill_with_white() -> None:
+    black = torch.full((64, 3, 16, 16), -1.0)
+    got = random_views(black, torch.Generator().manual_seed(1), shift_pixels=2, zoom=0, flip=False)
+    assert got[:, :, 2:-2, 2:-2].max() < -0.999
+    assert got[:, :, 0].max() > 0.9
+
+
+def test_flip_mirrors_about_half_of_the_pictures() -> None:
+    pixels = dot_picture(64)
+    got = random_views(pixels, torch.Generator().manual_seed(2), shift_pixels=0, zoom=0, flip=True)
+    mirrored = sum(torch.allclose(view, pixels[0].flip(-1), atol=1e-4) for view in got)
+    kept = sum(torch.allclose(view, pixels[0], atol=1e-4) for view in got)
+    assert mirrored + kept == 64
+    assert 20 < mirrored < 44
