@@ -83,8 +83,9 @@ class ModelConfig:
 class OpsConfig:
     """Which implementation executes an operation; never changes the result."""
 
-    attention: Literal["auto", "dense", "fold"] = "auto"
-    """``dense``: a boolean mask; ``fold``: row and column layers as batches of short lines. ``auto`` picks by size."""
+    attention: Literal["auto", "dense", "sdpa", "fold"] = "auto"
+    """``dense``: written-out scores; ``sdpa``: torch's fused kernel with a mask; ``fold``: row and column layers as
+    batches of short lines. ``auto`` picks by size."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

@@ -1,0 +1,79 @@
+"""Attention, feed-forward and block of the transformer: plain modules that know nothing of several ranks."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_vilg.config.schema import ModelConfig
+from megatron_vilg.ops.attention import Prepared, attend
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; heads are counted from the tensors, so a slice of the heads works too."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden [B, T, D] to queries, keys and values [B, T, A, H], normalised per head if asked for."""
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def forward(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """Hidden [B, T, D] -> [B, T, D] under the layer's attention rule."""
+        q, k, v = self.project(x)
+        return self.out(attend(q.to(v.dtype), k.to(v.dtype), v, prepared).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_ratio * config.width)
+        self.down = nn.Linear(config.mlp_ratio * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; the sandwich norms of CogView on request."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(config.width, eps=config.norm_eps)
+
+        self.norm1 = norm()
+        self.attention = SelfAttention(config)
+        self.norm2 = norm()
+        self.mlp = FeedForward(config)
+        self.post_norm1 = norm() if config.sandwich_norm else nn.Identity()
+        self.post_norm2 = norm() if config.sandwich_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def add_attention(self, x: Tensor, update: Tensor) -> Tensor:
+        """Residual sum behind attention."""
+        return x + self.dropout(self.post_norm1(update))
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """Feed-forward and its residual sum."""
+        return x + self.dropout(self.post_norm2(self.mlp(self.norm2(x))))
+
+    def forward(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """Hidden [B, T, D] -> [B, T, D]."""
+        return self.add_mlp(self.add_attention(x, self.attention(self.norm1(x), prepared)))

@@ -1,0 +1,30 @@
+"""Initial weights as a pure function of (seed, parameter name), so that every layout starts from the same numbers."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight")
+"""Projections that end in a residual sum; they start smaller by ``sqrt(2 * num_layers)`` (GPT-2, CogView)."""
+
+
+def normal_values(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+    """N(0, std) for one parameter, always whole and on the CPU: float32 of ``shape``."""
+    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
+    """Fill every parameter in place: matrices and tables normal, norms one, biases zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            is_gain = name.endswith(".weight")
+            parameter.fill_(1.0 if is_gain else 0.0)
+            continue
+        scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
+        parameter.copy_(normal_values(name, tuple(parameter.shape), seed, scale))

@@ -1,0 +1,85 @@
+"""The loss of both directions (paper equations 3 to 5): cross-entropy on targets only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vilg.config.schema import LossConfig
+from megatron_vilg.data.batch import IGNORE
+
+
+@dataclass(frozen=True, slots=True)
+class PairLoss:
+    """0-dim tensors. The cross-entropies are means in nats per token, without weights, z-loss or smoothing."""
+
+    loss: Tensor
+    image_ce: Tensor
+    text_ce: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Predicted tokens of a whole step, over all micro-batches and ranks; what sums are divided by."""
+
+    image: int
+    text: int
+
+    @classmethod
+    def of(cls, targets: Tensor, num_image_tokens: int) -> TokenCounts:
+        """Count labels that are not ``IGNORE`` in int64 [P, N + L + 1]."""
+        valid = targets != IGNORE
+        return cls(image=int(valid[:, :num_image_tokens].sum()), text=int(valid[:, num_image_tokens:].sum()))
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats per token, float32 of the labels' shape; 0 where the label is ``IGNORE``. logits [..., V], labels [...]."""
+    flat = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return flat.view(labels.shape)
+
+
+def pair_loss(
+    image_logits: Tensor, text_logits: Tensor, targets: Tensor, counts: TokenCounts, config: LossConfig
+) -> PairLoss:
+    """Loss of a (micro-)batch; sums are divided by the counts of the whole step, so micro-batches add up.
+
+    Args:
+        image_logits: [P, N, V_image].
+        text_logits: [P, L + 1, V_text].
+        targets: int64 [P, N + L + 1] from ``build_targets``.
+        counts: predicted tokens of the whole step.
+        config: weights and switches.
+    """
+    num_image = image_logits.shape[1]
+    image, image_extra = _one_direction(image_logits, targets[:, :num_image], config)
+    text, text_extra = _one_direction(text_logits, targets[:, num_image:], config)
+    if config.normalisation == "token_sum":
+        image_count = text_count = max(1, counts.image + counts.text)
+    else:
+        image_count, text_count = max(1, counts.image), max(1, counts.text)
+    loss = config.text_to_image_weight * (image + image_extra) / image_count
+    loss = loss + config.image_to_text_weight * (text + text_extra) / text_count
+    return PairLoss(
+        loss=loss,
+        image_ce=image.detach() / max(1, counts.image),
+        text_ce=text.detach() / max(1, counts.text),
+    )
+
+
+def _one_direction(logits: Tensor, labels: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, and what smoothing and z-loss add to it."""
+    logits, labels = logits.flatten(0, 1).float(), labels.flatten()
+    cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    extra = torch.zeros_like(cross_entropy)
+    if config.label_smoothing > 0.0:
+        smoothed = F.cross_entropy(
+            logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=config.label_smoothing
+        )
+        extra = extra + smoothed - cross_entropy
+    if config.z_loss > 0.0:
+        log_z = torch.logsumexp(logits, dim=-1)
+        extra = extra + config.z_loss * (log_z.square() * (labels != IGNORE)).sum()
+    return cross_entropy, extra
