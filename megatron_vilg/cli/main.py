@@ -1,0 +1,103 @@
+"""The ``vilg`` command: finds the verb, imports its module alone, turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vilg import __version__, log
+from megatron_vilg.errors import VilgError
+
+EXIT_ERROR = 2
+"""A mistake that the message explains, argparse's own included."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C, as shells count it (128 + SIGINT)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One word behind ``vilg``, and the module that knows what it does.
+
+    The module has ``add_parser(subparsers)``, which sets the default ``run``: a function of the parsed arguments
+    that returns None or an exit code. It imports torch inside functions only, so that ``--help`` answers at once.
+    """
+
+    name: str
+    module: str
+    summary: str
+    has_overrides: bool = False
+    """Whether ``section.option=value`` (and the aliases for it) may follow."""
+
+
+VERBS: tuple[Verb, ...] = (
+    Verb("config", "megatron_vilg.cli.config", "print every option, its value, where it came from, its meaning", True),
+    Verb("doctor", "megatron_vilg.cli.doctor", "say what this machine offers: versions, devices, disk, fonts"),
+)
+"""All verbs, in the order of the help page."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 only on full success, 2 on any error a message explains."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    log.configure(is_main_rank=os.environ.get("RANK", "0") == "0")
+    verb = _find_verb(arguments)
+    parser = _build_parser(verb)
+    if verb is not None and verb.has_overrides:
+        arguments = _settings_last(verb, arguments)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except VilgError as error:
+        print(f"vilg {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"vilg {args.verb}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (``vilg config | head``) has left; Python would complain again while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _find_verb(arguments: Sequence[str]) -> Verb | None:
+    """The verb that the first word names; None when the line starts with an option or is empty."""
+    if not arguments or arguments[0].startswith("-"):
+        return None
+    for verb in VERBS:
+        if verb.name == arguments[0]:
+            return verb
+    names = [verb.name for verb in VERBS]
+    near = difflib.get_close_matches(arguments[0], names, n=1, cutoff=0.5)
+    hint = f" Did you mean: vilg {near[0]}?" if near else ""
+    print(f"vilg: no verb {arguments[0]!r}.{hint} Verbs: {', '.join(names)}.", file=sys.stderr)
+    raise SystemExit(EXIT_ERROR)
+
+
+def _build_parser(verb: Verb | None) -> argparse.ArgumentParser:
+    """The whole parser, of which only the chosen verb knows its options."""
+    parser = argparse.ArgumentParser(
+        prog="vilg",
+        description="ERNIE-ViLG: one transformer that draws pictures from text and captions pictures.",
+        epilog="vilg VERB --help shows the options of a verb and an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_vilg {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    if verb is None:
+        for each in VERBS:
+            subparsers.add_parser(each.name, help=each.summary)
+    else:
+        importlib.import_module(verb.module).add_parser(subparsers)
+    return parser
+
+
+def _settings_last(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    """Translate aliases and move ``section.option=value`` behind the flags: argparse takes positionals in one run."""
+    from megatron_vilg.config.aliases import split_settings
+
+    rest, settings = split_settings(arguments[1:])
+    return [verb.name, *rest, *settings]

@@ -1,0 +1,51 @@
+"""The options that every verb with a configuration shares: preset, file, overrides."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_vilg.config.check import require
+from megatron_vilg.config.load import COMMAND_LINE, Loaded, load_with_origins
+from megatron_vilg.config.presets import PRESETS
+from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.log import get_logger
+
+_log = get_logger(__name__)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--preset``, ``--config`` and ``section.option=value`` to a verb."""
+    parser.add_argument("--preset", metavar="NAME", help=f"starting point: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML or JSON; wins over the preset")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.option=value",
+        help="wins over both; `vilg config` lists all options",
+    )
+
+
+def load_from_args(args: argparse.Namespace) -> Loaded:
+    """The configuration that the options of ``add_config_options`` give, types checked, rules not yet.
+
+    Raises:
+        ConfigError: unknown names, wrong values.
+    """
+    return load_with_origins(args.preset, args.config, args.overrides)
+
+
+def run_config_from_args(args: argparse.Namespace) -> RunConfig:
+    """The configuration of a verb that is about to work: loaded, checked with all rules, its origins logged.
+
+    Raises:
+        ConfigError: unknown names, wrong values, or combinations that cannot run.
+    """
+    loaded = load_from_args(args)
+    require(loaded.run, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    given = sum(origin == COMMAND_LINE for origin in loaded.origins.values())
+    parts = ["defaults", f"preset {loaded.run.preset}" if loaded.run.preset else "", str(args.config or "")]
+    parts.append(f"{given} from the command line" if given else "")
+    _log.info("configuration: %s", " < ".join(part for part in parts if part))
+    return loaded.run

@@ -1,0 +1,204 @@
+"""Rules that span options. Every broken rule is reported, before anything starts.
+
+A problem reads ``section.option=value: rule. Works: values that do.``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.errors import ConfigError
+from megatron_vilg.sequence import TextToken
+
+MAX_VOCABULARY = 65_535
+"""Token caches hold ids as unsigned 16-bit numbers."""
+NUM_BYTE_PIECES = 256
+"""Pieces that SentencePiece's byte fallback always takes."""
+
+
+def check(run: RunConfig, world_size: int = 1) -> list[str]:
+    """All broken rules of a configuration for ``world_size`` processes; empty when it can run."""
+    run = run.resolve()
+    return [
+        *_check_model(run),
+        *_check_text(run),
+        *_check_image_tokenizer(run),
+        *_check_image_tokenizer_training(run),
+        *_check_training(run),
+        *_check_layout(run, world_size),
+        *_check_release(run, world_size),
+    ]
+
+
+def require(run: RunConfig, world_size: int = 1) -> None:
+    """Raise ``ConfigError`` with all broken rules, if there are any."""
+    if problems := check(run, world_size):
+        raise ConfigError(problems)
+
+
+def _check_model(run: RunConfig) -> Iterable[str]:
+    model, tokenizer = run.model, run.image_tokenizer
+    if model.width % model.num_heads or model.head_dim % 2:
+        heads = [n for n in _divisors(model.width) if model.width // n % 2 == 0]
+        rule = f"must divide model.width={model.width} into heads of even size"
+        yield _problem("model.num_heads", model.num_heads, rule, heads)
+    if model.image_side != tokenizer.grid_side:
+        rule = (
+            f"differs from the image tokenizer's grid (image_tokenizer.image_size={tokenizer.image_size} "
+            f"/ {tokenizer.downsample} pixels per token)"
+        )
+        yield _problem("model.image_side", model.image_side, rule, [0, tokenizer.grid_side])
+    if model.image_vocab_size != tokenizer.codebook_size:
+        rule = f"differs from image_tokenizer.codebook_size={tokenizer.codebook_size}"
+        yield _problem("model.image_vocab_size", model.image_vocab_size, rule, [0, tokenizer.codebook_size])
+    largest = 2 * model.image_side - 1
+    if model.pattern == "paper" and (model.conv_kernel % 2 == 0 or model.conv_kernel > largest):
+        rule = f"must be odd and at most {largest}, which reaches all of a {model.image_side} x {model.image_side} grid"
+        yield _problem("model.conv_kernel", model.conv_kernel, rule, range(1, largest + 1, 2))
+    if model.codebook_dim not in (0, tokenizer.codebook_dim):
+        rule = f"differs from image_tokenizer.codebook_dim={tokenizer.codebook_dim}"
+        yield _problem("model.codebook_dim", model.codebook_dim, rule, [0, tokenizer.codebook_dim])
+    yield from _below_one("model.dropout", model.dropout)
+
+
+def _check_text(run: RunConfig) -> Iterable[str]:
+    wanted = run.text_tokenizer.vocab_size
+    smallest = len(TextToken) + NUM_BYTE_PIECES + 1
+    if not smallest <= wanted <= MAX_VOCABULARY:
+        rule = f"must leave room for {len(TextToken)} special tokens and {NUM_BYTE_PIECES} bytes, and ids for 16 bits"
+        yield _problem("text_tokenizer.vocab_size", wanted, rule, f"{smallest} to {MAX_VOCABULARY}")
+    declared = run.model.text_vocab_size
+    if declared and declared < wanted:
+        rule = f"is below text_tokenizer.vocab_size={wanted}: some ids would have no embedding"
+        yield _problem("model.text_vocab_size", declared, rule, f"0 or {wanted} and more")
+    if declared > MAX_VOCABULARY:
+        rule = "ids are kept in 16 bits"
+        yield _problem("model.text_vocab_size", declared, rule, f"0, or at most {MAX_VOCABULARY}")
+    if run.model.num_text_slots > MAX_VOCABULARY:
+        rule = "lengths are kept in 16 bits"
+        yield _problem("model.num_text_slots", run.model.num_text_slots, rule, f"at most {MAX_VOCABULARY}")
+
+
+def _check_image_tokenizer(run: RunConfig) -> Iterable[str]:
+    tokenizer = run.image_tokenizer
+    if tokenizer.image_size % tokenizer.downsample:
+        below = tokenizer.image_size // tokenizer.downsample * tokenizer.downsample
+        near = [size for size in (below, below + tokenizer.downsample) if size]
+        rule = f"must be a multiple of {tokenizer.downsample}, the pixels per token of patch and channel_multipliers"
+        yield _problem("image_tokenizer.image_size", tokenizer.image_size, rule, near)
+    if tokenizer.codebook_size > MAX_VOCABULARY:
+        rule = "ids are kept in 16 bits"
+        yield _problem("image_tokenizer.codebook_size", tokenizer.codebook_size, rule, f"at most {MAX_VOCABULARY}")
+    yield from _below_one("image_tokenizer.ema_decay", tokenizer.ema_decay)
+
+
+def _check_image_tokenizer_training(run: RunConfig) -> Iterable[str]:
+    training = run.image_tokenizer_train
+    section = "image_tokenizer_train"
+    if training.warmup_steps >= training.num_steps:
+        rule = f"must be below {section}.num_steps={training.num_steps}"
+        yield _problem(f"{section}.warmup_steps", training.warmup_steps, rule, f"0 to {training.num_steps - 1}")
+    if training.continuous_fraction + training.frozen_codebook_fraction >= 1:
+        rule = (
+            f"with {section}.frozen_codebook_fraction={training.frozen_codebook_fraction} "
+            "no step is left in which the codebook learns"
+        )
+        works = "two fractions with a sum below 1, such as 0.1 and 0.15"
+        yield _problem(f"{section}.continuous_fraction", training.continuous_fraction, rule, works)
+    if training.critic_weight and training.critic_start_step >= training.num_steps:
+        rule = f"the critic would never start within {section}.num_steps={training.num_steps}"
+        works = f"0 to {training.num_steps - 1}, or {section}.critic_weight=0"
+        yield _problem(f"{section}.critic_start_step", training.critic_start_step, rule, works)
+    yield from _decays(f"{section}.betas", training.betas)
+
+
+def _check_training(run: RunConfig) -> Iterable[str]:
+    if run.optim.warmup_steps >= run.train.num_steps:
+        rule = f"must be below train.num_steps={run.train.num_steps}"
+        yield _problem("optim.warmup_steps", run.optim.warmup_steps, rule, f"0 to {run.train.num_steps - 1}")
+    yield from _decays("optim.betas", run.optim.betas)
+    yield from _below_one("loss.label_smoothing", run.loss.label_smoothing)
+    if not run.loss.text_to_image_weight and not run.loss.image_to_text_weight:
+        rule = "with loss.image_to_text_weight=0 too there is nothing to learn"
+        yield _problem("loss.text_to_image_weight", 0.0, rule, "a number above 0 in one of the two")
+    if run.data.target_view_probability and not run.data.num_views:
+        rule = "there are no such copies with data.num_views=0"
+        yield _problem("data.target_view_probability", run.data.target_view_probability, rule, "0, or more views")
+    if not run.sample.top_p:
+        yield _problem("sample.top_p", run.sample.top_p, "would keep no token at all", "above 0, up to 1")
+
+
+def _check_layout(run: RunConfig, world_size: int) -> Iterable[str]:
+    parallel, model = run.parallel, run.model
+    if model.num_heads % parallel.tensor or model.spec.length % parallel.tensor:
+        works = [n for n in _divisors(model.num_heads) if model.spec.length % n == 0]
+        rule = f"must divide model.num_heads={model.num_heads} and the row length {model.spec.length}"
+        yield _problem("parallel.tensor", parallel.tensor, rule, works)
+    if parallel.pipeline > model.num_layers:
+        rule = f"must not exceed model.num_layers={model.num_layers}"
+        yield _problem("parallel.pipeline", parallel.pipeline, rule, f"1 to {model.num_layers}")
+    if parallel.shard < -1 or parallel.shard == 0:
+        yield _problem(
+            "parallel.shard", parallel.shard, "is no number of ranks", "-1 (all that is left), or 1 and more"
+        )
+        return
+    fixed = parallel.tensor * parallel.pipeline * parallel.replica
+    shard = parallel.shard if parallel.shard > 0 else world_size // fixed
+    if fixed * shard != world_size:
+        rule = (
+            f"tensor x pipeline x replica x shard = {parallel.tensor} x {parallel.pipeline} x {parallel.replica} x "
+            f"{parallel.shard} does not give the number of processes, {world_size}"
+        )
+        if world_size % fixed == 0:
+            yield _problem("parallel.shard", parallel.shard, rule, [-1, world_size // fixed])
+        else:
+            products = f"tensor x pipeline x replica = {_listed(_divisors(world_size))}"
+            yield _problem("parallel.tensor", parallel.tensor, rule, products)
+        return
+    pieces = parallel.replica * shard * parallel.num_microbatches
+    if run.train.batch_size % pieces:
+        rule = (
+            f"must divide by replica x shard x parallel.num_microbatches = {parallel.replica} x {shard} x "
+            f"{parallel.num_microbatches}"
+        )
+        below = run.train.batch_size // pieces * pieces
+        works = [size for size in (below, below + pieces) if size]
+        yield _problem("train.batch_size", run.train.batch_size, rule, works)
+
+
+def _check_release(run: RunConfig, world_size: int) -> Iterable[str]:
+    """What the schema can say and this release cannot do yet."""
+    for name in ("tensor", "pipeline", "replica"):
+        value = getattr(run.parallel, name)
+        if value != 1:
+            yield _problem(f"parallel.{name}", value, "this release trains on one process", [1])
+    if world_size != 1:
+        rule = "this release trains on one process"
+        yield f"{world_size} processes: {rule}. Works: start it once, without torchrun or with --nproc-per-node 1."
+
+
+def _decays(path: str, betas: tuple[float, float]) -> Iterable[str]:
+    if max(betas) >= 1:
+        yield _problem(path, list(betas), "a decay of 1 never forgets", "two numbers from 0 to below 1")
+
+
+def _below_one(path: str, value: float) -> Iterable[str]:
+    if value >= 1:
+        yield _problem(path, value, "must be below 1", "0 to 0.99")
+
+
+def _problem(path: str, value: object, rule: str, works: str | Iterable[int]) -> str:
+    return f"{path}={value}: {rule}. Works: {works if isinstance(works, str) else _listed(works)}."
+
+
+def _listed(values: Iterable[int], most: int = 16) -> str:
+    """``1, 2, 4``; long lists keep both ends."""
+    words = [str(value) for value in values]
+    if len(words) > most:
+        words = [*words[: most - 2], "...", words[-1]]
+    return ", ".join(words)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
