@@ -225,7 +225,9 @@ class DataConfig:
     image_source_noise: Fraction = 0.0
     """Share of image-to-text source codes replaced at random."""
     max_bad_share: Fraction = 0.01
-    """Share of unreadable records above which reading stops."""
+    """Share of unreadable records above which reading stops; a few are always forgiven unless it is 0."""
+    val_share: Fraction = 0.02
+    """Share of pairs held out, by the hash of their key, where a source does not name its splits."""
     shard_size: PositiveInt = 2048
     """Pairs per shard of a token cache."""
 
