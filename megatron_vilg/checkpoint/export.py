@@ -1,0 +1,97 @@
+"""A model as one folder that can be passed on: whole tensors under stable names, no pickle.
+
+``model.safetensors`` (weights), ``config.json`` (the resolved configuration), ``manifest.json`` (identity and digests),
+and copies of what generating needs besides, such as the tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_vilg.checkpoint.files import PARTIAL, publish, recover, remove, sync_tree, with_suffix
+from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_sound_manifest, write_manifest
+from megatron_vilg.errors import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def save_model_folder(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    manifest: Manifest,
+    extra: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write a model folder; an older model folder of that name is replaced only when the new one is complete.
+
+    Args:
+        folder: where; its parent is created.
+        state: canonical name to whole tensor. Tensors that share memory are written separately.
+        config: the resolved configuration as plain JSON values.
+        manifest: identity; its list of files is filled in here.
+        extra: further content, name in the folder to the file or folder to copy.
+
+    Raises:
+        CheckpointError: ``folder`` holds something else, an extra is missing or takes a reserved name,
+            or writing failed. Then nothing was changed.
+    """
+    extra = extra or {}
+    recover(folder)
+    if folder.exists() and not (folder / FILE_NAME).is_file():
+        raise CheckpointError(f"{folder}: exists and is no model folder (no {FILE_NAME}); choose another folder")
+    for name, source in extra.items():
+        if name in (WEIGHTS_NAME, CONFIG_NAME, FILE_NAME):
+            raise CheckpointError(f"extra {name!r}: the name is reserved")
+        if not source.exists():
+            raise CheckpointError(f"extra {name!r}: {source} does not exist")
+    partial = with_suffix(folder, PARTIAL)
+    try:
+        if partial.exists():
+            remove(partial)
+        partial.mkdir(parents=True)
+        whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+        save_file(whole, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(config, ensure_ascii=False, indent=1)
+        (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        for name, source in extra.items():
+            if source.is_dir():
+                shutil.copytree(source, partial / name)
+            else:
+                shutil.copyfile(source, partial / name)
+        sync_tree(partial)
+        write_manifest(partial, manifest)
+        publish(partial, folder)
+    except (OSError, SafetensorError) as error:
+        if partial.exists():
+            remove(partial)
+        raise CheckpointError(f"{folder}: cannot be written ({type(error).__name__}: {error})") from error
+    return folder
+
+
+def load_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a model folder after checking every file against its manifest.
+
+    Returns:
+        The configuration and the tensors by canonical name, on the CPU.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete or damaged.
+    """
+    manifest = read_sound_manifest(folder)
+    missing = [name for name in (WEIGHTS_NAME, CONFIG_NAME) if name not in manifest.files]
+    if missing:
+        raise CheckpointError(f"{folder}: no model folder, its manifest lists no {' and no '.join(missing)}")
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return config, load_file(folder / WEIGHTS_NAME)
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error

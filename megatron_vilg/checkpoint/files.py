@@ -1,0 +1,87 @@
+"""Folders that are either complete or not there: digests, syncing, and the final rename.
+
+A folder is written as ``NAME.partial`` and renamed. To replace an existing folder, the old one is first set aside as
+``NAME.replaced``; :func:`recover` puts it back if the process died between the two renames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""Suffix of a folder or file that is being written or deleted; it never counts."""
+REPLACED = ".replaced"
+"""Suffix of a folder that a new one of the same name is about to replace."""
+
+
+def with_suffix(path: Path, suffix: str) -> Path:
+    """``path`` with ``suffix`` behind its whole name."""
+    return path.with_name(path.name + suffix)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the list of names of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file and folder below ``folder``, and itself, to the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file: under another name first, synced, then renamed."""
+    partial = with_suffix(path, PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a complete ``partial`` folder its final name, in place of an older folder if there is one."""
+    aside = with_suffix(final, REPLACED)
+    if final.exists():
+        final.rename(aside)
+    partial.rename(final)
+    sync(final.parent)
+    if aside.exists():
+        remove(aside)
+
+
+def recover(final: Path) -> None:
+    """Undo or finish a :func:`publish` of ``final`` that was cut short."""
+    aside = with_suffix(final, REPLACED)
+    if not aside.exists():
+        return
+    if final.exists():
+        remove(aside)
+    else:
+        aside.rename(final)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; it loses its name first, so that a half-deleted one never looks complete."""
+    if folder.name.endswith(PARTIAL):
+        shutil.rmtree(folder)
+        return
+    doomed = with_suffix(folder, PARTIAL)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,201 @@
+"""Training checkpoints on disk: save, find the newest sound one, load in place, delete old ones.
+
+A checkpoint is a folder ``step-00001000`` with what ``torch.distributed.checkpoint`` writes (``.metadata`` and
+``*.distcp``) and ``manifest.json``. Names of tensors are their identity, so another layout can load it.
+
+``.metadata`` is a pickle, as torch writes it: load checkpoints of people you trust only. The tensors themselves are
+read without executing anything, and plain numbers live in the manifest. For passing weights on, use
+``checkpoint.export``, which has no pickle at all.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_vilg.checkpoint.files import PARTIAL, REPLACED, publish, recover, remove, sync, with_suffix
+from megatron_vilg.checkpoint.manifest import Manifest, read_sound_manifest, write_manifest
+from megatron_vilg.config.schema import CheckpointConfig
+from megatron_vilg.errors import CheckpointError
+from megatron_vilg.log import get_logger
+
+logger = get_logger(__name__)
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpointer:
+    """Checkpoints of one run, written by one process.
+
+    A state is a nested dict with string keys and tensors as leaves. ``save`` may be killed at any moment: the newest
+    complete checkpoint stays loadable.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder = folder
+        self.config = config
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint after ``step`` finished steps."""
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder under a final name, in rising order; nothing is verified."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(self, step: int, state: Mapping[str, Any], manifest: Manifest) -> Path:
+        """Write a checkpoint, then delete those that ``keep_last`` and ``keep_every`` do not keep.
+
+        Args:
+            step: finished optimizer steps; must equal ``manifest.step``.
+            state: nested dict of tensors.
+            manifest: identity and progress; its list of files is filled in here.
+
+        Raises:
+            CheckpointError: a leaf is no tensor, or the disk is full or not writable. Older checkpoints stay.
+        """
+        if manifest.step != step:
+            raise ValueError(f"manifest.step is {manifest.step}, step is {step}")
+        _flatten(state)
+        final = self.path(step)
+        partial = with_suffix(final, PARTIAL)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
+            with _one_process():
+                dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial, sync_files=True), no_dist=True)
+            sync(partial)
+            write_manifest(partial, manifest)
+            publish(partial, final)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if partial.exists():
+                remove(partial)
+            raise CheckpointError(
+                f"{final}: cannot be written ({_reason(error)}). Free space or choose another folder; "
+                f"checkpoints that stay: {', '.join(f'step-{s:08d}' for s in self.steps()) or 'none'}"
+            ) from error
+        self._retain()
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest complete and undamaged checkpoint, or None; warns about each damaged one it passes over."""
+        self._recover()
+        for step in reversed(self.steps()):
+            path = self.path(step)
+            try:
+                read_sound_manifest(path)
+            except CheckpointError as error:
+                logger.warning("skipping a checkpoint: %s", error)
+                continue
+            return path
+        return None
+
+    def load(self, path: Path, state: Mapping[str, Any]) -> Manifest:
+        """Fill the tensors of ``state`` in place.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or damaged, or names, shapes or dtypes differ from ``state``;
+                then nothing was changed.
+        """
+        manifest = read_sound_manifest(path)
+        flat = _flatten(state)
+        try:
+            reader = dcp.FileSystemReader(path)
+            problems = list(_mismatches(flat, reader.read_metadata().state_dict_metadata))
+            if problems:
+                raise CheckpointError(f"{path}: does not fit\n" + "\n".join(f"  {p}" for p in problems))
+            with _one_process():
+                dcp.load(dict(flat), storage_reader=reader, no_dist=True)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
+        return manifest
+
+    def _recover(self) -> None:
+        for aside in sorted(self.folder.glob(f"step-*{REPLACED}")):
+            recover(aside.with_name(aside.name.removesuffix(REPLACED)))
+
+    def _clean(self) -> None:
+        """Remove what killed processes left."""
+        self._recover()
+        for leftover in self.folder.glob(f"step-*{PARTIAL}"):
+            remove(leftover)
+
+    def _retain(self) -> None:
+        steps = self.steps()
+        kept = set(steps[-self.config.keep_last :])
+        if self.config.keep_every:
+            kept |= {step for step in steps if step % self.config.keep_every == 0}
+        for step in steps:
+            if step not in kept:
+                remove(self.path(step))
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Keep torch from warning at every call that it runs without a process group, which is what we asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors by dotted name, as torch.distributed.checkpoint names them.
+
+    Raises:
+        CheckpointError: a key is no string, a leaf is no tensor, or two leaves have one name.
+    """
+    flat: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if not isinstance(key, str):
+            raise CheckpointError(f"state[{name}]: key is a {type(key).__name__}; keys of a state are strings")
+        if isinstance(value, Mapping):
+            found = _flatten(value, f"{name}.")
+        elif isinstance(value, Tensor):
+            found = {name: value}
+        else:
+            raise CheckpointError(
+                f"state[{name}]: is a {type(value).__name__}; a state holds tensors, numbers go to Manifest.counters"
+            )
+        twice = flat.keys() & found.keys()
+        if twice:
+            raise CheckpointError(f"state[{sorted(twice)[0]}]: the name occurs twice")
+        flat.update(found)
+    return flat
+
+
+def _mismatches(flat: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Iterator[str]:
+    """One line per tensor whose name, shape or dtype differs between state and checkpoint."""
+    for name in sorted(flat.keys() - stored.keys()):
+        yield f"{name}: missing in the checkpoint"
+    for name in sorted(stored.keys() - flat.keys()):
+        yield f"{name}: in the checkpoint, but not expected"
+    for name in sorted(flat.keys() & stored.keys()):
+        entry, tensor = stored[name], flat[name]
+        if not isinstance(entry, TensorStorageMetadata):
+            yield f"{name}: not a tensor in the checkpoint"
+        elif entry.size != tensor.size():
+            yield f"{name}: checkpoint has shape {tuple(entry.size)}, expected {tuple(tensor.size())}"
+        elif entry.properties.dtype != tensor.dtype:
+            yield f"{name}: checkpoint has {entry.properties.dtype}, expected {tensor.dtype}"
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause inside what torch.distributed.checkpoint wraps; interrupts are raised again."""
+    if isinstance(error, CheckpointException):
+        for cause, _ in error.failures.values():
+            if not isinstance(cause, Exception):
+                raise cause
+            return f"{type(cause).__name__}: {cause}"
+    return f"{type(error).__name__}: {error}"

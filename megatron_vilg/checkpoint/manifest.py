@@ -1,0 +1,185 @@
+"""What is in a checkpoint or model folder, what it belongs to, and how to notice damage.
+
+``manifest.json`` is the last file written: a folder without one is not complete. It lists size and SHA-256 of every
+other file and carries a digest of itself. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_vilg import __version__
+from megatron_vilg.checkpoint.files import PARTIAL, sha256_of, write_text
+from megatron_vilg.errors import CheckpointError
+
+FILE_NAME = "manifest.json"
+FORMAT_VERSION = 1
+IDENTITY = ("kind", "model", "stream", "tokenizers", "text_vocab_size", "image_vocab_size")
+"""Fields that must agree before weights may be loaded; step, layout and versions may differ."""
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of this package and of torch, without importing torch."""
+    return {"megatron_vilg": __version__, "torch": metadata.version("torch")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """One file of a folder."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal digest of the content."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Identity, progress and content of a folder. Mappings hold plain JSON values."""
+
+    kind: str
+    """What the weights are, for example ``pretrain`` or ``image-tokenizer``."""
+    step: int = 0
+    """Finished optimizer steps."""
+    samples_seen: int = 0
+    """Samples consumed over all ranks; the loader resumes here."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """The model's configuration section."""
+    stream: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``StreamSpec``."""
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each tokenizer file by name."""
+    text_vocab_size: int = 0
+    """True size, without padding for a layout."""
+    image_vocab_size: int = 0
+    """True size, without padding for a layout."""
+    layout: Mapping[str, int] = field(default_factory=dict)
+    """Parallel layout that wrote the folder; only a record."""
+    counters: Mapping[str, int | float | str] = field(default_factory=dict)
+    """Plain numbers of the training loop that are no tensors, such as skipped steps."""
+    versions: Mapping[str, str] = field(default_factory=current_versions)
+    """Package versions that wrote the folder; only a record."""
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    """Every other file by its relative path; filled in by :func:`write_manifest`."""
+    format_version: int = FORMAT_VERSION
+    """Version of this file format."""
+
+    def compare(self, expected: Manifest, *, where: str | Path = "checkpoint") -> None:
+        """Check that this manifest belongs to ``expected`` (fields of :data:`IDENTITY`).
+
+        Raises:
+            CheckpointError: with both sides of every field that differs.
+        """
+        lines: list[str] = []
+        for name in IDENTITY:
+            lines += _differences(name, _plain(getattr(self, name)), _plain(getattr(expected, name)))
+        if lines:
+            raise CheckpointError(
+                f"{where}: belongs to another configuration\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\n  Use the values of the checkpoint, or another output folder."
+            )
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON would give it back, so that tuples and lists compare equal."""
+    return json.loads(json.dumps(value))
+
+
+def _differences(name: str, found: Any, expected: Any) -> Iterator[str]:
+    """One line per leaf where two JSON values differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() | expected.keys()):
+            yield from _differences(f"{name}.{key}", found.get(key, "(absent)"), expected.get(key, "(absent)"))
+    elif found != expected:
+        yield f"{name}: checkpoint has {found!r}, this run has {expected!r}"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's content in a fixed spelling."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Complete a folder: list its files in ``manifest`` and write ``manifest.json``.
+
+    Returns:
+        The manifest with ``files`` filled in.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(PARTIAL))
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
+        for path in paths
+        if path != folder / FILE_NAME
+    }
+    manifest = dataclasses.replace(manifest, files=files)
+    content = _plain(dataclasses.asdict(manifest))
+    text = json.dumps({**content, "digest": _digest(content)}, ensure_ascii=False, indent=1)
+    write_text(folder / FILE_NAME, text + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``manifest.json`` of a folder.
+
+    Raises:
+        CheckpointError: it is missing, is no JSON, was changed, or has another format version.
+    """
+    path = folder / FILE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {FILE_NAME}, so this is no complete checkpoint or model folder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); the folder is damaged") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object; the folder is damaged")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version is {version!r}, this package reads {FORMAT_VERSION}")
+    digest = content.pop("digest", None)
+    if digest != _digest(content):
+        raise CheckpointError(f"{path}: content does not match its own digest; it was changed or is damaged")
+    try:
+        files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
+        return Manifest(files=files, **content)
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: fields do not fit format_version {FORMAT_VERSION} ({error})") from error
+
+
+def find_damage(folder: Path, manifest: Manifest) -> list[str]:
+    """Compare the files of a folder with its manifest, content included.
+
+    Returns:
+        One line per missing, resized or changed file; empty when the folder is sound.
+    """
+    problems = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != entry.size:
+            problems.append(f"{name} has {size} bytes instead of {entry.size}")
+        elif sha256_of(path) != entry.sha256:
+            problems.append(f"{name} has the right size but its content changed")
+    return problems
+
+
+def read_sound_manifest(folder: Path) -> Manifest:
+    """:func:`read_manifest`, then check every file against it.
+
+    Raises:
+        CheckpointError: as there, or naming each file that is missing, resized or changed.
+    """
+    manifest = read_manifest(folder)
+    problems = find_damage(folder, manifest)
+    if problems:
+        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}")
+    return manifest

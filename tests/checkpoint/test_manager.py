@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vilg.checkpoint import files, manager
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.config.schema import CheckpointConfig
+from megatron_vilg.errors import CheckpointError
+
+State = dict[str, dict[str, Tensor]]
+
+
+def make_state(step: int, size: int = 64) -> State:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "model": {"w": torch.randn(size, size, generator=generator), "b": torch.randn(size, generator=generator)},
+        "optimizer": {"step.w": torch.tensor(float(step))},
+    }
+
+
+def empty_state(size: int = 64) -> State:
+    return {part: {k: torch.full_like(v, -1.0) for k, v in d.items()} for part, d in make_state(0, size).items()}
+
+
+def assert_equal(found: State, wanted: State) -> None:
+    for part, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(found[part][name], tensor), f"{part}.{name}"
+
+
+def keeper(folder: Path, **config: int) -> Checkpointer:
+    return Checkpointer(folder, CheckpointConfig(**config))
+
+
+def save(checkpointer: Checkpointer, step: int) -> Path:
+    return checkpointer.save(step, make_state(step), Manifest(kind="test", step=step, samples_seen=10 * step))
+
+
+def shard_of(path: Path) -> Path:
+    return next(path.glob("*.distcp"))
+
+
+def test_save_then_load_in_place(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path / "checkpoints")
+    assert checkpointer.latest() is None
+    path = save(checkpointer, 3)
+    assert path.name == "step-00000003"
+    assert sorted(p.name for p in path.iterdir()) == [".metadata", "__0_0.distcp", "manifest.json"]
+    state = empty_state()
+    weight = state["model"]["w"]
+    manifest = checkpointer.load(path, state)
+    assert (manifest.step, manifest.samples_seen) == (3, 30)
+    assert state["model"]["w"] is weight
+    assert_equal(state, make_state(3))
+
+
+def test_parameters_are_filled_in_place_and_views_take_only_their_own_bytes(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(3, 2)
+    checkpointer = keeper(tmp_path)
+    view = torch.zeros(1_000_000)[:4]
+    path = checkpointer.save(1, {"model": layer.state_dict(), "view": view}, Manifest(kind="test", step=1))
+    assert shard_of(path).stat().st_size < 20_000
+    other = torch.nn.Linear(3, 2)
+    checkpointer.load(path, {"model": other.state_dict(), "view": torch.ones(4)})
+    assert torch.equal(other.weight, layer.weight) and torch.equal(other.bias, layer.bias)
+
+
+def test_retention_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path, keep_last=2, keep_every=4)
+    for step in range(1, 8):
+        save(checkpointer, step)
+    assert checkpointer.steps() == [4, 6, 7]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path)
+    save(checkpointer, 1)
+    checkpointer.save(1, make_state(99), Manifest(kind="test", step=1))
+    state = empty_state()
+    checkpointer.load(checkpointer.latest(), state)
+    assert_equal(state, make_state(99))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_replacement_cut_short_between_its_renames_is_undone(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path)
+    path = save(checkpointer, 1)
+    path.rename(files.with_suffix(path, files.REPLACED))
+    assert checkpointer.latest() == path
+
+
+def test_leftovers_are_ignored_and_cleaned_at_the_next_save(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path)
+    path = save(checkpointer, 1)
+    (tmp_path / "step-00000002.partial").mkdir()
+    (tmp_path / "step-00000002.partial" / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "notes").mkdir()
+    assert checkpointer.latest() == path
+    save(checkpointer, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000001", "step-00000003"]
+
+
+def damage_truncate(path: Path) -> None:
+    os.truncate(shard_of(path), 1000)
+
+
+def damage_flip(path: Path) -> None:
+    content = bytearray(shard_of(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    shard_of(path).write_bytes(content)
+
+
+def damage_missing(path: Path) -> None:
+    shard_of(path).unlink()
+
+
+def damage_metadata(path: Path) -> None:
+    os.truncate(path / ".metadata", 5)
+
+
+def damage_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_truncate, "__0_0.distcp has 1000 bytes instead of"),
+        (damage_flip, "__0_0.distcp has the right size but its content changed"),
+        (damage_missing, "__0_0.distcp is missing"),
+        (damage_metadata, ".metadata has 5 bytes instead of"),
+        (damage_manifest, "no manifest.json"),
+    ],
+)
+def test_a_damaged_newest_is_named_and_passed_over(tmp_path: Path, caplog, damage, words: str) -> None:
+    checkpointer = keeper(tmp_path)
+    good = save(checkpointer, 1)
+    bad = save(checkpointer, 2)
+    damage(bad)
+    with caplog.at_level(logging.WARNING, logger="megatron_vilg"):
+        assert checkpointer.latest() == good
+    assert "step-00000002" in caplog.text and words in caplog.text
+    state = empty_state()
+    with pytest.raises(CheckpointError, match="step-00000002") as caught:
+        checkpointer.load(bad, state)
+    assert words in str(caught.value)
+    assert_equal(state, empty_state())
+
+
+def test_names_shapes_and_dtypes_must_fit_and_all_misfits_are_listed(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path)
+    path = save(checkpointer, 1)
+    state = {
+        "model": {"w": torch.zeros(64, 32), "c": torch.zeros(1)},
+        "optimizer": {"step.w": torch.zeros((), dtype=torch.int64)},
+    }
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer.load(path, state)
+    text = str(caught.value)
+    assert "model.c: missing in the checkpoint" in text
+    assert "model.b: in the checkpoint, but not expected" in text
+    assert "model.w: checkpoint has shape (64, 64), expected (64, 32)" in text
+    assert "optimizer.step.w: checkpoint has torch.float32, expected torch.int64" in text
+    assert state["model"]["w"].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"a": {"lr": 0.1}}, r"state\[a.lr\]: is a float"),
+        ({"a": {0: torch.zeros(1)}}, r"state\[a.0\]: key is a int"),
+        ({"a": {"b.c": torch.zeros(1), "b": {"c": torch.zeros(1)}}}, r"state\[a.b.c\]: the name occurs twice"),
+    ],
+)
+def test_only_named_tensors_are_saved(tmp_path: Path, state, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        keeper(tmp_path).save(1, state, Manifest(kind="test", step=1))
+
+
+def test_step_and_manifest_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"manifest\.step is 2, step is 1"):
+        keeper(tmp_path).save(1, make_state(1), Manifest(kind="test", step=2))
+
+
+@pytest.mark.parametrize("where", ["shard", "manifest", "rename"])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch, where: str) -> None:
+    checkpointer = keeper(tmp_path)
+    good = save(checkpointer, 1)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if where == "shard":
+            patch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+        else:
+            patch.setattr(manager, "write_manifest" if where == "manifest" else "publish", full)
+        with pytest.raises(CheckpointError, match=r"step-00000002: cannot be written .*No space left") as caught:
+            save(checkpointer, 2)
+    assert "checkpoints that stay: step-00000001" in str(caught.value)
+    assert checkpointer.latest() == good
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert save(checkpointer, 2) == checkpointer.latest()
+
+
+def _save_forever(folder: Path, first: int) -> None:
+    """Child process: checkpoints one after the other until it is killed."""
+    checkpointer = keeper(folder, keep_last=2)
+    for step in range(first, first + 10_000):
+        checkpointer.save(step, make_state(step, 200), Manifest(kind="test", step=step))
+
+
+def _kill_while_saving(folder: Path, first: int, seconds: float) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            _save_forever(folder, first)
+        finally:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the child ended by itself"
+
+
+def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    checkpointer = keeper(tmp_path, keep_last=2)
+    checkpointer.save(1, make_state(1, 200), Manifest(kind="test", step=1))
+    last, leftovers = 1, 0
+    for _ in range(40):
+        _kill_while_saving(tmp_path, last + 1, chance.uniform(0.0, 0.12))
+        leftovers += any(tmp_path.glob("*.partial"))
+        path = checkpointer.latest()
+        assert path is not None
+        newest = int(path.name.removeprefix("step-"))
+        assert newest >= last
+        assert newest == max(checkpointer.steps()), "a complete name on an incomplete folder"
+        state = empty_state(200)
+        assert checkpointer.load(path, state).step == newest
+        assert_equal(state, make_state(newest, 200))
+        last = newest
+    assert last > 20, "the children hardly saved"
+    assert leftovers > 5, "no child was hit in the middle of a save"
+
+
+def test_a_child_killed_while_replacing_one_step_never_loses_it(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path)
+    save(checkpointer, 5)
+    for seed in range(8):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    save(checkpointer, 5)
+            finally:
+                os._exit(1)
+        time.sleep(0.02 + 0.01 * seed)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        state = empty_state()
+        checkpointer.load(checkpointer.latest(), state)
+        assert_equal(state, make_state(5))

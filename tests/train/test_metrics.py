@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vilg.config.schema import LogConfig
+from megatron_vilg.errors import MissingPackageError
+from megatron_vilg.train.metrics import Column, MetricWriter, keep_until, peak_rss
+
+QUIET = LogConfig(every=2, tensorboard=False)
+LOSS = "loss/text_to_image(nats/token)"
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def run_steps(writer: MetricWriter, steps: range) -> None:
+    for step in steps:
+        with writer.loading():
+            pass
+        writer.count(items=4, tokens=100)
+        if writer.due(step):
+            writer.log(step, {LOSS: torch.tensor(5.0 - step), "grad_norm": 1.0})
+
+
+def test_one_line_per_log_step_with_units(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, QUIET, num_steps=5) as writer:
+        run_steps(writer, range(1, 6))
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [2, 4, 5]
+    assert found[0][LOSS] == 3.0
+    expected = {
+        "step",
+        LOSS,
+        "grad_norm",
+        "throughput(pairs/s)",
+        "throughput(tokens/s)",
+        "throughput(tokens/cpu_s)",
+        "time/data(%)",
+        "memory/peak_rss(GiB)",
+    }
+    assert set(found[0]) == expected
+
+
+def test_rates_and_waiting_time_are_measured(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, QUIET, num_steps=10, items="pictures") as writer:
+        start, cpu = time.perf_counter(), time.process_time()
+        with writer.loading():
+            time.sleep(0.15)
+        while time.process_time() - cpu < 0.05:
+            pass
+        writer.count(items=30, tokens=600)
+        values = writer.log(1, {})
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        assert values["throughput(pictures/s)"] == pytest.approx(30 / seconds, rel=0.1)
+        assert values["throughput(tokens/s)"] == pytest.approx(600 / seconds, rel=0.1)
+        assert values["throughput(tokens/cpu_s)"] == pytest.approx(600 / cpu_seconds, rel=0.2)
+        assert values["time/data(%)"] == pytest.approx(100 * 0.15 / seconds, rel=0.1)
+        again = writer.log(2, {})
+        assert again["throughput(pictures/s)"] == 0.0 and again["time/data(%)"] == 0.0
+
+
+def test_memory_is_the_peak_of_the_process() -> None:
+    before = peak_rss()
+    assert before > 50 * 2**20
+    block = torch.ones(before // 4 + 8 * 2**20, dtype=torch.float32)
+    assert peak_rss() >= before + 16 * 2**20
+    assert block[0] == 1
+
+
+def test_resuming_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, QUIET, num_steps=20) as writer:
+        run_steps(writer, range(1, 11))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')
+    with MetricWriter(tmp_path, QUIET, num_steps=20, start_step=6) as writer:
+        run_steps(writer, range(7, 13))
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_start_from_zero_drops_all(tmp_path: Path) -> None:
+    for _ in range(2):
+        with MetricWriter(tmp_path, QUIET, num_steps=4) as writer:
+            run_steps(writer, range(1, 5))
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize("bad", ["half", "[1]\n", '{"loss": 1}\n', '{"step": 2}\n'])
+def test_the_file_is_cut_at_the_first_line_that_does_not_fit(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n' + bad + '{"step": 6}\n')
+    keep_until(path, 100)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_steps_must_rise(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, QUIET, num_steps=4, start_step=2) as writer:
+        with pytest.raises(ValueError, match="step 2 was logged after step 2"):
+            writer.log(2, {})
+        writer.log(3, {})
+    assert [line["step"] for line in lines(tmp_path)] == [3]
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, QUIET, num_steps=4) as writer:
+        values = writer.log(1, {"a": float("nan"), "b": float("inf")})
+    assert values["b"] == float("inf")
+    assert lines(tmp_path)[0]["a"] is None and lines(tmp_path)[0]["b"] is None
+
+
+def test_console_has_one_legend_and_a_line_per_log_step(tmp_path: Path, caplog, capsys) -> None:
+    columns = (Column(LOSS, "t2i", ".2f"), Column("absent", "x"))
+    with (
+        caplog.at_level(logging.INFO, logger="megatron_vilg"),
+        MetricWriter(tmp_path, QUIET, num_steps=4, columns=columns) as writer,
+    ):
+        run_steps(writer, range(1, 5))
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0].startswith("metrics of rank 0 of 1 (process ")
+    assert messages[1] == f"legend: t2i = {LOSS}, x = absent"
+    assert messages[2:] == ["step 2/4  t2i 3.00", "step 4/4  t2i 1.00"]
+    assert capsys.readouterr().err == "", "no progress bar without a terminal"
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with MetricWriter(tmp_path, QUIET, num_steps=4, start_step=1) as writer:
+        run_steps(writer, range(2, 5))
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_scalars_pictures_and_texts(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = LogConfig(every=1)
+    with MetricWriter(tmp_path, config, num_steps=4) as writer:
+        run_steps(writer, range(1, 4))
+        writer.images("samples/pictures", torch.rand(2, 3, 8, 8), 3)
+        writer.text("samples/captions", "一只猫", 3)
+    with MetricWriter(tmp_path, config, num_steps=4, start_step=2) as writer:
+        run_steps(writer, range(3, 5))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars(LOSS)] == [1, 2, 3, 4]
+    assert [e.value for e in events.Scalars(LOSS)] == [4.0, 3.0, 2.0, 1.0]
+    texts = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/captions")]
+    assert texts == ["samples/captions/text_summary"]
+    assert "samples/pictures" in events.Tags()["images"]
+
+
+def test_missing_tensorboard_is_explained(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingPackageError, match=r"log\.tensorboard=true needs .* or set log\.tensorboard=false"):
+        MetricWriter(tmp_path, LogConfig(), num_steps=1)
