@@ -1,0 +1,56 @@
+"""How much of a picture survives the image tokenizer, and how much of its codebook lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vilg.models.image_tokenizer import ImageTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ReconstructionScore:
+    """Errors of reconstructed pictures, on pixel values between 0 and 1."""
+
+    l1: float
+    """Mean absolute error."""
+    psnr: float
+    """Peak signal-to-noise ratio in dB: mean of the pictures' own values."""
+    count: int
+    """Pictures."""
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: ImageTokenizer, pixels: Tensor, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Send pictures through the codes and back.
+
+    Args:
+        pixels: float32 [B, 3, S, S] in [-1, 1].
+
+    Returns:
+        ids int64 [B, N], and pixels float32 [B, 3, S, S] clamped to [-1, 1].
+    """
+    ids, pictures = [], []
+    for block in pixels.split(batch_size):
+        codes = tokenizer.encode(block)
+        ids.append(codes)
+        pictures.append(tokenizer.decode(tokenizer.lookup(codes)).float().clamp(-1.0, 1.0))
+    return torch.cat(ids), torch.cat(pictures)
+
+
+def score_reconstruction(pixels: Tensor, reconstructed: Tensor) -> ReconstructionScore:
+    """Compare pictures [B, 3, S, S] in [-1, 1] with their reconstructions."""
+    if pixels.shape != reconstructed.shape or not len(pixels):
+        raise ValueError(f"need equal, non-empty shapes: {tuple(pixels.shape)}, {tuple(reconstructed.shape)}")
+    error = (reconstructed.double() - pixels.double()) / 2.0
+    squared = error.square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
+    return ReconstructionScore(
+        l1=error.abs().mean().item(), psnr=(-10.0 * squared.log10()).mean().item(), count=len(pixels)
+    )
+
+
+def codebook_use(ids: Tensor, codebook_size: int) -> float:
+    """Share of the codebook that occurs in ``ids`` (any shape) at least once."""
+    return ids.unique().numel() / codebook_size

@@ -1,0 +1,141 @@
+"""Which real picture does a drawn one resemble most? Concept retrieval and style choice, by frozen features.
+
+Two questions about a picture drawn for "concept c in style s":
+
+- concept: is the nearest of *all* real pictures one of c?
+- style: is the nearest of the real pictures *of c* the one in s? A choice among the styles of one concept, because
+  no classifier that is blind to the concept tells styles apart well at this size: flat sets look alike.
+
+The features come from a network that training never used (EfficientNet-Lite2; the perceptual loss uses Lite0):
+mean activations of two middle blocks over a 4 x 4 grid, from pictures brought to 64 x 64 pixels and 8 bits. On 720
+emoji of 48 pixels sent through an image tokenizer that gave 0.996 for the concept and 0.97 for the style, where the
+pooled last layer gave 0.82 and 0.75; pictures shifted by two pixels and zoomed by a tenth still gave 0.996 and 0.94.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEATURE_BLOCKS = (8, 12)
+"""Blocks of the network (counted from 0) whose outputs are compared."""
+FEATURE_SIZE = 64
+"""Side in pixels to which pictures are brought first."""
+FEATURE_CELLS = 4
+"""Cells along one side over which activations are averaged."""
+
+
+class FeatureMaps(Protocol):
+    """A frozen network that returns the outputs of chosen blocks."""
+
+    def maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Pixels [B, 3, S, S] in [-1, 1] to one tensor [B, C, h, w] per block."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a picture shows."""
+
+    concept: str
+    style: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Answers for Q pictures."""
+
+    concept: Tensor
+    """bool [Q]: the nearest real picture shows the asked concept."""
+    style: Tensor
+    """bool [Q]: among the real pictures of the asked concept, the nearest has the asked style."""
+    nearest: Tensor
+    """int64 [Q]: place of the nearest picture in the gallery."""
+
+
+@torch.no_grad()
+def picture_features(network: FeatureMaps, pixels: Tensor, *, batch_size: int = 64) -> list[Tensor]:
+    """Describe pictures for comparison.
+
+    Args:
+        pixels: float32 [B, 3, S, S] in [-1, 1], any S. Rounded to 8 bits, because real pictures were, too.
+
+    Returns:
+        one float32 [B, C * FEATURE_CELLS ** 2] per block of ``FEATURE_BLOCKS``.
+    """
+    parts: list[list[Tensor]] = [[] for _ in FEATURE_BLOCKS]
+    for block in pixels.split(batch_size):
+        rounded = ((block.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
+        resized = F.interpolate(rounded, size=(FEATURE_SIZE, FEATURE_SIZE), mode="bicubic", align_corners=False)
+        for part, activation in zip(parts, network.maps(resized, FEATURE_BLOCKS), strict=True):
+            part.append(F.adaptive_avg_pool2d(activation.float(), FEATURE_CELLS).flatten(1))
+    return [torch.cat(part) for part in parts]
+
+
+class Gallery:
+    """Real pictures and what they show; judges other pictures by cosine similarity."""
+
+    def __init__(self, features: Sequence[Tensor], labels: Sequence[Label]) -> None:
+        """Keep G pictures.
+
+        Args:
+            features: of those pictures, from ``picture_features``.
+            labels: one per picture.
+
+        Raises:
+            ValueError: no pictures, or another number of labels.
+        """
+        if not labels or any(len(part) != len(labels) for part in features):
+            raise ValueError(f"{len(labels)} labels for {[len(part) for part in features]} pictures")
+        self.labels = tuple(labels)
+        self._scale = [(part.mean(dim=0), part.std(dim=0, unbiased=False) + 1e-3) for part in features]
+        self._vectors = self._embed(features)
+        self._concepts = {name: i for i, name in enumerate(sorted({label.concept for label in labels}))}
+        self._concept_of = torch.tensor([self._concepts[label.concept] for label in labels])
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The concepts in the gallery, sorted."""
+        return tuple(self._concepts)
+
+    def judge(self, features: Sequence[Tensor], asked: Sequence[Label], *, leave_out: Tensor | None = None) -> Hits:
+        """Find the nearest real pictures of Q pictures.
+
+        Args:
+            features: of the pictures, from ``picture_features``.
+            asked: what each should show; its concept must be in the gallery.
+            leave_out: int64 [Q], places in the gallery that a picture must not be compared with (its own).
+
+        Raises:
+            KeyError: a concept that the gallery lacks.
+        """
+        similarity = self._embed(features) @ self._vectors.T
+        if leave_out is not None:
+            similarity[torch.arange(len(asked)), leave_out] = -torch.inf
+        wanted = torch.tensor([self._concepts[label.concept] for label in asked])
+        nearest = similarity.argmax(dim=1)
+        same_concept = self._concept_of[None, :] == wanted[:, None]
+        of_concept = similarity.masked_fill(~same_concept, -torch.inf).argmax(dim=1)
+        style = [self.labels[g].style == label.style for g, label in zip(of_concept.tolist(), asked, strict=True)]
+        return Hits(concept=self._concept_of[nearest] == wanted, style=torch.tensor(style), nearest=nearest)
+
+    def chance(self, asked: Sequence[Label]) -> tuple[float, float]:
+        """Concept and style hits to expect of pictures that have nothing to do with what was asked."""
+        concept, style = 0.0, 0.0
+        for label in asked:
+            rivals = [other for other in self.labels if other.concept == label.concept]
+            concept += len(rivals) / len(self.labels)
+            style += sum(other.style == label.style for other in rivals) / max(len(rivals), 1)
+        return concept / len(asked), style / len(asked)
+
+    def _embed(self, features: Sequence[Tensor]) -> Tensor:
+        # Each block is standardised and has length 1, so that the widest one does not decide alone.
+        parts = [
+            F.normalize((part - mean) / std, dim=1) for part, (mean, std) in zip(features, self._scale, strict=True)
+        ]
+        return torch.cat(parts, dim=1)

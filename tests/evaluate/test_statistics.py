@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vilg.evaluate.statistics import derangement, sample_indices, wilson_interval
+
+
+def test_wilson_interval_of_known_cases() -> None:
+    assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-3)
+    low, high = wilson_interval(1.0, 51)
+    assert low == pytest.approx(0.930, abs=1e-3)
+    assert high == pytest.approx(1.0)
+
+
+def test_an_interval_needs_answers() -> None:
+    with pytest.raises(ValueError, match="count=0"):
+        wilson_interval(0.0, 0)
+
+
+@given(st.integers(2, 60), st.integers(0, 10_000))
+def test_nobody_keeps_a_place(count: int, seed: int) -> None:
+    order = derangement(count, seed)
+    assert sorted(order.tolist()) == list(range(count))
+    assert not np.any(order == np.arange(count))
+    assert np.array_equal(order, derangement(count, seed))
+
+
+def test_one_item_cannot_trade_places() -> None:
+    with pytest.raises(ValueError, match="fewer than two"):
+        derangement(1, 0)
+
+
+def test_sample_is_seeded_ordered_and_without_repeats() -> None:
+    population = list(range(100, 200))
+    sample = sample_indices(population, 10, seed=3)
+    assert sample == sorted(set(sample))
+    assert sample == sample_indices(population, 10, seed=3)
+    assert sample != sample_indices(population, 10, seed=4)
+    assert sample_indices(population, 500, seed=3) == population
