@@ -5,6 +5,7 @@ A problem reads ``section.option=value: rule. Works: values that do.``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from megatron_vilg.config.schema import RunConfig
@@ -87,6 +88,10 @@ def _check_image_tokenizer(run: RunConfig) -> Iterable[str]:
         near = [size for size in (below, below + tokenizer.downsample) if size]
         rule = f"must be a multiple of {tokenizer.downsample}, the pixels per token of patch and channel_multipliers"
         yield _problem("image_tokenizer.image_size", tokenizer.image_size, rule, near)
+    widths = sorted({tokenizer.channels * m for m in tokenizer.channel_multipliers})
+    if any(width % tokenizer.norm_groups for width in widths):
+        rule = f"must divide the channels of every level, {widths}"
+        yield _problem("image_tokenizer.norm_groups", tokenizer.norm_groups, rule, _divisors(math.gcd(*widths)))
     if tokenizer.codebook_size > MAX_VOCABULARY:
         rule = "ids are kept in 16 bits"
         yield _problem("image_tokenizer.codebook_size", tokenizer.codebook_size, rule, f"at most {MAX_VOCABULARY}")

@@ -34,6 +34,7 @@ def demo() -> RunConfig:
             channel_multipliers=(1, 2),
             num_res_blocks=1,
             bottom_attention=False,
+            norm_groups=4,
             codebook_size=512,
             codebook_dim=16,
         ),

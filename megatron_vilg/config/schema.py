@@ -116,6 +116,8 @@ class ImageTokenizerConfig:
     """Residual blocks per level; the decoder has one more, as in taming-transformers."""
     bottom_attention: bool = True
     """Self-attention at the lowest resolution."""
+    norm_groups: PositiveInt = 32
+    """Groups of each GroupNorm; must divide every level's channels. On CPU 16 or more channels a group are fast."""
     codebook_size: PositiveInt = 8192
     """Codes K."""
     codebook_dim: PositiveInt = 16

@@ -54,7 +54,8 @@ def test_window_rows_fall_back_to_a_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("requested", "side", "chosen"), [("auto", 8, "dense"), ("auto", 32, "fold"), ("dense", 32, "dense"), ("fold", 8, "fold")]
+    ("requested", "side", "chosen"),
+    [("auto", 8, "dense"), ("auto", 32, "fold"), ("dense", 32, "dense"), ("fold", 8, "fold")],
 )
 def test_choice_is_explained(requested: str, side: int, chosen: str) -> None:
     implementation, reason = choose_implementation(requested, side)
