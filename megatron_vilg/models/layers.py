@@ -17,11 +17,12 @@ class SelfAttention(nn.Module):
         width = config.width
         self.head_dim = config.head_dim
         self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
+        # A bias on keys shifts all scores of a query alike, which softmax ignores: its gradient would be noise.
+        self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else None
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden [B, T, D] to queries, keys and values [B, T, A, H], normalised per head if asked for."""

@@ -14,7 +14,8 @@ RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight")
 
 def normal_values(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
     """N(0, std) for one parameter, always whole and on the CPU: float32 of ``shape``."""
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    # torch's CPU generator looks at the low 32 bits of its seed only, so both must be mixed into them.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
