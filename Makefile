@@ -1,0 +1,56 @@
+# Each target makes the environment it needs; `make demo` and `make test` work on a fresh clone.
+#   PYTHON=python3.12 make test     another interpreter for the environment
+#   EXTRAS=dev,deepspeed make setup more optional packages
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+EXTRAS ?= dev
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
+
+.PHONY: setup demo demo-full test check check-slow bench clean
+
+setup: $(STAMP)
+
+# Without an NVIDIA GPU torch is pinned: where the package index serves a CPU build under this version pip takes it,
+# while an unpinned torch is the newest one, with gigabytes of CUDA libraries that such a machine cannot use.
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Works: PYTHON=python3.12 make ..." >&2; exit 1; }
+	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; \
+	  then $(BIN)/python -m pip install --quiet 'torch>=2.11'; \
+	  else $(BIN)/python -m pip install --quiet 'torch==2.13.0'; fi
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	touch $@
+
+demo: $(STAMP)
+	VILG=$(BIN)/vilg examples/quickstart.sh
+
+demo-full: $(STAMP)
+	VILG=$(BIN)/vilg FULL=1 examples/quickstart.sh
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/run.py --suite cpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vilg.cli.main import EXIT_ERROR, main
+from megatron_vilg.config.load import load_run_config
+from megatron_vilg.config.options import all_options
+
+
+def test_every_option_is_printed_with_value_origin_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--preset", "demo", "optim.lr=1e-3"]) == 0
+    text = capsys.readouterr().out
+    assert [path for path in all_options() if path != "preset" and f"  {path}=" not in text] == []
+    assert "  optim.lr=0.001   [command line]\n      Peak learning rate. (a number above 0)\n" in text
+    assert "  train.num_steps=2500   [preset demo]\n" in text
+    assert "  optim.eps=1e-08   [default]\n" in text
+
+
+def test_changed_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--changed", "--lr", "0.5"]) == 0
+    assert capsys.readouterr().out == "optim: Optimizer.\n  optim.lr=0.5   [command line]\n"
+    assert main(["config", "--changed"]) == 0
+    assert capsys.readouterr().out == "every option is at its default\n"
+
+
+def test_json_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["config", "--preset", "demo", "--json"]) == 0
+    file = tmp_path / "all.json"
+    file.write_text(capsys.readouterr().out)
+    assert load_run_config(file=file) == load_run_config("demo")
+    assert json.loads(file.read_text())["preset"] == "demo"
+
+
+def test_impossible_combinations_are_printed_and_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--preset", "demo", "model.num_heads=5"]) == EXIT_ERROR
+    captured = capsys.readouterr()
+    assert "  model.num_heads=5   [command line]\n" in captured.out
+    assert captured.err.startswith("vilg config: ConfigError: 1 problem in the configuration\n  model.num_heads=5: ")

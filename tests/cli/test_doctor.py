@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vilg.cli import doctor
+from megatron_vilg.cli.main import main
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_one_line_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["doctor", "--path", str(tmp_path / "not" / "there")]) == 0
+    lines = lines_of(capsys)
+    assert list(lines) == [
+        "python",
+        "megatron_vilg",
+        "packages",
+        "optional",
+        "devices",
+        "threads",
+        "memory",
+        "npm",
+        "fonts",
+        "disk",
+    ]
+    assert f"torch {torch.__version__}" in lines["packages"]
+    assert lines["disk"].endswith(str(tmp_path.resolve()))
+
+
+def test_missing_base_package_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PACKAGES", ("torch", "no-such-package"))
+    assert main(["doctor"]) == 1
+    assert lines_of(capsys)["missing"] == "no-such-package: install them with `pip install -e .`"
+
+
+def test_missing_npm_says_what_needs_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["doctor"]) == 0
+    assert lines_of(capsys)["npm"].startswith("missing: `vilg data demo` needs it")

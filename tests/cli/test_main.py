@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megatron_vilg
+from megatron_vilg.cli import main as cli
+from megatron_vilg.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, VERBS, Verb, main
+from megatron_vilg.errors import DataError
+
+HEAVY = ("torch", "numpy", "sentencepiece", "PIL", "tensorboard")
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+class ProbeVerb:
+    """Stands in for the module of a verb."""
+
+    def __init__(self, result: object = None) -> None:
+        self.result = result
+        self.seen: argparse.Namespace | None = None
+
+    def add_parser(self, subparsers: Any) -> None:
+        parser = subparsers.add_parser("probe")
+        parser.add_argument("--out")
+        parser.add_argument("overrides", nargs="*")
+        parser.set_defaults(run=self.run)
+
+    def run(self, args: argparse.Namespace) -> Any:
+        self.seen = args
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> ProbeVerb:
+    verb = ProbeVerb()
+    monkeypatch.setitem(sys.modules, "probe_verb", verb)
+    monkeypatch.setattr(cli, "VERBS", (Verb("probe", "probe_verb", "a test", has_overrides=True),))
+    return verb
+
+
+@pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (1, 1), (KeyboardInterrupt(), EXIT_INTERRUPTED)])
+def test_exit_codes(probe: ProbeVerb, result: object, code: int) -> None:
+    probe.result = result
+    assert main(["probe"]) == code
+
+
+def test_an_error_is_one_message_without_traceback(probe: ProbeVerb, capsys: pytest.CaptureFixture[str]) -> None:
+    probe.result = DataError("pairs.tar: truncated. Works: download it again.")
+    assert main(["probe"]) == EXIT_ERROR
+    captured = capsys.readouterr()
+    assert captured.err == "vilg probe: DataError: pairs.tar: truncated. Works: download it again.\n"
+    assert captured.out == ""
+
+
+def test_a_bug_is_not_hidden(probe: ProbeVerb) -> None:
+    probe.result = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        main(["probe"])
+
+
+def test_settings_may_stand_anywhere(probe: ProbeVerb) -> None:
+    assert main(["probe", "optim.lr=1", "--out", "D", "--num-layers", "2", "model.width=8"]) == 0
+    assert probe.seen is not None
+    assert probe.seen.out == "D"
+    assert probe.seen.overrides == ["optim.lr=1", "model.num_layers=2", "model.width=8"]
+
+
+def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["confg"])
+    assert caught.value.code == EXIT_ERROR
+    message = capsys.readouterr().err
+    assert message.startswith("vilg: no verb 'confg'. Did you mean: vilg config? Verbs: ")
+
+
+def test_no_verb_is_an_error() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == EXIT_ERROR
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"megatron_vilg {megatron_vilg.__version__}\n"
+
+
+def test_help_lists_every_verb_and_loads_none() -> None:
+    done = run_python(
+        "import sys\n"
+        "from megatron_vilg.cli.main import VERBS, main\n"
+        "try:\n"
+        "    main(['--help'])\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0, end.code\n"
+        f"assert not set({HEAVY!r}) & set(sys.modules)\n"
+        "assert not {verb.module for verb in VERBS} & set(sys.modules)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [verb.name for verb in VERBS if verb.name not in done.stdout] == []
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_help_of_each_verb_answers_without_torch(verb: Verb) -> None:
+    done = run_python(
+        "import sys\n"
+        "from megatron_vilg.cli.main import main\n"
+        "try:\n"
+        f"    main([{verb.name!r}, '--help'])\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0, end.code\n"
+        f"heavy = set({HEAVY!r}) & set(sys.modules)\n"
+        "assert not heavy, f'--help imports {heavy}'\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "example:" in done.stdout, "the help page shows an example"
+
+
+def test_every_verb_module_is_registered() -> None:
+    folder = Path(cli.__file__).parent
+    helpers = {"__init__", "main", "options"}
+    modules = {f"megatron_vilg.cli.{file.stem}" for file in folder.glob("*.py") if file.stem not in helpers}
+    with_parser = {name for name in modules if "def add_parser" in (folder / f"{name.split('.')[-1]}.py").read_text()}
+    assert with_parser == {verb.module for verb in VERBS}
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    command = [sys.executable, "-m", "megatron_vilg", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"megatron_vilg {megatron_vilg.__version__}\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m megatron_vilg config | head -n 1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_vilg.cli.options import add_config_options, run_config_from_args
+from megatron_vilg.errors import ConfigError
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_config_options(parser)
+    return parser
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the package logs, without its own handler."""
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_vilg.cli.options")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield seen
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+def test_origins_are_logged_once(parser: argparse.ArgumentParser, messages: list[str]) -> None:
+    run = run_config_from_args(parser.parse_args(["--preset", "demo", "optim.lr=1e-3", "train.seed=4"]))
+    assert (run.optim.lr, run.train.seed) == (1e-3, 4)
+    assert messages == ["configuration: defaults < preset demo < 2 from the command line"]
+
+
+def test_rules_are_checked_before_any_work(parser: argparse.ArgumentParser) -> None:
+    with pytest.raises(ConfigError, match="model.num_heads=5: must divide"):
+        run_config_from_args(parser.parse_args(["model.num_heads=5"]))
+
+
+def test_number_of_processes_comes_from_the_launcher(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes: this release trains on one process"):
+        run_config_from_args(parser.parse_args(["--preset", "demo"]))

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_vilg.config.check import check, require
+from megatron_vilg.config.load import load_run_config
+from megatron_vilg.config.presets import PRESETS
+from megatron_vilg.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_can_run(name: str) -> None:
+    assert check(PRESETS[name]()) == []
+    require(PRESETS[name]())
+
+
+RULES = [
+    (
+        ["model.num_heads=5"],
+        "model.num_heads=5: must divide model.width=256 into heads of even size. Works: 1, 2, 4, 8, 16, 32, 64, 128.",
+    ),
+    (
+        ["model.num_heads=256"],
+        "model.num_heads=256: must divide model.width=256 into heads of even size. Works: 1, 2, 4, 8, 16, 32, 64, 128.",
+    ),
+    (
+        ["model.image_side=7"],
+        "model.image_side=7: differs from the image tokenizer's grid (image_tokenizer.image_size=48 / 6 pixels per "
+        "token). Works: 0, 8.",
+    ),
+    (
+        ["model.image_vocab_size=500"],
+        "model.image_vocab_size=500: differs from image_tokenizer.codebook_size=512. Works: 0, 512.",
+    ),
+    (
+        ["model.conv_kernel=4"],
+        "model.conv_kernel=4: must be odd and at most 15, which reaches all of a 8 x 8 grid. "
+        "Works: 1, 3, 5, 7, 9, 11, 13, 15.",
+    ),
+    (
+        ["model.conv_kernel=17"],
+        "model.conv_kernel=17: must be odd and at most 15, which reaches all of a 8 x 8 grid. "
+        "Works: 1, 3, 5, 7, 9, 11, 13, 15.",
+    ),
+    (
+        ["model.codebook_dim=8"],
+        "model.codebook_dim=8: differs from image_tokenizer.codebook_dim=16. Works: 0, 16.",
+    ),
+    (["model.dropout=1"], "model.dropout=1.0: must be below 1. Works: 0 to 0.99."),
+    (
+        ["text_tokenizer.vocab_size=200"],
+        "text_tokenizer.vocab_size=200: must leave room for 6 special tokens and 256 bytes, and ids for 16 bits. "
+        "Works: 263 to 65535.",
+    ),
+    (
+        ["model.text_vocab_size=1000"],
+        "model.text_vocab_size=1000: is below text_tokenizer.vocab_size=1200: some ids would have no embedding. "
+        "Works: 0 or 1200 and more.",
+    ),
+    (
+        ["model.text_vocab_size=70000"],
+        "model.text_vocab_size=70000: ids are kept in 16 bits. Works: 0, or at most 65535.",
+    ),
+    (
+        ["model.num_text_slots=70000"],
+        "model.num_text_slots=70000: lengths are kept in 16 bits. Works: at most 65535.",
+    ),
+    (
+        ["image_tokenizer.image_size=50"],
+        "image_tokenizer.image_size=50: must be a multiple of 6, the pixels per token of patch and "
+        "channel_multipliers. Works: 48, 54.",
+    ),
+    (
+        ["image_tokenizer.codebook_size=70000"],
+        "image_tokenizer.codebook_size=70000: ids are kept in 16 bits. Works: at most 65535.",
+    ),
+    (["image_tokenizer.ema_decay=1"], "image_tokenizer.ema_decay=1.0: must be below 1. Works: 0 to 0.99."),
+    (
+        ["image_tokenizer_train.warmup_steps=1400"],
+        "image_tokenizer_train.warmup_steps=1400: must be below image_tokenizer_train.num_steps=1400. "
+        "Works: 0 to 1399.",
+    ),
+    (
+        ["image_tokenizer_train.continuous_fraction=0.9", "image_tokenizer_train.frozen_codebook_fraction=0.1"],
+        "image_tokenizer_train.continuous_fraction=0.9: with image_tokenizer_train.frozen_codebook_fraction=0.1 no "
+        "step is left in which the codebook learns. Works: two fractions with a sum below 1, such as 0.1 and 0.15.",
+    ),
+    (
+        ["image_tokenizer_train.critic_weight=0.5", "image_tokenizer_train.critic_start_step=5000"],
+        "image_tokenizer_train.critic_start_step=5000: the critic would never start within "
+        "image_tokenizer_train.num_steps=1400. Works: 0 to 1399, or image_tokenizer_train.critic_weight=0.",
+    ),
+    (
+        ["image_tokenizer_train.betas=[0.9, 1]"],
+        "image_tokenizer_train.betas=[0.9, 1.0]: a decay of 1 never forgets. Works: two numbers from 0 to below 1.",
+    ),
+    (
+        ["optim.betas=[1, 0.9]"],
+        "optim.betas=[1.0, 0.9]: a decay of 1 never forgets. Works: two numbers from 0 to below 1.",
+    ),
+    (
+        ["optim.warmup_steps=2500"],
+        "optim.warmup_steps=2500: must be below train.num_steps=2500. Works: 0 to 2499.",
+    ),
+    (["loss.label_smoothing=1"], "loss.label_smoothing=1.0: must be below 1. Works: 0 to 0.99."),
+    (
+        ["loss.text_to_image_weight=0", "loss.image_to_text_weight=0"],
+        "loss.text_to_image_weight=0.0: with loss.image_to_text_weight=0 too there is nothing to learn. "
+        "Works: a number above 0 in one of the two.",
+    ),
+    (
+        ["data.target_view_probability=0.5", "data.num_views=0"],
+        "data.target_view_probability=0.5: there are no such copies with data.num_views=0. Works: 0, or more views.",
+    ),
+    (["sample.top_p=0"], "sample.top_p=0.0: would keep no token at all. Works: above 0, up to 1."),
+    (
+        ["parallel.num_microbatches=5"],
+        "train.batch_size=12: must divide by replica x shard x parallel.num_microbatches = 1 x 1 x 5. Works: 10, 15.",
+    ),
+    (
+        ["parallel.shard=0"],
+        "parallel.shard=0: is no number of ranks. Works: -1 (all that is left), or 1 and more.",
+    ),
+    (
+        ["parallel.shard=2"],
+        "parallel.shard=2: tensor x pipeline x replica x shard = 1 x 1 x 1 x 2 does not give the number of processes, "
+        "1. Works: -1, 1.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), RULES, ids=[overrides[0] for overrides, _ in RULES])
+def test_each_rule_has_its_message(overrides: list[str], message: str) -> None:
+    assert message in check(load_run_config("demo", overrides=overrides))
+
+
+@pytest.mark.parametrize(("overrides", "message"), RULES, ids=[overrides[0] for overrides, _ in RULES])
+def test_one_mistake_is_one_problem(overrides: list[str], message: str) -> None:
+    found = check(load_run_config("demo", overrides=overrides))
+    secondary = [problem for problem in found if problem != message]
+    # A grid of another size, or ids beyond 16 bits, rightly break a second rule.
+    assert all(problem.startswith(("model.conv_kernel", "model.image_side")) for problem in secondary), secondary
+
+
+def test_full_attention_has_no_kernel_to_check() -> None:
+    assert check(load_run_config("demo", overrides=["model.conv_kernel=4", "model.pattern=full"])) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (
+            ["parallel.tensor=3"],
+            3,
+            "parallel.tensor=3: must divide model.num_heads=4 and the row length 80. Works: 1, 2, 4.",
+        ),
+        (["parallel.pipeline=5"], 5, "parallel.pipeline=5: must not exceed model.num_layers=4. Works: 1 to 4."),
+        (
+            ["parallel.tensor=4"],
+            6,
+            "parallel.tensor=4: tensor x pipeline x replica x shard = 4 x 1 x 1 x -1 does not give the number of "
+            "processes, 6. Works: tensor x pipeline x replica = 1, 2, 3, 6.",
+        ),
+        (
+            ["parallel.tensor=2", "parallel.shard=3"],
+            8,
+            "parallel.shard=3: tensor x pipeline x replica x shard = 2 x 1 x 1 x 3 does not give the number of "
+            "processes, 8. Works: -1, 4.",
+        ),
+        (["parallel.tensor=2"], 2, "parallel.tensor=2: this release trains on one process. Works: 1."),
+        (["parallel.pipeline=2"], 2, "parallel.pipeline=2: this release trains on one process. Works: 1."),
+        (["parallel.replica=2"], 2, "parallel.replica=2: this release trains on one process. Works: 1."),
+        (
+            [],
+            2,
+            "2 processes: this release trains on one process. Works: start it once, without torchrun or with "
+            "--nproc-per-node 1.",
+        ),
+    ],
+)
+def test_layout_rules(overrides: list[str], world_size: int, message: str) -> None:
+    assert message in check(load_run_config("demo", overrides=overrides), world_size)
+
+
+def test_require_reports_every_problem_in_one_error() -> None:
+    run = load_run_config("demo", overrides=["model.num_heads=5", "optim.warmup_steps=9999", "sample.top_p=0"])
+    with pytest.raises(ConfigError) as caught:
+        require(run)
+    assert str(caught.value).startswith("3 problems in the configuration\n  model.num_heads=5: ")
