@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+from collections.abc import Iterator
 
 # Before torch is imported anywhere: tests fork later, and a fork behind OpenMP's threads can hang.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,3 +24,13 @@ def _same_numbers_each_time() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A test that runs a command configures logging; the next test shall not notice."""
+    logger = logging.getLogger("megatron_vilg")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
