@@ -110,7 +110,7 @@ def test_garbage_instead_of_a_tar(tmp_path: Path, make_shards: Shards) -> None:
     root = make_shards(tmp_path, {"train": 30}, per_shard=10)
     (root / "train-00001.tar").write_bytes(b"no tar at all" * 100)
     report = ReadReport()
-    assert len([r for r in read_records(root, report=report)]) == 20
+    assert len(list(read_records(root, report=report))) == 20
     assert report.skipped == {"truncated tar": 1}
 
 
@@ -150,7 +150,7 @@ def test_no_usable_pair(tmp_path: Path, make_png: Png) -> None:
     (tmp_path / "a.png").write_bytes(make_png(0))
     with pytest.raises(DataError, match="max_bad_share"):
         keys(tmp_path)
-    with pytest.raises(DataError, match="no usable pair .*missing caption: a"):
+    with pytest.raises(DataError, match=r"no usable pair .*missing caption: a"):
         keys(tmp_path, max_bad_share=1.0)
 
 
@@ -245,7 +245,8 @@ def test_shards_are_equal_byte_for_byte(tmp_path: Path, make_shards: Shards) -> 
 
 
 def test_an_error_leaves_no_half_shard(tmp_path: Path, make_png: Png) -> None:
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train") as writer:
-        writer.add("a", make_png(0), "一", {})
+    writer = ShardWriter(tmp_path, "train")
+    writer.add("a", make_png(0), "一", {})
+    with pytest.raises(RuntimeError), writer:
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
