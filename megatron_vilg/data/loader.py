@@ -1,0 +1,165 @@
+"""Batches for training as a pure function of (seed, step), and clean ones for evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vilg.config.schema import DataConfig
+from megatron_vilg.data.batch import PairBatch
+from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.errors import DataError
+from megatron_vilg.sequence import Direction, StreamSpec
+
+_ROUNDS = 6
+_ORDER, _CHANGES, _NOISE = 0, 1, 2
+
+
+class PairLoader:
+    """Draws batches from one split of a token cache.
+
+    Step ``s`` uses the samples ``s * batch_size`` to ``(s + 1) * batch_size`` of an endless sequence: every epoch is
+    a permutation of all pairs, and batches run across the border of two epochs. So the step number is all the state
+    there is: ``samples_consumed`` and the epoch follow from it, and resuming is calling ``batch`` with the next step.
+    """
+
+    def __init__(
+        self, cache: TokenCache, split: str, data: DataConfig, spec: StreamSpec, batch_size: int, seed: int
+    ) -> None:
+        settings = cache.settings
+        here = (settings["num_text_slots"], settings["grid_side"])
+        if here != (spec.num_text_slots, spec.image_side):
+            raise DataError(
+                f"token cache {str(cache.folder)!r} has {here[0]} text slots and {here[1]} x {here[1]} codes; the run "
+                f"has model.num_text_slots = {spec.num_text_slots} and {spec.image_side} x {spec.image_side}"
+            )
+        self._tokens = cache.split(split)
+        if len(self._tokens) == 0:
+            raise DataError(f"token cache {str(cache.folder)!r}: split {split!r} is empty")
+        self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._num_codes = int(settings["codebook_size"])
+
+    def __len__(self) -> int:
+        """Pairs in the split."""
+        return len(self._tokens)
+
+    def samples_consumed(self, step: int) -> int:
+        """Samples drawn before ``step`` (0 for the first)."""
+        return step * self._batch_size
+
+    def epoch(self, step: int) -> float:
+        """Passes over the split made before ``step``."""
+        return self.samples_consumed(step) / len(self)
+
+    def sample_ids(self, step: int) -> np.ndarray:
+        """Numbers of the pairs of a step: int64 [P]."""
+        position = np.arange(self._batch_size, dtype=np.int64) + self.samples_consumed(step)
+        epoch, offset = position // len(self), position % len(self)
+        ids = np.empty_like(position)
+        for number in np.unique(epoch):
+            chosen = epoch == number
+            ids[chosen] = permute(offset[chosen], len(self), _key(self._seed, _ORDER, int(number)))
+        return ids
+
+    def batch(self, step: int) -> PairBatch:
+        """The batch of a training step, with all random changes of ``DataConfig`` (P = batch_size pairs)."""
+        data, tokens, count = self._data, self._tokens, self._batch_size
+        pairs = self.sample_ids(step)
+        rng = np.random.Generator(np.random.PCG64(_key(self._seed, _CHANGES, step)))
+        draw = rng.random((7, count))  # all decisions at once: an option never moves the draws of another
+
+        num_alternates = tokens.num_captions(pairs) - 1
+        wording = 1 + (draw[1] * num_alternates).astype(np.int64)
+        wording[(draw[0] >= data.alternate_caption_probability) | (num_alternates == 0)] = 0
+        drawn_ids, drawn_len = tokens.captions(pairs, wording)
+        dropped = draw[2] < data.caption_dropout
+        drawn_ids[dropped], drawn_len[dropped] = 0, 0
+        plain_ids, plain_len = tokens.captions(pairs, np.zeros(count, np.int64))
+
+        target = tokens.images(pairs, self._view(draw[3], draw[4], data.target_view_probability))
+        source = tokens.images(pairs, self._view(draw[5], draw[6], data.source_view_probability))
+        return _pair_batch(
+            text_ids=(drawn_ids, plain_ids),
+            text_len=(drawn_len, plain_len),
+            image_ids=(
+                self._noised(target, data.image_input_noise, step, Direction.TEXT_TO_IMAGE),
+                self._noised(source, data.image_source_noise, step, Direction.IMAGE_TO_TEXT),
+            ),
+            target=target,
+            pairs=pairs,
+        )
+
+    def clean_batch(self, indices: Tensor | np.ndarray | list[int]) -> PairBatch:
+        """The pairs with these numbers, canonical captions, plain pictures, no randomness; both rows alike."""
+        pairs = np.asarray(indices, np.int64)
+        if len(pairs) and not (pairs.min() >= 0 and pairs.max() < len(self)):
+            raise DataError(f"pair numbers {pairs.min()} to {pairs.max()}: the split has 0 to {len(self) - 1}")
+        zeros = np.zeros(len(pairs), np.int64)
+        ids, lengths = self._tokens.captions(pairs, zeros)
+        images = self._tokens.images(pairs, zeros)
+        return _pair_batch((ids, ids), (lengths, lengths), (images, images), images, pairs)
+
+    def _view(self, draw: np.ndarray, choice: np.ndarray, probability: float) -> np.ndarray:
+        """View numbers, 0 (the picture itself) where no copy is drawn."""
+        views = 1 + (choice * self._tokens.num_views).astype(np.int64)
+        return np.where((draw < probability) & (self._tokens.num_views > 0), views, 0)
+
+    def _noised(self, ids: np.ndarray, share: float, step: int, direction: Direction) -> np.ndarray:
+        if share == 0.0:
+            return ids
+        rng = np.random.Generator(np.random.PCG64(_key(self._seed, _NOISE + direction, step)))
+        hit = rng.random(ids.shape, dtype=np.float32) < share
+        return np.where(hit, rng.integers(0, self._num_codes, ids.shape, dtype=np.uint16), ids)
+
+
+def permute(position: np.ndarray, size: int, key: np.random.SeedSequence) -> np.ndarray:
+    """Where a pseudo-random permutation of ``range(size)`` sends these positions, without writing it down.
+
+    A Feistel network over the smallest even number of bits that holds ``size``; results beyond it go through again
+    (cycle walking), so it is a permutation for every size and takes no memory even for 10 ** 8 pairs.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64(2**half - 1)
+    keys = key.generate_state(_ROUNDS, np.uint64)
+    values = position.astype(np.uint64)
+    pending = np.ones(len(values), bool)
+    while pending.any():
+        left, right = values[pending] >> np.uint64(half), values[pending] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        values[pending] = left << np.uint64(half) | right
+        pending = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every input bit moves every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _key(seed: int, purpose: int, number: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed % 2**63, purpose, number])
+
+
+def _pair_batch(
+    text_ids: tuple[np.ndarray, np.ndarray],
+    text_len: tuple[np.ndarray, np.ndarray],
+    image_ids: tuple[np.ndarray, np.ndarray],
+    target: np.ndarray,
+    pairs: np.ndarray,
+) -> PairBatch:
+    """Stack the two rows of each pair, text-to-image first (the order of ``Direction``), and widen to int64."""
+
+    def rows(both: tuple[np.ndarray, np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(both, axis=1).astype(np.int64))
+
+    return PairBatch(
+        text_ids=rows(text_ids),
+        text_len=rows(text_len),
+        image_ids=rows(image_ids),
+        target_image_ids=torch.from_numpy(target.astype(np.int64)),
+        sample_ids=torch.from_numpy(pairs),
+    )
