@@ -42,6 +42,7 @@ class Checkpointer:
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder = folder
         self.config = config
+        self._damaged: set[int] = set()
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` finished steps."""
@@ -78,6 +79,7 @@ class Checkpointer:
             sync(partial)
             write_manifest(partial, manifest)
             publish(partial, final)
+            self._damaged.discard(step)
         except (OSError, RuntimeError, CheckpointException) as error:
             if partial.exists():
                 remove(partial)
@@ -96,19 +98,30 @@ class Checkpointer:
             try:
                 read_sound_manifest(path)
             except CheckpointError as error:
-                logger.warning("skipping a checkpoint: %s", error)
+                logger.warning("skipping a checkpoint, and not counting it for checkpoint.keep_last: %s", error)
+                self._damaged.add(step)
                 continue
             return path
         return None
 
-    def load(self, path: Path, state: Mapping[str, Any]) -> Manifest:
+    def load(self, path: Path, state: Mapping[str, Any], expected: Manifest | None = None) -> Manifest:
         """Fill the tensors of ``state`` in place.
 
+        Args:
+            path: a checkpoint, as :meth:`latest` gives it.
+            state: nested dict of tensors of the right shapes and dtypes.
+            expected: what this run is; the checkpoint must belong to it (:meth:`Manifest.compare`).
+
+        Returns:
+            The manifest, with step, samples seen and counters.
+
         Raises:
-            CheckpointError: the checkpoint is incomplete or damaged, or names, shapes or dtypes differ from ``state``;
-                then nothing was changed.
+            CheckpointError: the checkpoint is incomplete, damaged, or of another configuration, or names, shapes or
+                dtypes differ from ``state``; then nothing was changed.
         """
         manifest = read_sound_manifest(path)
+        if expected is not None:
+            manifest.compare(expected, where=path)
         flat = _flatten(state)
         try:
             reader = dcp.FileSystemReader(path)
@@ -133,9 +146,10 @@ class Checkpointer:
 
     def _retain(self) -> None:
         steps = self.steps()
-        kept = set(steps[-self.config.keep_last :])
+        sound = [step for step in steps if step not in self._damaged]
+        kept = set(sound[-self.config.keep_last :])
         if self.config.keep_every:
-            kept |= {step for step in steps if step % self.config.keep_every == 0}
+            kept |= {step for step in sound if step % self.config.keep_every == 0}
         for step in steps:
             if step not in kept:
                 remove(self.path(step))

@@ -158,17 +158,21 @@ def find_damage(folder: Path, manifest: Manifest) -> list[str]:
     """Compare the files of a folder with its manifest, content included.
 
     Returns:
-        One line per missing, resized or changed file; empty when the folder is sound.
+        One line per missing, unreadable, resized or changed file; empty when the folder is sound.
     """
     problems = []
     for name, entry in manifest.files.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            size = path.stat().st_size
+            if size != entry.size:
+                problems.append(f"{name} has {size} bytes instead of {entry.size}")
+            elif sha256_of(path) != entry.sha256:
+                problems.append(f"{name} has the right size but its content changed")
+        except FileNotFoundError:
             problems.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != entry.size:
-            problems.append(f"{name} has {size} bytes instead of {entry.size}")
-        elif sha256_of(path) != entry.sha256:
-            problems.append(f"{name} has the right size but its content changed")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
     return problems
 
 

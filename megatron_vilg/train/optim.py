@@ -15,13 +15,13 @@ from megatron_vilg.log import get_logger
 
 logger = get_logger(__name__)
 
-NOT_DECAYED = frozenset({"position", "row", "column", "segment"})
-"""Path elements of embeddings of places. Few rows, each seen in every sample: decay would only pull them to zero."""
+NOT_DECAYED = frozenset({"position", "row", "column", "segment", "boundary"})
+"""Path elements of embeddings of places and borders: few rows, each present in every sample."""
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: matrices and larger, but neither vectors nor embeddings of places."""
+    """Whether weight decay applies: matrices and larger, but neither vectors nor embeddings of places and borders."""
     return parameter.ndim >= 2 and NOT_DECAYED.isdisjoint(name.split("."))
 
 

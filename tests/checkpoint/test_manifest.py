@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from megatron_vilg.checkpoint import manifest as manifest_module
 from megatron_vilg.checkpoint.manifest import (
     FILE_NAME,
     Manifest,
@@ -88,6 +90,15 @@ def test_each_kind_of_damage_is_named(folder: Path) -> None:
     (folder / "weights.bin").unlink()
     with pytest.raises(CheckpointError, match=r"damaged: weights\.bin is missing"):
         read_sound_manifest(folder)
+
+
+def test_a_file_that_the_disk_cannot_read_is_damage(folder: Path, monkeypatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(manifest_module, "sha256_of", fail)
+    problems = find_damage(folder, read_manifest(folder))
+    assert "weights.bin cannot be read (Input/output error)" in problems
 
 
 def test_a_folder_without_manifest_is_incomplete(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from torch import nn
 
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest
-from megatron_vilg.config.schema import CheckpointConfig, OptimConfig
+from megatron_vilg.config.schema import CheckpointConfig, ModelConfig, OptimConfig
 from megatron_vilg.errors import CheckpointError
+from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.train.optim import build_optimizer, is_decayed, learning_rate, optimizer_state, set_learning_rate
 
 
@@ -50,6 +51,18 @@ def test_only_matrices_that_are_no_place_embeddings_decay() -> None:
     model = toy()
     decayed = {name for name, p in model.named_parameters() if p.requires_grad and is_decayed(name, p)}
     assert decayed == {"embed.text.weight", "linear.weight"}
+
+
+def test_decay_on_the_generator() -> None:
+    config = ModelConfig(
+        num_layers=1, width=8, num_heads=2, image_side=2, text_vocab_size=16, image_vocab_size=5, codebook_dim=3
+    )
+    parameters = dict(ViLG(config).named_parameters())
+    matrices = {name for name, p in parameters.items() if p.ndim >= 2}
+    decayed = {name for name, p in parameters.items() if is_decayed(name, p)}
+    places = {f"embed.{name}.weight" for name in ("position", "row", "column", "segment", "boundary")}
+    assert matrices - decayed == places
+    assert {"embed.text.weight", "embed.image.weight", "heads.text.weight", "blocks.0.mlp.up.weight"} <= decayed
 
 
 def test_groups_hold_every_trained_parameter_once() -> None:
