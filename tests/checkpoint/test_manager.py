@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint import files, manager
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.manifest import Manifest, read_sound_manifest
 from megatron_vilg.config.schema import CheckpointConfig
 from megatron_vilg.errors import CheckpointError
 
@@ -262,7 +262,10 @@ def _save_and_die_at(event: int, folder: Path, step: int) -> None:
 
     def hook(name: str, args: tuple[object, ...]) -> None:
         nonlocal seen
-        if name.split(".")[0] in ("open", "os", "shutil") and str(args[0]).startswith(str(folder)):
+        # Deleting a tree names files relative to an open folder.
+        if name in ("os.remove", "os.rmdir") or (
+            name.split(".")[0] in ("open", "os", "shutil") and str(args[0]).startswith(str(folder))
+        ):
             seen += 1
             if seen == event:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -287,7 +290,9 @@ def test_a_kill_at_every_file_operation_leaves_the_newest_checkpoint(tmp_path: P
         path, state = checkpointer.latest(), empty_state()
         found = checkpointer.load(path, state).step
         assert_equal(state, make_state(found))
-        assert path == checkpointer.path(max(checkpointer.steps())), "a final name on an incomplete folder"
+        assert path == checkpointer.path(max(checkpointer.steps()))
+        for complete in checkpointer.steps():
+            read_sound_manifest(checkpointer.path(complete))
         outcomes.append(found)
         save(checkpointer, 4)
         assert all(p.name in {"step-00000002", "step-00000003", "step-00000004"} for p in folder.iterdir())
