@@ -1,0 +1,211 @@
+"""Cached decoding: the source is read once, then the target grows token by token (either direction).
+
+The source and the token that opens the target (BOI or BOS) are computed once per source and shared by all its targets;
+each target keeps, per layer, only what the layer's pattern can still read (``generate.cache``). All memory is taken
+at the start. Shape letters: P sources, n targets of each, R = P * n rows (source-major), A heads, H head size,
+S shared positions, K target keys read by one query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from megatron_vilg.generate.cache import CacheKind, TargetCache, cache_layout
+from megatron_vilg.models.layers import Block
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.attention import Prepared, attend, dense_block, prepare
+from megatron_vilg.ops.rules import AttentionRule, Pattern, text_keys_used
+from megatron_vilg.sequence import Direction
+
+
+@contextmanager
+def inference(model: ViLG) -> Iterator[None]:
+    """No gradients and no dropout inside; the model's mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What all targets of a source share, for P sources."""
+
+    direction: Direction
+    keys: tuple[Tensor, ...]
+    """Per layer [P, A, S + m, H]: the source, the opening token, and m target tokens given beforehand."""
+    values: tuple[Tensor, ...]
+    used: Tensor
+    """bool [P, S]: False for text slots without a token."""
+    logits: Tensor
+    """[P, V]: predictions of the first token that was not given."""
+
+    @property
+    def num_given(self) -> int:
+        """m, the target tokens given beforehand."""
+        return self.keys[0].shape[2] - self.used.shape[1]
+
+    def select(self, index: Tensor) -> Prefix:
+        """Sources number ``index`` (int64, repetitions allowed), without text slots that none of them uses."""
+        used = self.used[index]
+        shared = used.any(dim=0).nonzero().flatten()
+        given = torch.arange(used.shape[1], used.shape[1] + self.num_given, device=index.device)
+        position = torch.cat([shared, given])
+
+        def take(stored: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(x[index].index_select(2, position) for x in stored)
+
+        return replace(
+            self, keys=take(self.keys), values=take(self.values), used=used[:, shared], logits=self.logits[index]
+        )
+
+
+def prefill(model: ViLG, direction: Direction, source: Tensor, text_len: Tensor, given: Tensor | None = None) -> Prefix:
+    """Read P sources, and the beginning of their targets if some is ``given``.
+
+    Args:
+        source: text ids [P, L] or codes [P, N].
+        text_len: int64 [P]; image-to-text does not look at it.
+        given: target ids [P, m].
+    """
+    assert model.embed is not None
+    x = model.embed.source(direction, source)
+    parts = [x, model.embed.target_start(direction, source)]
+    if given is not None and given.shape[1]:
+        parts.append(model.embed.target(direction, given))
+    x = torch.cat(parts, dim=1)
+    length = x.shape[1]
+    used = text_keys_used(model.spec, direction, text_len)
+    ready: dict[Pattern, Prepared] = {}
+    keys, values = [], []
+    for name, block in model.blocks.items():
+        block = cast(Block, block)
+        pattern = model.patterns[int(name)]
+        q, k, v = block.attention.project(block.norm1(x))
+        q = q.to(v.dtype)
+        k = k.to(v.dtype)
+        if pattern not in ready:
+            ready[pattern] = _prepare(model, model.rule(pattern), direction, used, length, v.dtype)
+        out = _attend_padded(q, k, v, ready[pattern])
+        x = block.add_mlp(block.add_attention(x, block.attention.out(out.flatten(-2))))
+        keys.append(k.transpose(1, 2))
+        values.append(v.transpose(1, 2))
+    shared = model.spec.source_length(direction) + 1
+    return Prefix(direction, tuple(keys), tuple(values), used[:, :shared], predict(model, direction, x[:, -1]))
+
+
+def _prepare(
+    model: ViLG, rule: AttentionRule, direction: Direction, used: Tensor, length: int, dtype: torch.dtype
+) -> Prepared:
+    """The rule among the first ``length`` positions; an image source keeps the model's fast form."""
+    if direction == Direction.IMAGE_TO_TEXT and model.implementation == "fold":
+        slots = torch.full((len(used),), rule.spec.num_text_slots, device=used.device)
+        return prepare(rule, slots, "fold", direction, dtype)
+    span = slice(0, length)
+    mask = dense_block(rule, direction, span, span, used)
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return Prepared(rule, direction, "sdpa", bias, None)
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> Tensor:
+    """``attend``, with rows brought to the length that ``prepared`` is made for. [P, M, A, H] in and out."""
+    length = q.shape[1]
+    full = length if prepared.bias is None else prepared.bias.shape[-1]
+    if prepared.used is not None:
+        full = prepared.used.shape[1]
+    if full > length:
+        q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, full - length)) for x in (q, k, v))
+    return attend(q, k, v, prepared)[:, :length]
+
+
+def predict(model: ViLG, direction: Direction, hidden: Tensor) -> Tensor:
+    """Hidden states [..., D] to logits of the direction's target vocabulary [..., V]."""
+    assert model.norm is not None and model.heads is not None
+    head = model.heads["image" if direction == Direction.TEXT_TO_IMAGE else "text"]
+    return cast(Tensor, head(model.norm(hidden)))
+
+
+class Decoder:
+    """Targets that grow side by side: ``num_targets`` for each source of a prefix.
+
+    Args:
+        model: the whole generator, in evaluation mode; call inside ``inference(model)``.
+        prefix: the sources.
+        num_targets: n, targets per source.
+        cache: "pattern" keeps what each layer's pattern can read; "dense" keeps everything (reference).
+    """
+
+    def __init__(self, model: ViLG, prefix: Prefix, num_targets: int, cache: CacheKind = "pattern") -> None:
+        self.model = model
+        self.direction = prefix.direction
+        self.token = prefix.num_given
+        self.num_sources, self.num_targets = len(prefix.used), num_targets
+        shared = prefix.used.shape[1]
+        # [P * A, S, H], contiguous: every step multiplies all targets of a source with them at once.
+        self.shared_keys = [k[:, :, :shared].flatten(0, 1).contiguous().transpose(1, 2) for k in prefix.keys]
+        self.shared_values = [v[:, :, :shared].flatten(0, 1).contiguous() for v in prefix.values]
+        hidden = torch.zeros(prefix.used.shape, dtype=prefix.keys[0].dtype, device=prefix.used.device)
+        hidden.masked_fill_(~prefix.used, float("-inf"))
+        self.shared_bias = None if prefix.used.all() else hidden[:, None, None]
+        self.caches = [self._start_cache(i, prefix, cache) for i in range(len(prefix.keys))]
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append one target token to every row and predict the next: ids [R] to logits [R, V]."""
+        assert self.model.embed is not None
+        x = self.model.embed.target(self.direction, ids[:, None], self.token)
+        for i, block in enumerate(self.model.blocks.values()):
+            block = cast(Block, block)
+            out = self._attention(i, *block.attention.project(block.norm1(x)))
+            x = block.add_mlp(block.add_attention(x, block.attention.out(out)))
+        self.token += 1
+        return predict(self.model, self.direction, x[:, 0])
+
+    def select(self, index: Tensor) -> None:
+        """Let row ``i`` of source ``p`` continue row ``index[p, i]`` of the same source; index is int64 [P, n]."""
+        for cache in self.caches:
+            cache.select(index)
+
+    def _start_cache(self, layer: int, prefix: Prefix, kind: CacheKind) -> TargetCache:
+        """An empty cache, or one that holds the given target tokens."""
+        keys, values = prefix.keys[layer], prefix.values[layer]
+        rule = self.model.rule(self.model.patterns[layer])
+        layout = cache_layout(rule, self.direction, kind, keys.device)
+        num_sources, heads, _, head_dim = keys.shape
+        cache = TargetCache(layout, (num_sources, heads, self.num_targets), head_dim, keys)
+        shared = prefix.used.shape[1]
+        for token in range(prefix.num_given):
+            cache.write(token, keys[:, :, None, shared + token], values[:, :, None, shared + token])
+        return cache
+
+    def _attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One query per row over the shared and its own keys, in one softmax; q, k, v [R, 1, A, H] to [R, 1, A * H]."""
+        sources, targets, heads, size = self.num_sources, self.num_targets, q.shape[2], q.shape[3]
+
+        def by_source(x: Tensor) -> Tensor:  # [P, A, n, H]
+            return x.view(sources, targets, heads, size).transpose(1, 2)
+
+        cache = self.caches[layer]
+        cache.write(self.token, by_source(k), by_source(v))
+        keys, values, bias = cache.read(self.token)
+        query = (by_source(q) * size**-0.5).to(v.dtype).contiguous()
+        to_shared = torch.bmm(query.view(sources * heads, targets, size), self.shared_keys[layer])
+        to_shared = to_shared.view(sources, heads, targets, -1)
+        if self.shared_bias is not None:
+            to_shared = to_shared + self.shared_bias
+        to_own = torch.bmm(query.view(-1, 1, size), keys.flatten(0, 2).transpose(1, 2)).view(*query.shape[:3], -1)
+        if bias is not None:
+            to_own = to_own + bias.to(to_own.dtype)
+        weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1)
+        split = to_shared.shape[-1]
+        out = torch.bmm(weights[..., :split].flatten(0, 1), self.shared_values[layer]).view_as(query)
+        out = out + torch.bmm(weights[..., split:].flatten(0, 2)[:, None], values.flatten(0, 2)).view_as(query)
+        return out.transpose(1, 2).reshape(sources * targets, 1, heads * size)

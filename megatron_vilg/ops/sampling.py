@@ -1,0 +1,64 @@
+"""Choose the next token: temperature, top-k, top-p, and one random number per sample and step.
+
+Every sample has a random stream of its own, derived from (seed, prompt, sample). So what a sample becomes does not
+depend on how many others are drawn beside it, or on how they are split into batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vilg.config.schema import SampleConfig
+
+
+def sample_uniforms(seed: int, streams: Sequence[tuple[int, int]], count: int) -> Tensor:
+    """Random numbers in [0, 1) for samples named (prompt, sample): float32 [len(streams), count], on the CPU."""
+    rows = np.empty((len(streams), count), dtype=np.float32)
+    for row, stream in zip(rows, streams, strict=True):
+        sequence = np.random.SeedSequence(seed % 2**64, spawn_key=stream)
+        np.random.Generator(np.random.Philox(sequence)).random(out=row, dtype=np.float32)
+    return torch.from_numpy(rows)
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: ``unconditional + scale * (conditional - unconditional)``, on logits."""
+    return torch.lerp(unconditional, conditional, scale)
+
+
+def sample(logits: Tensor, settings: SampleConfig, uniform: Tensor) -> Tensor:
+    """Draw one token per row; -inf marks tokens that must not be drawn.
+
+    Top-p looks at the probabilities that temperature and top-k leave. The token is read off the cumulative
+    distribution at ``uniform``.
+
+    Args:
+        logits: [B, V].
+        settings: temperature 0 takes the likeliest token; ``guidance`` is not this function's business.
+        uniform: float32 [B] in [0, 1).
+
+    Returns:
+        int64 [B].
+    """
+    if settings.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    scaled = logits.float() / settings.temperature
+    order: Tensor | None = None
+    if 0 < settings.top_k < scaled.shape[-1]:
+        scaled, order = scaled.topk(settings.top_k, dim=-1)
+    elif settings.top_p < 1.0:
+        scaled, order = scaled.sort(dim=-1, descending=True)
+    probability = scaled.softmax(dim=-1)
+    if settings.top_p < 1.0:
+        before = probability.cumsum(dim=-1) - probability
+        beyond = before >= settings.top_p
+        beyond[:, 0] = False  # top_p = 0 still leaves the likeliest token
+        probability = probability.masked_fill(beyond, 0.0)
+    # float64, so that uniform * total stays below total and a token of probability zero is never hit.
+    cumulative = probability.cumsum(dim=-1, dtype=torch.float64)
+    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    return (index if order is None else order.gather(1, index)).squeeze(1)

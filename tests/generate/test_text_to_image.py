@@ -1,0 +1,137 @@
+"""Drawing: equal to a sampler without any cache, and independent of how the work is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_vilg.config.schema import SampleConfig
+from megatron_vilg.generate.decode import inference
+from megatron_vilg.generate.text_to_image import draw_ids
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.sampling import sample, sample_uniforms
+from megatron_vilg.sequence import Direction
+from tests.tiny import tiny_batch, tiny_config, tiny_model
+
+PLAIN = SampleConfig(temperature=0.8, top_k=7)
+GUIDED = SampleConfig(temperature=0.9, top_p=0.95, guidance=2.0)
+
+
+def prompts(model: ViLG, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    batch = tiny_batch(model.config, count, seed)
+    return batch.text_ids[:, 1], batch.text_len[:, 1]
+
+
+def draw_without_cache(
+    model: ViLG, text: Tensor, length: Tensor, config: SampleConfig, seed: int, stream: Any
+) -> Tensor:
+    """One picture, every token from a forward pass over whole rows."""
+    size = model.spec.num_image_tokens
+    uniform = sample_uniforms(seed, [stream], size)
+    codes = torch.zeros(1, size, dtype=torch.int64)
+    with inference(model):
+        for token in range(size):
+            logits = model.logits(text[None], codes, length[None], Direction.TEXT_TO_IMAGE)[:, token]
+            if config.guidance != 1.0:
+                no_text, none = torch.zeros_like(text[None]), torch.zeros_like(length[None])
+                free = model.logits(no_text, codes, none, Direction.TEXT_TO_IMAGE)[:, token]
+                logits = free + config.guidance * (logits - free)
+            codes[:, token] = sample(logits, config, uniform[:, token])
+    return codes[0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    pattern=st.sampled_from(["paper", "full"]),
+    image_side=st.integers(2, 5),
+    config=st.sampled_from([PLAIN, GUIDED, SampleConfig(temperature=0.0)]),
+    seed=st.integers(0, 99),
+)
+def test_same_seed_same_ids_as_without_cache(config: SampleConfig, seed: int, **sizes: Any) -> None:
+    model = tiny_model(tiny_config(**sizes))
+    text, length = prompts(model, 2, seed)
+    drawn = draw_ids(model, text, length, config, num_images=2, seed=seed)
+    for prompt in range(2):
+        for image in range(2):
+            expected = draw_without_cache(model, text[prompt], length[prompt], config, seed, (prompt, image))
+            assert torch.equal(drawn[prompt, image], expected)
+
+
+@pytest.mark.parametrize("config", [PLAIN, GUIDED])
+def test_max_batch_and_cache_change_nothing(config: SampleConfig) -> None:
+    model = tiny_model()
+    text, length = prompts(model, 3)
+    whole = draw_ids(model, text, length, config, num_images=3, seed=5)
+    assert whole.shape == (3, 3, 16) and len(whole.flatten(0, 1).unique(dim=0)) == 9
+    for max_batch in (1, 2, 3, 4, 7, 100):
+        assert torch.equal(whole, draw_ids(model, text, length, config, num_images=3, seed=5, max_batch=max_batch))
+    assert torch.equal(whole, draw_ids(model, text, length, config, num_images=3, seed=5, cache="dense"))
+    assert not torch.equal(whole, draw_ids(model, text, length, config, num_images=3, seed=6))
+
+
+def test_pictures_are_the_same_alone() -> None:
+    """n pictures of a batch equal n single runs; fewer pictures are the first of more; lists can be cut."""
+    model = tiny_model()
+    text, length = prompts(model, 3)
+    whole = draw_ids(model, text, length, GUIDED, num_images=4, seed=1)
+    assert torch.equal(whole[:, :2], draw_ids(model, text, length, GUIDED, num_images=2, seed=1))
+    for prompt in range(3):
+        part = slice(prompt, prompt + 1)
+        alone = draw_ids(model, text[part], length[part], GUIDED, num_images=4, seed=1, first_prompt=prompt)
+        assert torch.equal(whole[part], alone)
+
+
+def test_completion_keeps_the_given_codes() -> None:
+    model = tiny_model()
+    text, length = prompts(model, 2)
+    whole = draw_ids(model, text, length, GUIDED, num_images=2, seed=3)
+    start = whole[:, 0, :6]
+    completed = draw_ids(model, text, length, GUIDED, num_images=2, seed=3, image_prefix=start)
+    assert torch.equal(completed[:, :, :6], start[:, None].expand(-1, 2, -1))
+    assert torch.equal(completed[:, 0], whole[:, 0])  # same beginning, same stream: same rest
+    assert not torch.equal(completed[:, 1, 6:], completed[:, 0, 6:])
+    assert torch.equal(
+        draw_ids(model, text, length, GUIDED, num_images=2, seed=3, image_prefix=whole[:, 0]),
+        whole[:, :1].expand(-1, 2, -1),
+    )
+
+
+def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_vilg.generate import text_to_image
+
+    read: list[int] = []
+    original = text_to_image.prefill
+
+    def counting(model: ViLG, direction: Direction, source: Tensor, *rest: Any) -> Any:
+        read.append(len(source))
+        return original(model, direction, source, *rest)
+
+    monkeypatch.setattr(text_to_image, "prefill", counting)
+    model = tiny_model()
+    text, length = prompts(model, 1)
+    draw_ids(model, text.expand(3, -1), length.expand(3), PLAIN, num_images=2, seed=0)
+    draw_ids(model, text.expand(3, -1), length.expand(3), GUIDED, num_images=2, seed=0)
+    assert read == [1, 2]  # guidance adds one row without text for all
+
+
+def test_guidance_pulls_towards_the_text() -> None:
+    model = tiny_model()
+    text, length = prompts(model, 2)
+    none = torch.zeros_like(length)
+    config = SampleConfig(guidance=0.0)
+    free = draw_ids(model, torch.zeros_like(text), none, SampleConfig(), num_images=1, seed=0)
+    assert torch.equal(draw_ids(model, text, length, config, num_images=1, seed=0), free)
+    assert not torch.equal(draw_ids(model, text, length, SampleConfig(), num_images=1, seed=0), free)
+
+
+def test_progress_counts_all_tokens() -> None:
+    model = tiny_model()
+    text, length = prompts(model, 2)
+    seen: list[tuple[int, int]] = []
+    draw_ids(model, text, length, PLAIN, num_images=2, seed=0, max_batch=3, progress=lambda *x: seen.append(x))
+    assert seen[-1] == (64, 64) and [done for done, _ in seen] == sorted(done for done, _ in seen)

@@ -1,0 +1,75 @@
+"""Filters against brute force, frequencies against probabilities, streams of random numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vilg.config.schema import SampleConfig
+from megatron_vilg.ops.sampling import guided, sample, sample_uniforms
+
+
+def expected_distribution(logits: torch.Tensor, settings: SampleConfig) -> torch.Tensor:
+    """Temperature, then top-k, then top-p, one row, written with lists."""
+    probability = (logits.double() / settings.temperature).softmax(0).tolist()
+    order = sorted(range(len(probability)), key=lambda i: -probability[i])
+    kept = order[: settings.top_k] if settings.top_k else order
+    mass = sum(probability[i] for i in kept)
+    result, before = torch.zeros(len(probability), dtype=torch.float64), 0.0
+    for rank, i in enumerate(kept):
+        if rank == 0 or before < settings.top_p:
+            result[i] = probability[i]
+        before += probability[i] / mass
+    return result / result.sum()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    size=st.integers(2, 12),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_k=st.integers(0, 14),
+    top_p=st.sampled_from([0.0, 0.25, 0.6, 0.93, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_distribution_is_that_of_brute_force(
+    size: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 2
+    config = SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    steps = 4000
+    uniform = (torch.arange(steps) + 0.5) / steps  # every quantile once: counts are the distribution, without noise
+    drawn = sample(logits.expand(steps, -1), config, uniform)
+    share = torch.bincount(drawn, minlength=size) / steps
+    torch.testing.assert_close(share.double(), expected_distribution(logits, config), atol=2.5 / steps, rtol=0)
+
+
+def test_zero_temperature_takes_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.0]])
+    assert sample(logits, SampleConfig(temperature=0.0), torch.tensor([0.99, 0.99])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("config", [SampleConfig(), SampleConfig(top_k=4), SampleConfig(top_p=0.999)])
+def test_forbidden_tokens_are_never_drawn(config: SampleConfig) -> None:
+    logits = torch.tensor([float("-inf"), 0.0, 1.0, float("-inf")]).expand(1000, -1)
+    uniform = torch.linspace(0, 1, 1000).clamp(max=1 - 2**-24)
+    assert set(sample(logits, config, uniform).tolist()) == {1, 2}
+
+
+def test_streams_belong_to_the_sample() -> None:
+    all_rows = sample_uniforms(7, [(0, 0), (0, 1), (1, 0)], 50)
+    assert torch.equal(all_rows[1:2], sample_uniforms(7, [(0, 1)], 50))
+    assert torch.equal(all_rows[2, :20], sample_uniforms(7, [(1, 0)], 20)[0])
+    assert not torch.equal(all_rows[0], all_rows[1]) and not torch.equal(all_rows[1], all_rows[2])
+    assert not torch.equal(all_rows, sample_uniforms(8, [(0, 0), (0, 1), (1, 0)], 50))
+    assert sample_uniforms(-1, [(0, 0)], 3).shape == (1, 3)
+    many = sample_uniforms(0, [(p, s) for p in range(40) for s in range(5)], 100)
+    assert many.min() >= 0 and many.max() < 1 and many.mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_guidance_formula() -> None:
+    conditional, unconditional = torch.randn(3, 5), torch.randn(3, 5)
+    expected = unconditional + 2.5 * (conditional - unconditional)
+    torch.testing.assert_close(guided(conditional, unconditional, 2.5), expected)
+    torch.testing.assert_close(guided(conditional, unconditional, 0.0), unconditional)
