@@ -1,4 +1,4 @@
-"""``python -m megatron_vilg`` is ``vilg``; ``torchrun ... -m megatron_vilg`` and ``srun`` use it."""
+"""``python -m megatron_vilg`` is ``vilg``; launchers such as ``torchrun`` and ``srun`` start it this way."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from megatron_vilg.sequence import TextToken
 
 MAX_VOCABULARY = 65_535
 """Token caches hold ids as unsigned 16-bit numbers."""
+CRITIC_PIXELS = 24
+"""Smallest side that three halvings and two 4 x 4 convolutions of the critic leave something of."""
 NUM_BYTE_PIECES = 256
 """Pieces that SentencePiece's byte fallback always takes."""
 
@@ -115,6 +117,9 @@ def _check_image_tokenizer_training(run: RunConfig) -> Iterable[str]:
         rule = f"the critic would never start within {section}.num_steps={training.num_steps}"
         works = f"0 to {training.num_steps - 1}, or {section}.critic_weight=0"
         yield _problem(f"{section}.critic_start_step", training.critic_start_step, rule, works)
+    if training.critic_weight and run.image_tokenizer.image_size < CRITIC_PIXELS:
+        rule = f"the critic needs pictures of at least {CRITIC_PIXELS} pixels (image_tokenizer.image_size)"
+        yield _problem(f"{section}.critic_weight", training.critic_weight, rule, [0])
     yield from _decays(f"{section}.betas", training.betas)
 
 

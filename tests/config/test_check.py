@@ -71,6 +71,11 @@ RULES = [
         "channel_multipliers. Works: 48, 54.",
     ),
     (
+        ["image_tokenizer.norm_groups=7"],
+        "image_tokenizer.norm_groups=7: must divide the channels of every level, [64, 128]. "
+        "Works: 1, 2, 4, 8, 16, 32, 64.",
+    ),
+    (
         ["image_tokenizer.codebook_size=70000"],
         "image_tokenizer.codebook_size=70000: ids are kept in 16 bits. Works: at most 65535.",
     ),
@@ -89,6 +94,15 @@ RULES = [
         ["image_tokenizer_train.critic_weight=0.5", "image_tokenizer_train.critic_start_step=5000"],
         "image_tokenizer_train.critic_start_step=5000: the critic would never start within "
         "image_tokenizer_train.num_steps=1400. Works: 0 to 1399, or image_tokenizer_train.critic_weight=0.",
+    ),
+    (
+        [
+            "image_tokenizer_train.critic_weight=0.5",
+            "image_tokenizer_train.critic_start_step=5",
+            "image_tokenizer.image_size=18",
+        ],
+        "image_tokenizer_train.critic_weight=0.5: the critic needs pictures of at least 24 pixels "
+        "(image_tokenizer.image_size). Works: 0.",
     ),
     (
         ["image_tokenizer_train.betas=[0.9, 1]"],

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# From nothing to a model that draws and captions, and a report about it; `make demo` runs this.
+#
+# Knobs (environment):
+#   OUT=runs/demo     run folder: checkpoints, pictures, report
+#   DATA=data/demo    where the pairs are kept
+#   SEED=0            same seed, same machine: same report, but for the seconds
+#   SMOKE=1           two minutes instead of twenty: few pairs, few steps; shows that it works, not that it learns
+#   VILG=vilg         the command to run
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OUT="${OUT:-runs/demo}"
+DATA="${DATA:-data/demo}"
+SEED="${SEED:-0}"
+VILG="${VILG:-vilg}"
+PYTHON="${PYTHON:-python3}"
+
+# Waiting threads that spin steal the time of everything else on a machine with few cores.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
+data_options=()
+train_options=("train.seed=$SEED" "image_tokenizer_train.seed=$SEED")
+if [[ "${SMOKE:-0}" == 1 ]]; then
+  data_options+=(--concepts 12)
+  train_options+=(
+    image_tokenizer_train.num_steps=30 image_tokenizer_train.warmup_steps=3
+    train.num_steps=30 optim.warmup_steps=3 train.eval_every=15 train.sample_every=15 data.num_views=1
+  )
+fi
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "1/5 pairs of Chinese captions and pictures: $DATA"
+$VILG data demo --out "$DATA" --seed "$SEED" "${data_options[@]}"
+
+say "2/5 train both directions: $OUT"
+$VILG train --preset demo --data "$DATA" --out "$OUT" "${train_options[@]}"
+
+# A few held-out pairs as files: their captions become prompts, their pictures are to be captioned.
+examples="$OUT/examples"
+rm -rf "$examples" && mkdir -p "$examples"
+shard="$(find "$DATA" -name 'val*.tar' | sort | awk 'NR == 1')"
+tar -tf "$shard" | grep '\.txt$' | awk 'NR <= 4' | while read -r name; do
+  tar -xf "$shard" -C "$examples" "$name" "${name%.txt}.png"
+done
+for caption in "$examples"/*.txt; do
+  cat "$caption"
+  echo
+done | awk 'NF' >"$examples/prompts"
+
+say "3/5 draw: $OUT/drawn"
+$VILG generate --load "$OUT" --prompt-file "$examples/prompts" -n 2 --seed "$SEED" --out "$OUT/drawn"
+
+say "4/5 caption"
+$VILG caption --load "$OUT" "$examples"/*.png
+
+say "5/5 measure: $OUT/report.json"
+$VILG evaluate --load "$OUT" --data "$DATA" --out "$OUT"
+
+say "done"
+"$PYTHON" examples/show_report.py "$OUT/report.json"
+echo "  picture: $OUT/report.png"
+echo "  report:  $OUT/report.json"

@@ -1,0 +1,75 @@
+"""What the documents promise: commands, options, files."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_vilg.config.check import check
+from megatron_vilg.config.load import load_run_config
+from megatron_vilg.config.options import all_options
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def commands(text: str) -> str:
+    """The lines of all ``sh`` blocks, with continued lines joined and comments removed."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    return re.sub(r"\s+#.*", "", blocks)
+
+
+def settings(text: str) -> list[str]:
+    """Words of the form ``section.option=value`` whose value holds no shell variable."""
+    return re.findall(r"(?<![\w./-])[a-z_]+\.[a-z_]+=[\w.,]+", text)
+
+
+def test_every_file_is_listed_with_its_purpose() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "readme_tree.py"))
+    assert tool["rewritten"](README, tool["tree"]()) == README, "run `python tools/readme_tree.py`"
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    (command,) = re.findall(r"^(make .*test)$", commands(README), re.MULTILINE)
+    assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
+    assert "make demo\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_target_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    named = {word for line in re.findall(r"\bmake ([a-z -]+)", commands(text)) for word in line.split()}
+    assert named <= targets
+    assert {"setup", "demo", "demo-full", "test", "check", "check-slow", "bench"} <= targets
+
+
+@pytest.mark.parametrize("text", [commands(README), QUICKSTART], ids=["README.md", "quickstart.sh"])
+def test_settings_shown_can_run(text: str) -> None:
+    shown = settings(text)
+    assert len(shown) >= 4
+    assert check(load_run_config("demo", overrides=shown)) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_and_file_named_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    sections = {path.split(".")[0] for path in all_options() if "." in path}
+    options = {path for path in re.findall(r"`([a-z_]+\.[a-z_]+)(?:=[^`]*)?`", text) if path.split(".")[0] in sections}
+    assert [path for path in options if path not in all_options()] == []
+    files = re.findall(r"`((?:megatron_vilg|tests|tools|examples|docs|benchmarks)/[\w./-]+)`", text)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    missing = [name for name in files if not (ROOT / name).exists()]
+    missing += [name for name in links if not (document.parent / name).exists() and not name.endswith(".png")]
+    assert missing == []
+
+
+def test_the_quickstart_is_sound_shell() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "examples" / "quickstart.sh")], check=True)
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
