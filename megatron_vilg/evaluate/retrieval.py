@@ -30,10 +30,10 @@ FEATURE_CELLS = 4
 """Cells along one side over which activations are averaged."""
 
 
-class FeatureMaps(Protocol):
-    """A frozen network that returns the outputs of chosen blocks."""
+class Activations(Protocol):
+    """A frozen network that returns the outputs of chosen blocks (``models.features.FeatureNetwork``)."""
 
-    def maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    def activations(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Pixels [B, 3, S, S] in [-1, 1] to one tensor [B, C, h, w] per block."""
         ...
 
@@ -59,7 +59,7 @@ class Hits:
 
 
 @torch.no_grad()
-def picture_features(network: FeatureMaps, pixels: Tensor, *, batch_size: int = 64) -> list[Tensor]:
+def picture_features(network: Activations, pixels: Tensor, *, batch_size: int = 64) -> list[Tensor]:
     """Describe pictures for comparison.
 
     Args:
@@ -72,7 +72,7 @@ def picture_features(network: FeatureMaps, pixels: Tensor, *, batch_size: int = 
     for block in pixels.split(batch_size):
         rounded = ((block.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
         resized = F.interpolate(rounded, size=(FEATURE_SIZE, FEATURE_SIZE), mode="bicubic", align_corners=False)
-        for part, activation in zip(parts, network.maps(resized, FEATURE_BLOCKS), strict=True):
+        for part, activation in zip(parts, network.activations(resized, FEATURE_BLOCKS), strict=True):
             part.append(F.adaptive_avg_pool2d(activation.float(), FEATURE_CELLS).flatten(1))
     return [torch.cat(part) for part in parts]
 
@@ -103,26 +103,32 @@ class Gallery:
         """The concepts in the gallery, sorted."""
         return tuple(self._concepts)
 
-    def judge(self, features: Sequence[Tensor], asked: Sequence[Label], *, leave_out: Tensor | None = None) -> Hits:
+    def judge(self, features: Sequence[Tensor], asked: Sequence[Label]) -> Hits:
         """Find the nearest real pictures of Q pictures.
 
         Args:
             features: of the pictures, from ``picture_features``.
             asked: what each should show; its concept must be in the gallery.
-            leave_out: int64 [Q], places in the gallery that a picture must not be compared with (its own).
 
         Raises:
             KeyError: a concept that the gallery lacks.
         """
         similarity = self._embed(features) @ self._vectors.T
-        if leave_out is not None:
-            similarity[torch.arange(len(asked)), leave_out] = -torch.inf
         wanted = torch.tensor([self._concepts[label.concept] for label in asked])
         nearest = similarity.argmax(dim=1)
         same_concept = self._concept_of[None, :] == wanted[:, None]
         of_concept = similarity.masked_fill(~same_concept, -torch.inf).argmax(dim=1)
         style = [self.labels[g].style == label.style for g, label in zip(of_concept.tolist(), asked, strict=True)]
         return Hits(concept=self._concept_of[nearest] == wanted, style=torch.tensor(style), nearest=nearest)
+
+    def leave_one_out(self) -> Tensor:
+        """bool [G]: whether the nearest *other* picture of the gallery shows the same concept."""
+        nearest = []
+        for place in torch.arange(len(self.labels)).split(1024):
+            similarity = self._vectors[place] @ self._vectors.T
+            similarity[torch.arange(len(place)), place] = -torch.inf
+            nearest.append(similarity.argmax(dim=1))
+        return self._concept_of[torch.cat(nearest)] == self._concept_of
 
     def chance(self, asked: Sequence[Label]) -> tuple[float, float]:
         """Concept and style hits to expect of pictures that have nothing to do with what was asked."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +137,11 @@ class FeatureNetwork(nn.Module):
         Gradients flow to ``pixels``.
         """
         return [F.normalize(found.float(), dim=1) for found in self._tap(pixels, _TAPS)]
+
+    @torch.no_grad()
+    def activations(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Pixels [B, 3, S, S] in [-1, 1] to the outputs [B, C, h, w] of ``blocks``, counted from 0, rising."""
+        return self._tap(pixels, tuple(blocks))
 
     @torch.no_grad()
     def pooled(self, pixels: Tensor, *, resize: int | None = None) -> Tensor:

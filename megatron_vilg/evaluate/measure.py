@@ -1,0 +1,195 @@
+"""All figures of a report, measured on a trained model and the data set it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vilg.evaluate.captions import CaptionScore, chance_score, normalise, score_captions
+from megatron_vilg.evaluate.cross_entropy import TokenFrequencies, condition_test, count_tokens
+from megatron_vilg.evaluate.pairs import EvalSet, Kind
+from megatron_vilg.evaluate.reconstruction import codebook_use, reconstruct, score_reconstruction
+from megatron_vilg.evaluate.retrieval import Activations, Gallery, Label, picture_features
+from megatron_vilg.evaluate.statistics import sample_indices, wilson_interval
+from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
+from megatron_vilg.log import get_logger
+
+log = get_logger(__name__)
+_MIN_PAIRS = 2
+"""Fewer pairs of a kind cannot trade conditions; the kind is left out."""
+
+
+class Measurement:
+    """Measures one model; what several figures need (codes, features) is computed once."""
+
+    def __init__(
+        self, subject: Subject, pairs: EvalSet, network: Activations | None, settings: EvaluationSettings
+    ) -> None:
+        """Encode all pictures, and describe the labelled ones.
+
+        Args:
+            network: features that training never used; None leaves out concept and style.
+        """
+        self.subject, self.pairs, self.network, self.settings = subject, pairs, network, settings
+        every = list(range(len(pairs)))
+        self.codes, self.rebuilt = reconstruct(subject.image_tokenizer, pairs.pixels(every))
+        self.kinds = [kind for kind in Kind if len(pairs.of_kind(kind)) >= _MIN_PAIRS]
+        self.chosen = {
+            kind: sample_indices(pairs.of_kind(kind), settings.max_prompts, settings.seed) for kind in self.kinds
+        }
+        self.galleries = {} if network is None else self._galleries(network)
+
+    def cross_entropy(self) -> dict[Kind, dict[str, dict[str, float]]]:
+        """Nats per token of both directions: right, shuffled and unigram, by kind."""
+        frequencies = self._frequencies()
+        found = {}
+        for kind in self.kinds:
+            numbers = sample_indices(
+                self.pairs.of_kind(kind), self.settings.cross_entropy_pairs, self.settings.seed + 1
+            )
+            batch = self.subject.clean_batch(self.pairs.captions(numbers), self.codes[numbers])
+            result = condition_test(
+                self.subject.forward, batch, self.subject.spec, frequencies, seed=self.settings.seed
+            )
+            found[kind] = {direction.name.lower(): dataclasses.asdict(test) for direction, test in result.items()}
+            log.info("cross-entropy, %s: %s", kind.value, _short(found[kind]))
+        return found
+
+    def captions(self) -> dict[str, Any]:
+        """Exact match and character F1 of greedy captions by kind, and what a random caption would score."""
+        found: dict[str, Any] = {}
+        for kind in self.kinds:
+            numbers = self.chosen[kind]
+            said, true = self.say(numbers), self.pairs.captions(numbers)
+            found[kind.value] = _caption_entry(score_captions(said, true)) | self._names(said, numbers)
+            log.info("captions, %s: %s", kind.value, _short(found[kind.value]))
+        asked = [number for kind in self.kinds if kind != Kind.NEW_CONCEPT for number in self.chosen[kind]]
+        pool = self.pairs.captions(self.pairs.of_kind(Kind.TRAINED))
+        chance = chance_score(self.pairs.captions(asked), pool)
+        return found | {"chance": chance.exact_match, "chance_char_f1": chance.char_f1}
+
+    def say(self, numbers: list[int]) -> list[str]:
+        """Generated captions of pairs."""
+        return self.subject.pipeline.caption(self.codes[numbers])
+
+    def draw(self, numbers: list[int], num_images: int, seed: int) -> Tensor:
+        """Pictures [len(numbers) * num_images, 3, S, S] in [-1, 1] drawn from the pairs' captions."""
+        ids = self.subject.pipeline.draw_ids(
+            self.pairs.captions(numbers), num_images=num_images, sampling=self.subject.config.sample, seed=seed
+        )
+        return self.subject.decode(ids.reshape(-1, ids.shape[-1]))
+
+    def judge(self, kind: Kind, pictures: Tensor, asked: list[Label]) -> tuple[Tensor, Tensor]:
+        """Whether drawn pictures [Q, 3, S, S] show the asked concept and style: two bool [Q]."""
+        assert self.network is not None
+        hits = self.galleries[kind].judge(picture_features(self.network, pictures), asked)
+        return hits.concept, hits.style
+
+    def drawings(self) -> dict[str, dict[str, Any]] | None:
+        """Figures ``retrieval``, ``style`` and ``concept_and_style``; None where concepts are not known."""
+        if not self.galleries:
+            return None
+        found: dict[str, dict[str, Any]] = {"retrieval": {}, "style": {}, "concept_and_style": {}}
+        chances, ceilings = [], []
+        for kind in self.galleries:
+            numbers = self.pairs.labelled(self.chosen[kind])
+            asked = self.pairs.labels(numbers)
+            each = self.settings.samples_per_prompt
+            pictures = self.draw(numbers, each, self.settings.seed)
+            concept, style = self.judge(kind, pictures, [label for label in asked for _ in range(each)])
+            for name, hits in (("retrieval", concept), ("style", style), ("concept_and_style", concept & style)):
+                found[name][kind.value] = _share(hits, len(numbers))
+            if kind != Kind.NEW_CONCEPT:
+                chances.append((len(asked), *self.galleries[kind].chance(asked)))
+                ceilings.append(torch.stack(self.judge(kind, self.rebuilt[numbers], asked)).float())
+            log.info("drawings, %s: %s", kind.value, _short({name: part[kind.value] for name, part in found.items()}))
+        weight = sum(count for count, _, _ in chances)
+        ceiling = torch.cat(ceilings, dim=1).mean(dim=1).tolist()
+        for place, name in enumerate(("retrieval", "style")):
+            found[name]["chance"] = sum(entry[0] * entry[1 + place] for entry in chances) / weight
+            found[name]["ceiling"] = ceiling[place]
+        found["retrieval"]["ceiling_other_pictures"] = self._leave_one_out()
+        return found
+
+    def reconstruction(self) -> dict[str, Any]:
+        """Errors of the image tokenizer on trained pictures, and by kind on the others."""
+        scores = {}
+        for kind in self.kinds:
+            numbers = self.pairs.of_kind(kind)
+            score = score_reconstruction(self.pairs.pixels(numbers), self.rebuilt[numbers])
+            scores[kind] = dataclasses.asdict(score)
+        trained = scores.pop(Kind.TRAINED)
+        return trained | {kind.value: score for kind, score in scores.items()}
+
+    def codebook_use(self) -> float:
+        """Share of codes that the trained pictures use."""
+        trained = self.codes[self.pairs.of_kind(Kind.TRAINED)]
+        return codebook_use(trained, self.subject.config.image_tokenizer.codebook_size)
+
+    def _galleries(self, network: Activations) -> dict[Kind, Gallery]:
+        """Real pictures to compare with: trained and unseen pairs; new concepts are judged among all pictures."""
+        labelled = self.pairs.labelled(range(len(self.pairs)))
+        kinds = [kind for kind in self.kinds if len(self.pairs.labelled(self.chosen[kind])) >= _MIN_PAIRS]
+        if Kind.TRAINED not in kinds:
+            return {}
+        features = picture_features(network, self.pairs.pixels(labelled))
+        known = [place for place, n in enumerate(labelled) if self.pairs.pairs[n].kind != Kind.NEW_CONCEPT]
+        common = Gallery([part[known] for part in features], self.pairs.labels([labelled[place] for place in known]))
+        galleries: dict[Kind, Gallery] = {kind: common for kind in kinds if kind != Kind.NEW_CONCEPT}
+        if Kind.NEW_CONCEPT in kinds:
+            galleries[Kind.NEW_CONCEPT] = Gallery(features, self.pairs.labels(labelled))
+        return galleries
+
+    def _leave_one_out(self) -> float:
+        """How often a real picture's nearest *other* real picture shows the same concept, in another style."""
+        gallery = self.galleries[Kind.TRAINED]
+        return gallery.leave_one_out().float().mean().item()
+
+    def _frequencies(self) -> TokenFrequencies:
+        trained = self.pairs.of_kind(Kind.TRAINED)
+        return count_tokens(
+            lambda numbers: self.subject.clean_batch(self.pairs.captions(numbers), self.codes[list(numbers)]),
+            trained,
+            self.subject.spec,
+            image_vocab_size=self.subject.config.image_tokenizer.codebook_size,
+            text_vocab_size=self.subject.text_tokenizer.vocab_size,
+        )
+
+    def _names(self, said: list[str], numbers: list[int]) -> dict[str, float]:
+        """How often a caption names the right concept, and the right style, whatever else it says."""
+        pairs = [self.pairs.pairs[number] for number in numbers]
+        if not all(pair.concept_name and pair.style_name for pair in pairs):
+            return {}
+        texts = [normalise(text) for text in said]
+        return {
+            "concept": _mean([normalise(p.concept_name) in text for p, text in zip(pairs, texts, strict=True)]),
+            "style": _mean([normalise(p.style_name) in text for p, text in zip(pairs, texts, strict=True)]),
+        }
+
+
+def _mean(answers: list[bool]) -> float:
+    return sum(answers) / len(answers)
+
+
+def _share(hits: Tensor, num_prompts: int) -> dict[str, Any]:
+    """A share with its interval, for which samples of one prompt count as one answer: they are much alike."""
+    share = hits.float().mean().item()
+    return {"share": share, "interval": wilson_interval(share, num_prompts), "prompts": num_prompts}
+
+
+def _caption_entry(score: CaptionScore) -> dict[str, Any]:
+    return dataclasses.asdict(score) | {"exact_match_interval": wilson_interval(score.exact_match, score.count)}
+
+
+def _short(figures: dict[str, Any]) -> str:
+    """Nested figures on one line, for the log."""
+    parts = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            parts.append(f"{name} [{_short(value)}]")
+        elif isinstance(value, float):
+            parts.append(f"{name} {value:.3f}")
+    return " ".join(parts)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vilg.errors import DataError, MissingPackageError
+from megatron_vilg.evaluate.caption_files import compare_captions, read_candidates, read_references
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_files_are_read(tmp_path: Path) -> None:
+    references = write(
+        tmp_path / "r.jsonl", {"id": 1, "captions": ["红色的熊", "一只熊"]}, "", {"id": "b", "captions": ["猫"]}
+    )
+    candidates = write(tmp_path / "c.jsonl", {"id": "b", "caption": "猫"}, {"id": 1, "caption": "熊"})
+    assert read_references(references) == {"1": ["红色的熊", "一只熊"], "b": ["猫"]}
+    assert read_candidates(candidates) == {"b": "猫", "1": "熊"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "c.jsonl:1: not JSON"),
+        ("[1]", 'c.jsonl:1: needs an object with "id"'),
+        ('{"caption": "熊"}', 'c.jsonl:1: needs an object with "id"'),
+        ('{"id": 1, "captions": ["熊"]}', 'c.jsonl:1: needs "caption", a text, got None'),
+        ('{"id": 1, "caption": "熊"}\n{"id": "1", "caption": "猫"}', "c.jsonl:2: id '1' stands here a second time"),
+        ("", "c.jsonl: no captions in it"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_candidates(write(tmp_path / "c.jsonl", line))
+    assert message in str(caught.value)
+
+
+def test_references_need_captions(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r'r.jsonl:1: needs "captions", a list with at least one text, got \[\]'):
+        read_references(write(tmp_path / "r.jsonl", {"id": 1, "captions": []}))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.jsonl: cannot be read"):
+        read_candidates(tmp_path / "none.jsonl")
+
+
+def test_ids_must_agree() -> None:
+    with pytest.raises(DataError, match=r"1 without a candidate \['a'\], 1 without a reference \['b'\]"):
+        compare_captions({"a": ["熊"]}, {"b": "熊"})
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "pycocoevalcap"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    with pytest.raises(MissingPackageError, match=r"megatron_vilg\[eval\]"):
+        compare_captions({"a": ["熊"]}, {"a": "熊"})
+
+
+def test_scores_with_the_library() -> None:
+    pytest.importorskip("pycocoevalcap")
+    references = {"a": ["推特扁平风格的熊", "一只熊"], "b": ["立体三维风格的猫"], "c": ["黑色描边风格的船"]}
+    perfect = compare_captions(references, {key: texts[0] for key, texts in references.items()})
+    assert perfect["exact_match"] == perfect["char_f1"] == perfect["count"] / 3 == 1.0
+    assert perfect["bleu_4_char"] == pytest.approx(1.0, abs=1e-6)
+    assert perfect["rouge_l_char"] == pytest.approx(1.0)
+    mixed = compare_captions(references, {"a": "一只熊", "b": "立体三维风格的狗", "c": "鱼"})
+    assert mixed["exact_match"] == pytest.approx(1 / 3)
+    assert mixed["char_f1"] == pytest.approx((1 + 7 / 8 + 0) / 3)
+    assert 0.0 < mixed["rouge_l_char"] < perfect["rouge_l_char"]
+    assert 0.0 < mixed["bleu_4_char"] < 1.0
+    assert mixed["cider_char"] < perfect["cider_char"]

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_vilg.evaluate.demo_report import Report, make_report, write_report
+from megatron_vilg.evaluate.subject import EvaluationSettings
+from tests.evaluate.toy_world import CONCEPTS, SIDE, STYLES, UNSEEN, Flat, toy_pairs, toy_subject
+
+SETTINGS = EvaluationSettings(seed=5, shown_prompts=2, shown_captions=3, shown_samples=2)
+NUM_TRAINED = len(CONCEPTS) * len(STYLES) - len(UNSEEN)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    pairs = toy_pairs()
+    return make_report(toy_subject(pairs), pairs, Flat(), SETTINGS, seconds={"train": 12.0}, credits=["Toy (MIT)"])
+
+
+def test_all_promised_keys_are_there(report: Report) -> None:
+    figures = report.figures
+    for name in ("ce", "ce_unseen"):
+        assert set(figures[name]) == {"text_to_image", "image_to_text"}
+        assert all(set(test) == {"right", "shuffled", "unigram"} for test in figures[name].values())
+    for kind in ("trained", "unseen"):
+        assert {"exact_match", "char_f1"} <= set(figures["caption"][kind])
+        assert "r_at_1" in figures["retrieval"][kind]
+        assert isinstance(figures["style"][kind], float)
+    assert isinstance(figures["caption"]["chance"], float)
+    for name in ("retrieval", "style"):
+        assert {"chance", "ceiling"} <= set(figures[name])
+    assert {"l1", "psnr"} <= set(figures["reconstruction"])
+    assert figures["seconds"] == {"train": 12.0}
+    assert figures["seed"] == 5
+    assert figures["config"]["image_tokenizer"]["image_size"] == toy_pairs().picture(0).width
+    assert "torch" in figures["versions"]
+    assert figures["counts"] == {
+        "trained": NUM_TRAINED, "unseen": 3, "held_out_concepts": 0, "concepts": 4, "styles": 3,
+    }  # fmt: skip
+
+
+def test_a_model_that_knows_its_pairs_by_heart(report: Report) -> None:
+    figures = report.figures
+    assert figures["retrieval"]["trained"]["r_at_1"] == figures["style"]["trained"] == 1.0
+    assert figures["retrieval"]["ceiling"] == figures["style"]["ceiling"] == 1.0
+    # Forgotten prompts are all drawn as the same picture, which shows a fourth concept.
+    assert figures["retrieval"]["unseen"]["r_at_1"] < 0.5
+    assert figures["retrieval"]["chance"] == pytest.approx(1 / len(CONCEPTS))
+    assert figures["style"]["chance"] == pytest.approx(1 / len(STYLES))
+    assert figures["caption"]["trained"] == {
+        "exact_match": 1.0, "char_f1": 1.0, "count": NUM_TRAINED, "concept": 1.0, "style": 1.0,
+        "exact_match_interval": pytest.approx((0.7009, 1.0), abs=1e-4),
+    }  # fmt: skip
+    assert figures["caption"]["unseen"]["exact_match"] == 0.0
+    assert figures["caption"]["unseen"]["char_f1"] == 0.0, "it says nothing"
+    # Nine of the twelve true captions are in the pool, each once.
+    assert figures["caption"]["chance"] == pytest.approx(9 / 12 / 9)
+    assert figures["reconstruction"]["l1"] < 1e-4
+    assert figures["reconstruction"]["psnr"] > 60
+
+
+def test_cross_entropy_tells_right_from_wrong_conditions(report: Report) -> None:
+    for name in ("ce", "ce_unseen"):
+        for test in report.figures[name].values():
+            assert test["right"] < test["shuffled"]
+    right = math.log(math.exp(3.0) + SIDE * SIDE - 1) - 3.0
+    assert report.figures["ce"]["text_to_image"]["right"] == pytest.approx(right, abs=1e-5)
+
+
+def test_same_seed_same_files(report: Report, tmp_path: Path) -> None:
+    pairs = toy_pairs()
+    again = make_report(toy_subject(pairs), pairs, Flat(), SETTINGS, seconds={"train": 12.0}, credits=["Toy (MIT)"])
+    write_report(report, tmp_path / "a")
+    write_report(again, tmp_path / "b")
+    for name in ("report.json", "report.png", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert not list((tmp_path / "a").glob("*.partial"))
+
+
+def test_written_report_can_be_read(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    figures = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert figures["retrieval"]["trained"]["r_at_1"] == 1.0
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.width > 1000
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Toy (MIT)" in page
+    assert "扁平风格的" in page
+    assert "http" not in page, "the page needs no other file"
+    # Two groups of two prompts with two samples, and three captions each.
+    assert page.count("data:image/png;base64,") == 2 * (2 * 4) + 2 * 3
+
+
+def test_shown_pictures_carry_the_verdict(report: Report) -> None:
+    trained, unseen = report.view.groups
+    assert all(sample.concept and sample.style for prompt in trained.prompts for sample in prompt.samples)
+    assert not all(sample.concept for prompt in unseen.prompts for sample in prompt.samples)
+    assert all(item.is_right for item in trained.captions)
+    assert not any(item.is_right for item in unseen.captions)
+    assert len(trained.prompts) == 2 and len(trained.prompts[0].samples) == 2 and len(trained.captions) == 3
+
+
+def test_pairs_without_concepts_are_reported_without_verdicts(tmp_path: Path) -> None:
+    pairs = toy_pairs(with_labels=False)
+    report = make_report(toy_subject(pairs), pairs, Flat(), SETTINGS)
+    assert report.figures["retrieval"] is None and report.figures["style"] is None
+    assert report.figures["caption"]["trained"]["exact_match"] == 1.0
+    assert report.view.groups[0].prompts[0].samples[0].concept is None
+    write_report(report, tmp_path, with_page=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.png"}
