@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,8 @@ FOLD_FROM_SIDE = 16
 
 def choose_implementation(requested: str, image_side: int) -> tuple[Implementation, str]:
     """The implementation that ``ops.attention`` stands for here, and the reason, for the log."""
-    if requested == "dense" or requested == "sdpa" or requested == "fold":
-        return requested, "asked for"
+    if requested in get_args(Implementation):
+        return cast(Implementation, requested), "asked for"
     if image_side >= FOLD_FROM_SIDE:
         return "fold", f"model.image_side={image_side} >= {FOLD_FROM_SIDE}"
     return "dense", f"model.image_side={image_side} < {FOLD_FROM_SIDE}"

@@ -32,7 +32,8 @@ def layer_patterns(num_layers: int, pattern: Literal["paper", "full"]) -> tuple[
     Source: paper section 3.1.2; the index base is DALL-E's (appendix B.1).
     """
     if pattern == "full":
-        return ("full",) * num_layers
+        full: tuple[Pattern, ...] = ("full",)
+        return full * num_layers
     kinds: list[Pattern] = ["column" if i % 4 == 2 else "row" for i in range(1, num_layers + 1)]
     kinds[-1] = "conv"
     return tuple(kinds)

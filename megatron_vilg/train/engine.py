@@ -104,7 +104,7 @@ class NativeEngine:
         skipped = (~torch.isfinite(norm + totals[0])).float()
         set_learning_rate(self.optimizer, learning_rate(self.step, run.optim, run.train.num_steps))
         # The fused kernel leaves everything as it is when this flag is 1, without asking the host.
-        self.optimizer.found_inf = skipped
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -130,10 +130,10 @@ class NativeEngine:
             piece = batch.slice(start, start + size)
             text_ids, image_ids, text_len = piece.rows()
             with self._autocast():
-                output = self.model(text_ids, image_ids, text_len=text_len)
-            result = pair_loss(*output, targets[start : start + size], counts, self.run.loss)
+                image_logits, text_logits = self.model(text_ids, image_ids, text_len=text_len)
+            result = pair_loss(image_logits, text_logits, targets[start : start + size], counts, self.run.loss)
             if backward:
-                result.loss.backward()  # type: ignore[no-untyped-call]
+                result.loss.backward()
             totals += torch.stack([result.loss.detach(), result.image_ce, result.text_ce])
         return totals
 
