@@ -36,6 +36,7 @@ class Verb:
 
 VERBS: tuple[Verb, ...] = (
     Verb("config", "megatron_vilg.cli.config", "print every option, its value, where it came from, its meaning", True),
+    Verb("train-vqgan", "megatron_vilg.cli.train_vqgan", "train the image tokenizer", True),
     Verb("doctor", "megatron_vilg.cli.doctor", "say what this machine offers: versions, devices, disk, fonts"),
 )
 """All verbs, in the order of the help page."""

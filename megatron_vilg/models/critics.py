@@ -22,7 +22,7 @@ class PatchCritic(nn.Module):
         width = channels
         for target, stride in ((2 * channels, 2), (4 * channels, 2), (8 * channels, 1)):
             parts.append(nn.Conv2d(width, target, 4, stride=stride, padding=1, bias=False))
-            parts += [nn.BatchNorm2d(target), nn.LeakyReLU(0.2)]
+            parts += [nn.BatchNorm2d(target, track_running_stats=False), nn.LeakyReLU(0.2)]
             width = target
         parts.append(nn.Conv2d(width, 1, 4, padding=1))
         self.layers = nn.Sequential(*parts)

@@ -30,7 +30,7 @@ class Quantised:
 
 @dataclass(frozen=True, slots=True)
 class CodebookUse:
-    """How one batch used the codebook."""
+    """How a set of vectors used the codebook."""
 
     used: float
     """Share of the codes that occur."""
@@ -38,11 +38,10 @@ class CodebookUse:
     """Exponential of the entropy of the code frequencies: 1 (one code) to K (all equally often)."""
 
 
-def codebook_use(ids: Tensor, codebook_size: int) -> CodebookUse:
-    """Statistics of code ids of any shape."""
-    counts = torch.bincount(ids.flatten(), minlength=codebook_size).double()
-    share = counts[counts > 0] / counts.sum().clamp(min=1)
-    entropy = -(share * share.log()).sum()
+def codebook_use(counts: Tensor) -> CodebookUse:
+    """Statistics from how often each of the K codes was used, int64 [K]."""
+    share = counts.double() / counts.sum().clamp(min=1)
+    entropy = -torch.xlogy(share, share).sum()
     return CodebookUse(used=float((counts > 0).double().mean()), perplexity=float(entropy.exp()))
 
 

@@ -1,0 +1,68 @@
+"""``vilg train-vqgan``: train the image tokenizer of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vilg.cli.options import add_config_options, run_config_from_args
+from megatron_vilg.errors import ConfigError
+from megatron_vilg.log import get_logger
+
+if TYPE_CHECKING:
+    import torch
+
+_log = get_logger(__name__)
+
+EXIT_STOPPED = 130
+"""A signal stopped the run after a step; it can be gone on with."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the options."""
+    parser = subparsers.add_parser(
+        "train-vqgan",
+        help="train the image tokenizer",
+        description="Train the image tokenizer on pictures. Again with the same --out: goes on where it stopped.",
+        epilog="example: vilg train-vqgan --preset demo --data data/emoji --out runs/demo "
+        "image_tokenizer_train.num_steps=700",
+    )
+    add_config_options(parser)
+    parser.add_argument("--data", metavar="D", required=True, help="folder, .jsonl file or tar shards with pairs")
+    parser.add_argument(
+        "--out", metavar="RUN", type=Path, required=True, help="run folder; RUN/image_tokenizer is written"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; the exit code is 0 only when the tokenizer is complete."""
+    config = run_config_from_args(args)
+    from megatron_vilg.data.pixels import read_train_and_held_out
+    from megatron_vilg.train.vqgan import train_image_tokenizer
+
+    device = _device(args.device)
+    size = config.image_tokenizer.image_size
+    train, held_out = read_train_and_held_out(args.data, size, max_bad_share=config.data.max_bad_share)
+    if held_out is None:
+        _log.warning("%s has no split besides train: quality is measured on training pictures", args.data)
+        held_out = train
+    _log.info("%d training pictures, %d to measure on, %d px", len(train), len(held_out), size)
+    quality = train_image_tokenizer(config, train, held_out, args.out / "image_tokenizer", device=device)
+    return 0 if quality is not None else EXIT_STOPPED
+
+
+def _device(name: str) -> torch.device:
+    """The device that ``--device`` names."""
+    import torch
+
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        _log.info("device: %s (torch %s a GPU)", found, "sees" if found == "cuda" else "does not see")
+        return torch.device(found)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError([f"--device={name}: torch cannot use it ({error}). Works: auto, cpu"]) from error

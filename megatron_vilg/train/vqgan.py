@@ -1,0 +1,273 @@
+"""Stage one: training the image tokenizer, from pictures to a folder that ``load_image_tokenizer`` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vilg.checkpoint.files import PARTIAL, with_suffix
+from megatron_vilg.checkpoint.image_tokenizer import KIND, load_image_tokenizer, save_image_tokenizer
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
+from megatron_vilg.config.schema import CheckpointConfig, RunConfig
+from megatron_vilg.data.images import to_image
+from megatron_vilg.errors import CheckpointError, TrainingError
+from megatron_vilg.log import get_logger
+from megatron_vilg.models.quantizer import codebook_use
+from megatron_vilg.models.vqgan import VQGAN
+from megatron_vilg.train.codebook_watch import CodebookWatch
+from megatron_vilg.train.metrics import Column, MetricWriter
+from megatron_vilg.train.pixel_source import PixelsInMemory, PixelSource
+from megatron_vilg.train.signals import StopSignals
+from megatron_vilg.train.vqgan_engine import Phase, TokenizerEngine, TokenizerStep, first_quantised_step, phase_of
+
+log = get_logger(__name__)
+
+WORK_NAME = "image_tokenizer_training"
+"""Folder beside the result with checkpoints, metrics and sample pictures."""
+MAX_EVALUATED = 256
+"""Held-out pictures that are measured."""
+PICTURES_SHOWN = 8
+"""Pictures per row of a sample sheet."""
+EVALUATION_BATCH = 32
+
+COLUMNS = (
+    Column("loss/pixel(l1)", "l1"),
+    Column("loss/edge(l1)", "edge"),
+    Column("loss/perceptual", "perc"),
+    Column("codebook/used(share)", "used", ".2f"),
+    Column("codebook/perplexity", "perplexity", ".0f"),
+    Column("codebook/revived", "revived", ".0f"),
+    Column("critic/open(0-1)", "critic", ".0f"),
+    Column("reconstruction/psnr(dB)", "dB", ".2f"),
+    Column("throughput(images/s)", "images/s", ".1f"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """How well a tokenizer gives pictures back."""
+
+    l1: float
+    """Mean absolute pixel error, pixels in [0, 1]."""
+    psnr: float
+    """Peak signal-to-noise ratio in dB, mean over pictures."""
+    used: int
+    """Codes that occur at all."""
+
+
+@torch.no_grad()
+def measure_reconstruction(tokenizer: VQGAN, pixels: Tensor) -> Reconstruction:
+    """Encode and decode uint8 pictures [n, 3, S, S] in full precision."""
+    device = tokenizer.codebook.device
+    errors, ratios = [], []
+    counts = torch.zeros(len(tokenizer.codebook), dtype=torch.int64, device=device)
+    for part in pixels.split(EVALUATION_BATCH):
+        target = part.to(device).float() / 127.5 - 1.0
+        ids = tokenizer.encode(target)
+        difference = 0.5 * (tokenizer.decode(tokenizer.lookup(ids)).clamp(-1.0, 1.0) - target)
+        errors.append(difference.abs().mean(dim=(1, 2, 3)))
+        ratios.append(-10.0 * difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10())
+        counts += torch.bincount(ids.flatten(), minlength=len(counts))
+    return Reconstruction(
+        l1=float(torch.cat(errors).mean()),
+        psnr=float(torch.cat(ratios).mean()),
+        used=int((counts > 0).sum()),
+    )
+
+
+@torch.no_grad()
+def sample_sheet(tokenizer: VQGAN, pixels: Tensor) -> Tensor:
+    """Pictures above their reconstructions: uint8 [n, 3, S, S] to float32 [3, 2 S, n S] in [-1, 1]."""
+    target = pixels.to(tokenizer.codebook.device).float() / 127.5 - 1.0
+    output = tokenizer.decode(tokenizer.lookup(tokenizer.encode(target))).clamp(-1.0, 1.0)
+    return torch.cat([torch.cat(list(row), dim=2) for row in (target, output)], dim=1).cpu()
+
+
+def train_image_tokenizer(
+    run: RunConfig,
+    source: PixelSource | Tensor,
+    held_out: Tensor,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+) -> Reconstruction | None:
+    """Train until ``image_tokenizer_train.num_steps``, from the newest checkpoint beside ``out`` if there is one.
+
+    Every step is a function of (seed, step) and of the weights before it, so a resumed run repeats a straight one.
+
+    Args:
+        run: configuration; image_tokenizer, image_tokenizer_train, data.view_* and log are used.
+        source: training pictures: uint8 [n, 3, S, S], which stay in memory, or any :class:`PixelSource`.
+        held_out: uint8 [m, 3, S, S], m >= 1; the first 256 are measured, the first 8 shown.
+        out: folder of the finished tokenizer. Checkpoints (two), metrics.jsonl, tensorboard/ and samples/ go to
+            ``image_tokenizer_training`` beside it.
+        device: where to train.
+
+    Returns:
+        Quality on held-out pictures; None when a signal stopped the run (the step is saved).
+
+    Raises:
+        TrainingError: too many steps in a row were not finite.
+        CheckpointError: the checkpoints beside ``out`` belong to another model or other pictures.
+        MissingPackageError: the perceptual network's package is not installed.
+    """
+    if run.train.num_threads:
+        torch.set_num_threads(run.train.num_threads)
+    options = run.image_tokenizer_train
+    pixels = PixelsInMemory(source, run) if isinstance(source, Tensor) else source
+    held_out = held_out[:MAX_EVALUATED]
+    work = out.with_name(WORK_NAME)
+    checkpointer = Checkpointer(work / "checkpoints", CheckpointConfig(every=options.checkpoint_every))
+    identity = _identity(run, pixels)
+    done = _finished(out, identity, options.num_steps)
+    if done is not None:
+        log.info("%s is already trained", out)
+        return measure_reconstruction(done.to(device), held_out)
+    engine = TokenizerEngine(run, device)
+    step = _loop(run, engine, pixels, held_out, identity, checkpointer, work)
+    if step < options.num_steps:
+        return None
+    quality = measure_reconstruction(engine.model, held_out)
+    save_image_tokenizer(engine.model, out, step=step, extra=_facts(identity, quality))
+    log.info("%s: held-out l1 %.4f, %.2f dB, %d codes in use", out, quality.l1, quality.psnr, quality.used)
+    return quality
+
+
+def _loop(
+    run: RunConfig,
+    engine: TokenizerEngine,
+    source: PixelSource,
+    held_out: Tensor,
+    identity: Manifest,
+    checkpointer: Checkpointer,
+    work: Path,
+) -> int:
+    """Resume, train until the end or a signal; return the finished steps, which are saved."""
+    options = run.image_tokenizer_train
+    step = _resume(engine, checkpointer, identity)
+    tokens, skipped_in_row = options.batch_size * run.image_tokenizer.grid_side**2, 0
+    watch = CodebookWatch(run.image_tokenizer.codebook_size)
+    log_options = dataclasses.replace(run.log, every=options.log_every)
+    writer = MetricWriter(
+        work, log_options, num_steps=options.num_steps, start_step=step, columns=COLUMNS, items="images"
+    )
+    with StopSignals() as stop, writer:
+        while step < options.num_steps and not stop.requested:
+            if step == first_quantised_step(options):
+                engine.start_codebook(source)
+                log.info("step %d: the codebook starts at the k-means centres of encoder outputs", step)
+            with writer.loading():
+                batch = source.batch(step)
+            result = engine.train_step(step, batch)
+            step += 1
+            writer.count(items=len(batch), tokens=tokens)
+            skipped_in_row = 0 if result.finite else skipped_in_row + 1
+            if skipped_in_row >= run.train.max_skipped_in_row:
+                raise TrainingError(_complaint(run, step))
+            shows = step % options.picture_every == 0 or step == options.num_steps
+            if writer.due(step) or shows:
+                writer.log(step, _metrics(engine, result, watch, step, held_out if shows else None))
+            if shows:
+                _show(engine.model, held_out, writer, work, step)
+            if step % options.checkpoint_every == 0 or step == options.num_steps or stop.requested:
+                checkpointer.save(step, engine.state_dict(), dataclasses.replace(identity, step=step))
+    if stop.received is not None:
+        log.info("stopped by %s after step %d; the same command goes on from there", stop.received.name, step)
+    return step
+
+
+def _identity(run: RunConfig, source: PixelSource) -> Manifest:
+    """What a checkpoint must agree with, and what a difference is only reported for."""
+    options = dataclasses.asdict(run.image_tokenizer_train)
+    views = {name: value for name, value in dataclasses.asdict(run.data).items() if name.startswith("view_")}
+    return Manifest(
+        kind=KIND,
+        model=json.loads(json.dumps(dataclasses.asdict(run.image_tokenizer))),
+        image_vocab_size=run.image_tokenizer.codebook_size,
+        counters={"pictures": source.fingerprint, "options": json.dumps(options | views, sort_keys=True)},
+    )
+
+
+def _facts(identity: Manifest, quality: Reconstruction) -> dict[str, int | float | str]:
+    return {**identity.counters, "l1(0..1)": quality.l1, "psnr(dB)": quality.psnr, "codes_used": quality.used}
+
+
+def _finished(out: Path, identity: Manifest, num_steps: int) -> VQGAN | None:
+    """The tokenizer in ``out`` if it is the one that this run would make."""
+    if not (out / "manifest.json").is_file():
+        return None
+    found = read_manifest(out)
+    same = (found.kind, dict(found.model), found.step) == (identity.kind, dict(identity.model), num_steps)
+    facts = ("pictures", "options")
+    if not same or any(found.counters.get(name) != identity.counters[name] for name in facts):
+        return None
+    return load_image_tokenizer(out)
+
+
+def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manifest) -> int:
+    """Fill the engine from the newest sound checkpoint, if there is any; return the finished steps."""
+    path = checkpointer.latest()
+    if path is None:
+        return 0
+    found = read_sound_manifest(path)
+    dataclasses.replace(found, model=dict(found.model)).compare(identity, where=path)
+    if found.counters["pictures"] != identity.counters["pictures"]:
+        raise CheckpointError(
+            f"{path}: was trained on other pictures (SHA-256 {found.counters['pictures']}, "
+            f"now {identity.counters['pictures']}). Use the same data, or another output folder."
+        )
+    before, now = (json.loads(str(m.counters["options"])) for m in (found, identity))
+    for name in sorted(name for name in now if before.get(name) != now[name]):
+        log.warning("going on with %s=%s; the run so far used %s", name, now[name], before.get(name))
+    checkpointer.load(path, engine.state_dict())
+    log.info("resumed from %s: step %d", path, found.step)
+    return found.step
+
+
+def _metrics(
+    engine: TokenizerEngine, result: TokenizerStep, watch: CodebookWatch, step: int, held_out: Tensor | None
+) -> dict[str, float | Tensor]:
+    """One log line: the last step's losses, the codebook since the line before, held-out quality where asked for."""
+    values: dict[str, float | Tensor] = dict(result.losses)
+    values |= {"lr": engine.rate(step - 1), "step/skipped": engine.skipped}
+    values |= {
+        "critic/open(0-1)": engine.gate.is_open.float(),
+        "critic/pixel_error(0..1)": torch.nan_to_num(engine.gate.average),
+    }
+    if phase_of(step - 1, engine.options) is not Phase.CONTINUOUS and bool(engine.code_counts.sum()):
+        use = codebook_use(engine.code_counts)
+        values |= {"codebook/used(share)": use.used, "codebook/perplexity": use.perplexity}
+        values |= {"codebook/revived": float(engine.revived)}
+        watch.check(step, use, num_vectors=int(engine.code_counts.sum()))
+        engine.code_counts.zero_()
+        engine.revived.zero_()
+    if held_out is not None:
+        quality = measure_reconstruction(engine.model, held_out)
+        values |= {"reconstruction/psnr(dB)": quality.psnr, "reconstruction/l1(0..1)": quality.l1}
+        values |= {"reconstruction/codes_used": float(quality.used)}
+    return values
+
+
+def _show(tokenizer: VQGAN, held_out: Tensor, writer: MetricWriter, work: Path, step: int) -> None:
+    """Pictures above their reconstructions, to tensorboard and to ``samples/``."""
+    sheet = sample_sheet(tokenizer, held_out[:PICTURES_SHOWN])
+    writer.images("reconstruction/held_out", (sheet[None] + 1.0) * 0.5, step)
+    path = work / "samples" / f"step-{step:08d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = with_suffix(path, PARTIAL)
+    to_image(sheet).save(partial, format="PNG")
+    partial.rename(path)
+
+
+def _complaint(run: RunConfig, step: int) -> str:
+    return (
+        f"train.max_skipped_in_row={run.train.max_skipped_in_row}: that many steps in a row, up to step {step}, were "
+        f"not finite. Lower image_tokenizer_train.lr={run.image_tokenizer_train.lr:g} or use "
+        "image_tokenizer_train.precision=fp32."
+    )

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
+from megatron_vilg.cli.main import EXIT_ERROR, main
+from tests.train.vqgan_case import SIZE, discs
+
+SMALL = [
+    f"image_tokenizer.image_size={SIZE}",
+    "image_tokenizer.channels=8",
+    "image_tokenizer.norm_groups=2",
+    "image_tokenizer.codebook_size=16",
+    "image_tokenizer.codebook_dim=4",
+    "image_tokenizer_train.num_steps=8",
+    "image_tokenizer_train.batch_size=4",
+    "image_tokenizer_train.warmup_steps=1",
+    "image_tokenizer_train.perceptual_weight=0",
+    "model.codebook_dim=4",
+    "model.conv_kernel=3",
+    "log.tensorboard=true",
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for index, pixels in enumerate(discs(6)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text("一个圆", encoding="utf-8")
+    return folder
+
+
+def test_command_trains_and_goes_on(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train-vqgan", "--preset", "demo", "--data", str(data), "--out", str(tmp_path / "run"), *SMALL]
+    assert main(command) == 0
+    assert load_image_tokenizer(tmp_path / "run" / "image_tokenizer").config.codebook_size == 16
+    work = tmp_path / "run" / "image_tokenizer_training"
+    assert json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
+    assert list((work / "tensorboard").iterdir()) and list((work / "samples").iterdir())
+    assert "no split besides train" in capsys.readouterr().err
+    assert main([*command, "--device", "cpu"]) == 0
+    assert "is already trained" in capsys.readouterr().err
+
+
+def test_unknown_device_is_named(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--preset", "demo", "--data", str(data), "--out", str(tmp_path), "--device", "abacus"]
+    assert main(["train-vqgan", *arguments]) == EXIT_ERROR
+    error = capsys.readouterr().err
+    assert "--device=abacus" in error and "Works: auto, cpu" in error
