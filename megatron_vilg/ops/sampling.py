@@ -25,8 +25,8 @@ def sample_uniforms(seed: int, streams: Sequence[tuple[int, int]], count: int) -
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: ``unconditional + scale * (conditional - unconditional)``, on logits."""
-    return torch.lerp(unconditional, conditional, scale)
+    """Classifier-free guidance: ``unconditional + scale * (conditional - unconditional)``, logits in fp32."""
+    return torch.lerp(unconditional.float(), conditional.float(), scale)
 
 
 def sample(logits: Tensor, settings: SampleConfig, uniform: Tensor) -> Tensor:

@@ -1,0 +1,144 @@
+"""Find and read what drawing and captioning need, in a run folder or an exported one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_vilg.checkpoint.export import WEIGHTS_NAME, load_model_folder
+from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
+from megatron_vilg.checkpoint.weights import load_model_weights
+from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
+from megatron_vilg.config.schema import ModelConfig, RunConfig
+from megatron_vilg.data.text import TextTokenizer
+from megatron_vilg.errors import CheckpointError, ConfigError, DataError
+from megatron_vilg.log import get_logger
+from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.attention import choose_implementation
+
+log = get_logger(__name__)
+
+MODEL_KIND = "pretrain"
+EXPORT_FOLDER, CHECKPOINT_FOLDER = "export", "checkpoints"
+TEXT_TOKENIZER_FOLDER, IMAGE_TOKENIZER_FOLDER = "text_tokenizer", "image_tokenizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A generator and what belongs to it, on one device."""
+
+    model: ViLG
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer
+    config: RunConfig
+    source: Path
+    """The exported folder or checkpoint that the weights came from."""
+    step: int
+    """Optimizer steps behind the weights."""
+
+
+def load_parts(path: Path, device: torch.device) -> Parts:
+    """Read a run folder (its export if there is one, else its newest checkpoint) or an exported folder.
+
+    Raises:
+        CheckpointError: nothing of that kind is there, or it is incomplete, damaged, or does not fit together.
+    """
+    source = find_weights(path)
+    folders = [source, path] if source != path else [path]
+    if path.name == EXPORT_FOLDER:
+        folders.append(path.resolve().parent)
+    manifest = read_manifest(source)
+    if manifest.kind != MODEL_KIND:
+        raise CheckpointError(f"{source}: holds {manifest.kind!r}, not a generator ({MODEL_KIND!r}); name a run folder")
+    newest = max(Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).steps(), default=0)
+    if newest > manifest.step:
+        log.warning("%s holds step %d, but there is a checkpoint of step %d", source, manifest.step, newest)
+    config = _read_config(source if (source / RUN_FILE).is_file() else path, manifest)
+    try:
+        text_tokenizer = TextTokenizer.load(_beside(folders, TEXT_TOKENIZER_FOLDER))
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    image_tokenizer = load_image_tokenizer(_beside(folders, IMAGE_TOKENIZER_FOLDER))
+    _check_fit(source, config.model, text_tokenizer, image_tokenizer)
+    model = _load_model(source, config, device)
+    return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step)
+
+
+def find_weights(path: Path) -> Path:
+    """The exported folder or the checkpoint to read for ``path``.
+
+    Raises:
+        CheckpointError: there is neither; says what was looked for.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; name a run folder (`vilg train --out RUN`) or an exported one")
+    for folder in (path, path / EXPORT_FOLDER):
+        if (folder / WEIGHTS_NAME).is_file():
+            return folder
+    newest = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).latest()
+    if newest is None:
+        raise CheckpointError(
+            f"{path}: no generator here. Looked for {WEIGHTS_NAME}, {EXPORT_FOLDER}/{WEIGHTS_NAME} and a complete "
+            f"{CHECKPOINT_FOLDER}/step-*; name a run folder (`vilg train --out RUN`) or an exported one"
+        )
+    return newest
+
+
+def _read_config(folder: Path, manifest: Manifest) -> RunConfig:
+    """The configuration, with the model's sizes as the manifest of the weights states them."""
+    try:
+        config = read_run_folder_config(folder)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: its configuration cannot be read: {error}") from error
+    try:
+        return replace(config, model=ModelConfig(**manifest.model)) if manifest.model else config
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its manifest does not fit this version of the package: {error}") from error
+
+
+def _beside(folders: list[Path], name: str) -> Path:
+    """The first ``folder / name`` that exists."""
+    for folder in folders:
+        if (folder / name).is_dir():
+            return folder / name
+    raise CheckpointError(
+        f"{folders[0]}: the generator's {name} is missing; looked for "
+        f"{', '.join(str(folder / name) for folder in folders)}. Copy it there from the run"
+    )
+
+
+def _check_fit(source: Path, model: ModelConfig, text: TextTokenizer, image: ImageTokenizer) -> None:
+    pairs = (
+        ("text tokens", model.text_vocab_size, "text tokenizer", text.vocab_size),
+        ("image codes", model.image_vocab_size, "image tokenizer", image.config.codebook_size),
+        ("codes per row", model.image_side, "image tokenizer", image.config.grid_side),
+    )
+    wrong = [
+        f"{what}: the model has {mine}, the {owner} has {theirs}"
+        for what, mine, owner, theirs in pairs
+        if mine != theirs
+    ]
+    if wrong:
+        raise CheckpointError(f"{source}: the tokenizers are not those of the model: " + "; ".join(wrong))
+
+
+def _load_model(source: Path, config: RunConfig, device: torch.device) -> ViLG:
+    implementation, reason = choose_implementation(config.ops.attention, config.model.image_side)
+    log.info("attention over whole rows: %s (%s); decoding: one cache per pattern", implementation, reason)
+    with torch.device("meta"):
+        model = ViLG(config.model, implementation)
+    model.to_empty(device=device)
+    if (source / WEIGHTS_NAME).is_file():
+        _, state = load_model_folder(source)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{source}: weights do not fit the configuration beside them: {error}") from error
+    else:
+        load_model_weights(source, model.state_dict())
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,238 @@
+"""Text to pictures and pictures to text with everything a run left behind: one object, a few calls."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_vilg.config.schema import RunConfig, SampleConfig
+from megatron_vilg.data.images import load_pixels, to_image
+from megatron_vilg.data.text import TextTokenizer
+from megatron_vilg.errors import DataError
+from megatron_vilg.generate import rerank
+from megatron_vilg.generate.caption import GREEDY, caption_ids
+from megatron_vilg.generate.load import load_parts
+from megatron_vilg.generate.text_to_image import Progress, draw_ids
+from megatron_vilg.log import get_logger
+from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.models.vilg import ViLG
+
+log = get_logger(__name__)
+
+Picture = Image.Image | Path | str
+"""A picture, or the path of one."""
+Precision = Literal["fp32", "bf16"]
+
+_DECODE_BATCH = 64
+"""Pictures that pass the image tokenizer at a time."""
+
+
+class Pipeline:
+    """A generator with its two tokenizers. Shapes: B prompts, n pictures of each, L text slots, N codes, S pixels.
+
+    Args:
+        model: the generator, on the device where everything is computed.
+        text_tokenizer: captions to ids and back.
+        image_tokenizer: pixels to codes and back, on the same device.
+        config: resolved configuration; ``config.sample`` are the default settings.
+        precision: arithmetic of the generator's matrix products.
+    """
+
+    def __init__(
+        self,
+        model: ViLG,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: ImageTokenizer,
+        config: RunConfig,
+        *,
+        precision: Precision = "fp32",
+    ) -> None:
+        self.model = model
+        self.text_tokenizer = text_tokenizer
+        self.image_tokenizer = image_tokenizer
+        self.config = config
+        self.precision = precision
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, path: Path | str, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> Pipeline:
+        """Read a run folder (its export if there is one, else its newest checkpoint) or an exported folder.
+
+        Raises:
+            CheckpointError: nothing of that kind is there, or it is incomplete, damaged, or does not fit together.
+        """
+        parts = load_parts(Path(path), torch.device(device))
+        log.info("loaded %s (step %d)", parts.source, parts.step)
+        return cls(parts.model, parts.text_tokenizer, parts.image_tokenizer, parts.config, precision=precision)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts to ids int64 [B, L] and lengths [B]; what does not fit is cut, with a warning that says how much."""
+        slots = self.model.spec.num_text_slots
+        ids = torch.zeros(len(prompts), slots, dtype=torch.int64)
+        lengths = torch.zeros(len(prompts), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens = self.text_tokenizer.encode(prompt)
+            if len(tokens) > slots:
+                log.warning(
+                    "prompt %r has %d tokens, the model has %d text slots: the last %d are cut (%r)",
+                    prompt,
+                    len(tokens),
+                    slots,
+                    len(tokens) - slots,
+                    self.text_tokenizer.decode(tokens[slots:]),
+                )
+            kept = tokens[:slots]
+            ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
+            lengths[row] = len(kept)
+        return ids.to(self.device), lengths.to(self.device)
+
+    def draw_ids(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_images: int = 1,
+        settings: SampleConfig | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        image_prefix: Tensor | None = None,
+        first_prompt: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Codes of ``num_images`` pictures for each prompt: int64 [B, n, N]. See ``text_to_image.draw_ids``."""
+        text_ids, text_len = self.encode_prompts(prompts)
+        with self._arithmetic():
+            return draw_ids(
+                self.model,
+                text_ids,
+                text_len,
+                settings or self.config.sample,
+                num_images=num_images,
+                seed=seed,
+                max_batch=max_batch,
+                image_prefix=image_prefix,
+                first_prompt=first_prompt,
+                progress=progress,
+            )
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_images: int = 1,
+        settings: SampleConfig | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[Image.Image]:
+        """Pictures: all of the first prompt, then all of the second, and so on."""
+        ids = self.draw_ids(
+            prompts, num_images=num_images, settings=settings, seed=seed, max_batch=max_batch, progress=progress
+        )
+        return [to_image(pixels) for pixels in self.decode(ids.flatten(0, 1))]
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Codes [..., N] to pixels float32 [..., 3, S, S] in [-1, 1]."""
+        flat = ids.reshape(-1, ids.shape[-1]).to(self.device)
+        parts = [self.image_tokenizer.decode(self.image_tokenizer.lookup(part)) for part in flat.split(_DECODE_BATCH)]
+        size = self.image_tokenizer.config.image_size
+        pixels = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self.device)
+        return pixels.clamp(-1.0, 1.0).unflatten(0, ids.shape[:-1])
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Picture]) -> Tensor:
+        """Pictures (the largest centred square of each) to codes int64 [B, N].
+
+        Raises:
+            DataError: a file is missing or no picture.
+        """
+        size = self.image_tokenizer.config.image_size
+        parts = []
+        for first in range(0, len(images), _DECODE_BATCH):
+            pixels = torch.cat([_pixels(image, size) for image in images[first : first + _DECODE_BATCH]])
+            parts.append(self.image_tokenizer.encode(pixels.to(self.device)))
+        if not parts:
+            return torch.empty(0, self.model.spec.num_image_tokens, dtype=torch.int64, device=self.device)
+        return torch.cat(parts)
+
+    def caption_ids(
+        self,
+        images: Sequence[Picture] | Tensor,
+        *,
+        settings: SampleConfig = GREEDY,
+        beam: int = 1,
+        length_penalty: float = 1.0,
+        seed: int = 0,
+        max_batch: int | None = None,
+    ) -> list[list[int]]:
+        """One caption for each picture (or row of codes [B, N]), as ids. See ``caption.caption_ids``."""
+        ids = images.to(self.device) if isinstance(images, Tensor) else self.encode_images(images)
+        with self._arithmetic():
+            return caption_ids(
+                self.model,
+                ids,
+                settings,
+                beam=beam,
+                length_penalty=length_penalty,
+                seed=seed,
+                max_batch=max_batch,
+            )
+
+    def caption(
+        self,
+        images: Sequence[Picture] | Tensor,
+        *,
+        settings: SampleConfig = GREEDY,
+        beam: int = 1,
+        length_penalty: float = 1.0,
+        seed: int = 0,
+        max_batch: int | None = None,
+    ) -> list[str]:
+        """One caption for each picture (or row of codes [B, N])."""
+        found = self.caption_ids(
+            images, settings=settings, beam=beam, length_penalty=length_penalty, seed=seed, max_batch=max_batch
+        )
+        return [self.text_tokenizer.decode(ids) for ids in found]
+
+    def caption_log_likelihood(self, ids: Tensor, prompts: Sequence[str], *, max_batch: int | None = None) -> Tensor:
+        """``log P(prompt | picture)`` in nats for codes [B, N] and their prompts: float32 [B]."""
+        text_ids, text_len = self.encode_prompts(prompts)
+        with self._arithmetic():
+            return rerank.caption_log_likelihood(
+                self.model, ids.to(self.device), text_ids, text_len, max_batch=max_batch
+            )
+
+    def rerank(self, ids: Tensor, prompts: Sequence[str], keep: int, *, max_batch: int | None = None) -> Tensor:
+        """Numbers of the ``keep`` pictures of [B, n, N] that fit their prompt best, best first: int64 [B, keep]."""
+        num_images = ids.shape[1]
+        each = [prompt for prompt in prompts for _ in range(num_images)]
+        scores = self.caption_log_likelihood(ids.flatten(0, 1), each, max_batch=max_batch)
+        return rerank.best_of(scores.view(-1, num_images), keep)
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+
+def _pixels(image: Picture, size: int) -> Tensor:
+    """A picture as float32 [1, 3, size, size] in [-1, 1], laid on white like pictures in training."""
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return load_pixels([buffer.getvalue()], size)
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise DataError(f"{image}: cannot be read ({error.strerror}); name a picture file") from error
+    try:
+        return load_pixels([data], size)
+    except DataError as error:
+        raise DataError(f"{image}: {error}") from error
