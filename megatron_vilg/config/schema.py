@@ -388,7 +388,7 @@ class RunConfig:
     """Sampling."""
 
     def resolve(self, *, text_vocab_size: int | None = None) -> RunConfig:
-        """Fill the zeros of ``model`` that other sections determine.
+        """Fill the zeros of ``model`` that other sections determine, and note the text tokenizer's true size.
 
         Args:
             text_vocab_size: size of the trained text tokenizer; without it a zero stays zero.
@@ -399,4 +399,5 @@ class RunConfig:
             image_vocab_size=self.model.image_vocab_size or self.image_tokenizer.codebook_size,
             text_vocab_size=self.model.text_vocab_size or text_vocab_size or 0,
         )
-        return dataclasses.replace(self, model=model)
+        text = dataclasses.replace(self.text_tokenizer, vocab_size=text_vocab_size or self.text_tokenizer.vocab_size)
+        return dataclasses.replace(self, model=model, text_tokenizer=text)

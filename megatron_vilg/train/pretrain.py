@@ -1,0 +1,207 @@
+"""Bidirectional pre-training: the loop, from a token cache to an exported model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vilg.checkpoint.export import save_model_folder
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.config.load import dump_run_config
+from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.data.loader import PairLoader
+from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.errors import TrainingError
+from megatron_vilg.log import get_logger
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.train.engine import Engine, StepResult, build_engine
+from megatron_vilg.train.metrics import MetricWriter
+from megatron_vilg.train.optim import learning_rate
+from megatron_vilg.train.signals import StopSignals
+
+log = get_logger(__name__)
+
+SampleHook = Callable[[ViLG, int, MetricWriter], None]
+"""Called with the model, the finished steps and the writer every ``train.sample_every`` steps."""
+
+
+def pretrain(
+    run: RunConfig,
+    cache: TokenCache,
+    out: Path,
+    *,
+    codebook: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    on_sample: SampleHook | None = None,
+) -> bool:
+    """Train until ``train.num_steps``, from the newest checkpoint in ``out`` if there is one.
+
+    Every step is a function of (seed, step) and of the weights before it, so a resumed run repeats a straight one.
+
+    Args:
+        run: resolved configuration.
+        cache: encoded pairs; the split ``train`` is learned, the other splits are measured.
+        out: run folder; ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``export/`` are written there.
+        codebook: float32 [K, C], needed when ``model.codebook_dim`` is not 0.
+        device: where to train.
+        on_sample: draws pictures and captions while training.
+
+    Returns:
+        True when the run is complete, False when a signal stopped it (the step is saved).
+    """
+    if run.train.num_threads:
+        torch.set_num_threads(run.train.num_threads)
+    engine = build_engine(run, device, codebook)
+    loader = PairLoader(cache, "train", run.data, run.model.spec, run.train.batch_size, run.train.seed)
+    held_out = {
+        split: PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed)
+        for split, num_pairs in cache.splits.items()
+        if split != "train" and num_pairs and run.train.eval_every
+    }
+    checkpointer = Checkpointer(out / "checkpoints", run.checkpoint)
+    identity = manifest_of(run, cache)
+    resume_latest(engine, checkpointer, identity)
+    first = engine.step
+    tokens_per_step = 2 * run.train.batch_size * run.model.spec.num_used
+    window = StepWindow(run.train.max_skipped_in_row)
+    with StopSignals() as stop, MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=first) as writer:
+        while engine.step < run.train.num_steps and not stop.requested:
+            with writer.loading():
+                batch = loader.batch(engine.step)
+            result = engine.train_step(batch)
+            step = engine.step
+            writer.count(items=len(batch), tokens=tokens_per_step)
+            window.add(batch.sample_ids, result)
+            measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
+            if writer.due(step) or measure:
+                values = window.read() | {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
+                if measure:
+                    values |= evaluate(engine, held_out, run.train.eval_pairs)
+                writer.log(step, values)
+            if on_sample and run.train.sample_every and step % run.train.sample_every == 0:
+                on_sample(engine.model, step, writer)
+            if step % run.checkpoint.every == 0 or step == run.train.num_steps or stop.requested:
+                checkpointer.save(step, engine.state_dict(), at_step(identity, run, step))
+    if stop.received is not None:
+        log.info("stopped by %s after step %d; the same command goes on from there", stop.received.name, engine.step)
+    if engine.step < run.train.num_steps:
+        return False
+    export(engine, run, out, identity)
+    return True
+
+
+def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
+    """What a checkpoint of this run must agree with."""
+    return Manifest(
+        kind="pretrain",
+        model=dataclasses.asdict(run.model),
+        stream=dataclasses.asdict(run.model.spec),
+        tokenizers={name: cache.settings[f"{name}_sha256"] for name in ("text_tokenizer", "image_tokenizer")},
+        text_vocab_size=run.model.text_vocab_size,
+        image_vocab_size=run.model.image_vocab_size,
+        layout={"tensor": run.parallel.tensor, "pipeline": run.parallel.pipeline},
+    )
+
+
+def at_step(identity: Manifest, run: RunConfig, step: int) -> Manifest:
+    """``identity`` after ``step`` finished steps."""
+    return dataclasses.replace(identity, step=step, samples_seen=step * run.train.batch_size)
+
+
+def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest) -> None:
+    """Fill the engine from the newest sound checkpoint, if there is any.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another configuration; both sides are printed.
+    """
+    path = checkpointer.latest()
+    if path is None:
+        return
+    manifest = checkpointer.load(path, engine.state_dict(), expected=identity)
+    engine.resume(manifest.step)
+    log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)
+
+
+def export(engine: Engine, run: RunConfig, out: Path, identity: Manifest) -> Path:
+    """Write ``out/export``: weights, configuration and both tokenizers in one folder to generate from."""
+    folder = save_model_folder(
+        out / "export",
+        dict(engine.export()),
+        dump_run_config(run),
+        at_step(identity, run, engine.step),
+        extra={name: out / name for name in ("text_tokenizer", "image_tokenizer") if (out / name).is_dir()},
+    )
+    log.info("exported to %s", folder)
+    return folder
+
+
+def evaluate(engine: Engine, loaders: dict[str, PairLoader], num_pairs: int) -> dict[str, float]:
+    """Cross-entropies on the first pairs of each held-out split, nothing noised or dropped."""
+    values: dict[str, float] = {}
+    for split, loader in loaders.items():
+        result = engine.eval_step(loader.clean_batch(list(range(min(num_pairs, len(loader))))))
+        values[f"{split}/text_to_image(nats/token)"] = float(result.image_ce)
+        values[f"{split}/image_to_text(nats/token)"] = float(result.text_ce)
+    return values
+
+
+class StepWindow:
+    """The steps since the last log line: their means, and the watch over steps that are not finite.
+
+    Results stay on the device until ``read``, so that steps in between need not wait for the host.
+    """
+
+    def __init__(self, max_skipped_in_row: int) -> None:
+        self._limit = max_skipped_in_row
+        self._steps: list[tuple[Tensor, StepResult]] = []
+        self._row: list[int] = []
+        self._row_steps = 0
+        self._skipped = 0
+
+    def add(self, sample_ids: Tensor, result: StepResult) -> None:
+        """Note one finished step."""
+        self._steps.append((sample_ids, result))
+
+    def read(self) -> dict[str, float]:
+        """Means over the finite steps since the last call; ``step/skipped`` counts since the start.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite; with their samples.
+        """
+        finite = []
+        for sample_ids, result in self._steps:
+            if float(result.skipped):
+                self._skipped += 1
+                self._row_steps += 1
+                self._row += sample_ids.tolist()
+                if self._row_steps >= self._limit:
+                    raise TrainingError(self._complaint())
+            else:
+                self._row, self._row_steps = [], 0
+                finite.append(result)
+        results = finite or [result for _, result in self._steps]
+        self._steps = []
+
+        def mean(name: str) -> float:
+            return float(torch.stack([getattr(r, name) for r in results]).mean()) if results else float("nan")
+
+        return {
+            "loss/total": mean("loss"),
+            "loss/text_to_image(nats/token)": mean("image_ce"),
+            "loss/image_to_text(nats/token)": mean("text_ce"),
+            "grad_norm": mean("grad_norm"),
+            "step/skipped": float(self._skipped),
+        }
+
+    def _complaint(self) -> str:
+        samples = sorted(set(self._row))
+        shown = ", ".join(map(str, samples[:50])) + (", ..." if len(samples) > 50 else "")
+        return (
+            f"train.max_skipped_in_row={self._limit}: that many steps in a row were not finite; samples {shown}. "
+            "Lower optim.lr, use train.precision=fp32, or look at those samples."
+        )

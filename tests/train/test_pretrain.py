@@ -1,0 +1,111 @@
+"""The loop: it finishes, resumes to the bit after a crash or a signal, stops on divergence, refuses other configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vilg.checkpoint.export import load_model_folder
+from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, RunConfig
+from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.errors import CheckpointError, TrainingError
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.train.engine import StepResult
+from megatron_vilg.train.metrics import MetricWriter
+from megatron_vilg.train.pretrain import StepWindow, pretrain
+from tests.tiny import tiny_config, tiny_run
+from tests.train.token_caches import write_cache
+
+
+class CrashError(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TokenCache:
+    return write_cache(tmp_path / "tokens", {"train": 10, "val": 3})
+
+
+@pytest.fixture
+def run(cache: TokenCache) -> RunConfig:
+    model = tiny_config(text_vocab_size=cache.settings["text_vocab_size"])
+    base = tiny_run(model, num_steps=8, eval_every=4, sample_every=1)
+    data = DataConfig(caption_dropout=0.2, image_input_noise=0.1, image_source_noise=0.1)
+    return dataclasses.replace(
+        base, data=data, checkpoint=CheckpointConfig(every=3), log=LogConfig(every=1, tensorboard=False)
+    )
+
+
+def crash_at(crash_step: int):  # type: ignore[no-untyped-def]
+    def hook(model: ViLG, step: int, writer: MetricWriter) -> None:
+        if step == crash_step:
+            raise CrashError
+
+    return hook
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    kept = ("step", "loss/total", "loss/text_to_image(nats/token)", "loss/image_to_text(nats/token)", "grad_norm", "lr")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key in kept or key.startswith("val/")} for row in rows]
+
+
+@pytest.mark.parametrize("crash_step", [1, 4, 7])
+def test_resumed_run_equals_a_straight_one(tmp_path: Path, cache: TokenCache, run: RunConfig, crash_step: int) -> None:
+    assert pretrain(run, cache, tmp_path / "straight")
+    with pytest.raises(CrashError):
+        pretrain(run, cache, tmp_path / "broken", on_sample=crash_at(crash_step))
+    assert pretrain(run, cache, tmp_path / "broken")
+    assert lines(tmp_path / "broken") == lines(tmp_path / "straight")
+    (config, expected), (_, actual) = (load_model_folder(tmp_path / name / "export") for name in ("straight", "broken"))
+    assert config["model"]["width"] == 16
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_held_out_losses_are_logged(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    pretrain(run, cache, tmp_path / "out")
+    rows = lines(tmp_path / "out")
+    measured = [row["step"] for row in rows if "val/text_to_image(nats/token)" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9)) and measured == [4, 8]
+
+
+def test_a_signal_saves_the_step_and_stops(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    def hook(model: ViLG, step: int, writer: MetricWriter) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    out = tmp_path / "out"
+    assert pretrain(run, cache, out, on_sample=hook) is False
+    assert (out / "checkpoints" / "step-00000004" / "manifest.json").is_file() and not (out / "export").exists()
+    assert pretrain(run, cache, out) is True
+    assert [row["step"] for row in lines(out)] == list(range(1, 9))
+
+
+def test_another_configuration_is_refused_with_both_sides(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    pretrain(run, cache, tmp_path / "out")
+    wider = dataclasses.replace(run, model=dataclasses.replace(run.model, width=32))
+    with pytest.raises(CheckpointError, match=r"model\.width: checkpoint has 16, this run has 32"):
+        pretrain(wider, cache, tmp_path / "out")
+
+
+def result(skipped: float) -> StepResult:
+    one = torch.tensor(1.0)
+    return StepResult(one, one, one, one, torch.tensor(skipped))
+
+
+def test_too_many_skipped_steps_in_a_row_stop_with_the_samples() -> None:
+    window = StepWindow(3)
+    for number, skipped in enumerate([1, 1, 0, 1]):
+        window.add(torch.tensor([10 * number]), result(skipped))
+    assert window.read()["step/skipped"] == 3
+    window.add(torch.tensor([40]), result(1))
+    window.add(torch.tensor([50, 51]), result(1))
+    with pytest.raises(TrainingError, match=r"max_skipped_in_row=3.*samples 30, 40, 50, 51"):
+        window.read()
