@@ -30,7 +30,7 @@ FOLD_FROM_SIDE = 16
 """Image side from which folding is faster than a dense mask (measured on CPU; see ``benchmarks/``)."""
 
 
-def choose_implementation(requested: str, image_side: int) -> tuple[Implementation, str]:
+def choose_implementation(requested: Implementation | Literal["auto"], image_side: int) -> tuple[Implementation, str]:
     """The implementation that ``ops.attention`` stands for here, and the reason, for the log."""
     if requested in get_args(Implementation):
         return cast(Implementation, requested), "asked for"

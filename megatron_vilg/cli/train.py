@@ -1,0 +1,62 @@
+"""``vilg train``: from pairs (or a token cache) to a model one can generate from; again with the same run: resumes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_vilg.cli.options import add_config_options, run_config_from_args
+
+STOPPED = 130
+"""Exit code of a run that a signal stopped after saving; the same command goes on."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb; ``subparsers`` is what ``ArgumentParser.add_subparsers`` returns."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "train",
+        help="train the generator in both directions",
+        description="Train in both directions at once. Tokenizers and token cache are made inside the run folder where "
+        "they are missing. The same command again goes on from the newest checkpoint.",
+        epilog="example: vilg train --preset demo --data data/demo --out runs/demo optim.lr=1e-3",
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="D", help="folder, .jsonl or tar shards of pairs")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder")
+    parser.add_argument("--text-tokenizer", type=Path, metavar="FOLDER", help="use this one instead of training one")
+    parser.add_argument("--image-tokenizer", type=Path, metavar="FOLDER", help="use this one instead of training one")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: cuda where there is one")
+    add_config_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare what is missing, then train; 0 when the run is complete, 3 when a signal stopped it."""
+    config = run_config_from_args(args)
+    import torch
+
+    from megatron_vilg.cli.samples import SamplePictures
+    from megatron_vilg.train.pretrain import pretrain
+    from megatron_vilg.train.stages import prepare, timed
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    ready = prepare(
+        config,
+        args.data,
+        args.out,
+        text_tokenizer=args.text_tokenizer,
+        image_tokenizer=args.image_tokenizer,
+        device=device,
+    )
+    if ready is None:
+        return STOPPED
+    with timed(args.out, "train"):
+        complete = pretrain(
+            ready.run,
+            ready.cache,
+            args.out,
+            codebook=ready.image_tokenizer.codebook,
+            device=device,
+            on_sample=SamplePictures(ready, args.out),
+        )
+    return 0 if complete else STOPPED

@@ -1,0 +1,175 @@
+"""What must exist before pre-training can start: both tokenizers and the token cache, made where they are missing.
+
+Everything lands in the run folder, so that it holds all that generation needs. A stage that is complete is not
+done again; one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, with_suffix, write_text
+from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
+from megatron_vilg.config.check import require
+from megatron_vilg.config.load import write_run_folder_config
+from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.data.pixels import read_train_and_held_out
+from megatron_vilg.data.records import find_records, read_records
+from megatron_vilg.data.text import TextTokenizer, train_text_tokenizer
+from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.data.token_files import MANIFEST_FILE as CACHE_MANIFEST
+from megatron_vilg.data.token_writer import write_token_cache
+from megatron_vilg.errors import ConfigError
+from megatron_vilg.log import get_logger
+from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.train.vqgan import train_image_tokenizer
+
+log = get_logger(__name__)
+SECONDS = "seconds.json"
+TEXT_TOKENIZER = "text_tokenizer"
+IMAGE_TOKENIZER = "image_tokenizer"
+TOKENS = "tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that pre-training starts from."""
+
+    run: RunConfig
+    """Resolved: every size is known."""
+    cache: TokenCache
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer
+
+
+def prepare(
+    run: RunConfig,
+    data: Path,
+    out: Path,
+    *,
+    text_tokenizer: Path | None = None,
+    image_tokenizer: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Prepared | None:
+    """Make what is missing in ``out``: configuration, text tokenizer, image tokenizer, token cache.
+
+    Args:
+        run: checked configuration.
+        data: pairs in any form that ``read_records`` knows, or a finished token cache.
+        out: run folder.
+        text_tokenizer: folder of a trained one to copy instead of training one.
+        image_tokenizer: the same for images.
+        device: where the image tokenizer is trained and used.
+
+    Returns:
+        None when a signal stopped a stage; the same call goes on.
+
+    Raises:
+        ConfigError: a token cache was given without tokenizers, or sizes do not fit together.
+        DataError, CheckpointError: pairs or tokenizers that cannot be read, or a cache of other tokenizers.
+    """
+    is_cache = (data / CACHE_MANIFEST).is_file() and "settings" in json.loads((data / CACHE_MANIFEST).read_text())
+    for name, given in ((TEXT_TOKENIZER, text_tokenizer), (IMAGE_TOKENIZER, image_tokenizer)):
+        if given is not None:
+            _copy_once(given, out / name)
+        elif is_cache and not (out / name).is_dir():
+            option = name.replace("_", "-")
+            raise ConfigError([f"--data={data}: is a token cache; name its tokenizer with --{option} FOLDER"])
+    text = _text_tokenizer(run, data, out)
+    run = run.resolve(text_vocab_size=text.vocab_size)
+    if run.model.text_vocab_size != text.vocab_size:
+        raise ConfigError(
+            [f"model.text_vocab_size={run.model.text_vocab_size}: the text tokenizer has {text.vocab_size}. Works: 0"]
+        )
+    require(run)
+    write_run_folder_config(run, out)
+    if not (out / IMAGE_TOKENIZER).is_dir():
+        with timed(out, IMAGE_TOKENIZER):
+            train, held_out = read_train_and_held_out(
+                data, run.image_tokenizer.image_size, max_bad_share=run.data.max_bad_share
+            )
+            held_out = train if held_out is None else held_out
+            if train_image_tokenizer(run, train, held_out, out / IMAGE_TOKENIZER, device=device) is None:
+                return None
+    images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
+    cache = _token_cache(run, data, out, text, images, is_cache=is_cache)
+    return Prepared(run, cache, text, images)
+
+
+def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
+    folder = out / TEXT_TOKENIZER
+    if folder.is_dir():
+        return TextTokenizer.load(folder)
+    with timed(out, TEXT_TOKENIZER):
+        captions: list[str] = []
+        for record in read_records(data, "train", max_bad_share=run.data.max_bad_share, with_images=False):
+            captions += [record.caption, *record.alternates]
+        return train_text_tokenizer(captions, run.text_tokenizer, folder)
+
+
+def _token_cache(
+    run: RunConfig, data: Path, out: Path, text: TextTokenizer, images: ImageTokenizer, *, is_cache: bool
+) -> TokenCache:
+    image_hash = image_tokenizer_hash(out / IMAGE_TOKENIZER)
+    expect = {
+        "text_tokenizer_sha256": text.sha256,
+        "image_tokenizer_sha256": image_hash,
+        "num_text_slots": run.model.num_text_slots,
+        "codebook_size": run.image_tokenizer.codebook_size,
+        "grid_side": run.image_tokenizer.grid_side,
+    }
+    if is_cache:
+        return TokenCache.open(data, expect=expect)
+    with timed(out, TOKENS):
+        codebook = images.codebook
+
+        def encode(pixels: Tensor) -> Tensor:
+            return images.encode(pixels.to(codebook.device)).cpu()
+
+        write_token_cache(
+            out / TOKENS,
+            find_records(data),
+            text,
+            encode,
+            image_size=run.image_tokenizer.image_size,
+            views=run.data,
+            image_tokenizer_hash=image_hash,
+            codebook_size=run.image_tokenizer.codebook_size,
+            grid_side=run.image_tokenizer.grid_side,
+            num_text_slots=run.model.num_text_slots,
+            seed=run.train.seed,
+        )
+    return TokenCache.open(out / TOKENS, expect=expect)
+
+
+def _copy_once(source: Path, target: Path) -> None:
+    """Copy a tokenizer folder into the run; complete or not at all."""
+    if target.is_dir():
+        return
+    partial = with_suffix(target, PARTIAL)
+    if partial.exists():
+        remove(partial)
+    shutil.copytree(source, partial)
+    publish(partial, target)
+
+
+@contextmanager
+def timed(out: Path, stage: str) -> Iterator[None]:
+    """Add the wall seconds of a stage to ``seconds.json``; a stage that was resumed counts all its parts."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        path = out / SECONDS
+        seconds = json.loads(path.read_text()) if path.is_file() else {}
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
+        write_text(path, json.dumps(seconds, indent=1) + "\n")
