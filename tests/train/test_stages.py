@@ -1,0 +1,106 @@
+"""``vilg train`` from raw pairs: every stage leaves its folder, is not done twice, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_vilg.cli.main import main
+from megatron_vilg.train.stages import timed
+
+TINY = [
+    "image_tokenizer.image_size=16",
+    "image_tokenizer.patch=2",
+    "image_tokenizer.channels=16",
+    "image_tokenizer.channel_multipliers=[1,1]",
+    "image_tokenizer.codebook_size=16",
+    "image_tokenizer.codebook_dim=4",
+    "image_tokenizer_train.num_steps=12",
+    "image_tokenizer_train.warmup_steps=2",
+    "image_tokenizer_train.batch_size=4",
+    "image_tokenizer_train.perceptual_weight=0",
+    "model.num_layers=2",
+    "model.width=16",
+    "model.num_heads=2",
+    "model.num_text_slots=6",
+    "model.codebook_dim=4",
+    "model.conv_kernel=3",
+    "text_tokenizer.vocab_size=300",
+    "train.num_steps=6",
+    "train.batch_size=4",
+    "train.eval_every=3",
+    "train.sample_every=3",
+    "optim.warmup_steps=2",
+    "checkpoint.every=3",
+    "log.tensorboard=false",
+    "data.num_views=1",
+]
+COLOURS = {"红": (220, 30, 30), "绿": (30, 200, 60), "蓝": (40, 60, 220), "黄": (240, 220, 40)}
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for number, (name, colour) in enumerate(list(COLOURS.items()) * 3):
+        picture = io.BytesIO()
+        Image.new("RGB", (16, 16), tuple(max(0, c - 10 * (number // 4)) for c in colour)).save(picture, "PNG")
+        (folder / f"{number:02d}.png").write_bytes(picture.getvalue())
+        (folder / f"{number:02d}.txt").write_text(f"{name}色", encoding="utf-8")
+    return folder
+
+
+def train(data: Path, out: Path, *more: str) -> int:
+    return main(["train", "--preset", "demo", "--data", str(data), "--out", str(out), *more, *TINY])
+
+
+def test_one_command_from_pairs_to_export(tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(pairs, out) == 0
+    present = {path.name for path in out.iterdir()}
+    assert present >= {"config.json", "text_tokenizer", "image_tokenizer", "tokens", "checkpoints", "export", "samples"}
+    assert {path.name for path in (out / "export").iterdir()} >= {"text_tokenizer", "image_tokenizer", "manifest.json"}
+    assert sorted(path.name for path in (out / "samples").iterdir()) == [
+        "train-step-00000003.png",
+        "train-step-00000006.png",
+    ]
+    seconds = json.loads((out / "seconds.json").read_text())
+    assert list(seconds) == ["text_tokenizer", "image_tokenizer", "tokens", "train"]
+    before = {path: path.stat().st_mtime_ns for path in (out / "image_tokenizer").iterdir()}
+    assert train(pairs, out) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "image_tokenizer").iterdir()} == before
+
+    # Tokens and tokenizers of one run can feed another; without the tokenizers the cache is refused.
+    other = tmp_path / "other"
+    assert train(out / "tokens", other) == 2
+    assert "name its tokenizer with --text-tokenizer FOLDER" in capsys.readouterr().err
+    given = [f"--{name}-tokenizer={out / f'{name}_tokenizer'}" for name in ("text", "image")]
+    assert train(out / "tokens", other, *given, "optim.lr=1e-3") == 0
+    assert not (other / "tokens").exists() and (other / "export" / "image_tokenizer").is_dir()
+
+
+def test_a_cache_of_another_tokenizer_is_refused(
+    tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(pairs, first) == 0
+    assert train(pairs, second, "image_tokenizer_train.seed=1") == 0
+    given = [f"--text-tokenizer={first / 'text_tokenizer'}", f"--image-tokenizer={second / 'image_tokenizer'}"]
+    assert train(first / "tokens", tmp_path / "third", *given) == 2
+    assert "image_tokenizer_sha256" in capsys.readouterr().err
+
+
+def test_wrong_vocabulary_is_refused(tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(pairs, tmp_path / "run", "model.text_vocab_size=5000") == 2
+    assert "model.text_vocab_size=5000: the text tokenizer has" in capsys.readouterr().err
+
+
+def test_seconds_add_up(tmp_path: Path) -> None:
+    (tmp_path / "seconds.json").write_text('{"train": 100.0, "tokens": 1.0}')
+    with timed(tmp_path, "train"):
+        pass
+    assert json.loads((tmp_path / "seconds.json").read_text()) == {"train": 100.0, "tokens": 1.0}
