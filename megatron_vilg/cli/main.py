@@ -38,6 +38,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("train", "megatron_vilg.cli.train", "train the generator in both directions", True),
     Verb("config", "megatron_vilg.cli.config", "print every option, its value, where it came from, its meaning", True),
     Verb("train-vqgan", "megatron_vilg.cli.train_vqgan", "train the image tokenizer", True),
+    Verb("data", "megatron_vilg.cli.data", "get demo pairs, train the text tokenizer, encode pairs to tokens", True),
     Verb("doctor", "megatron_vilg.cli.doctor", "say what this machine offers: versions, devices, disk, fonts"),
 )
 """All verbs, in the order of the help page."""

@@ -24,6 +24,7 @@ from megatron_vilg.errors import DataError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
+MOST_IDS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,13 @@ class CacheSettings:
     view_zoom: float
     view_flip: bool
     seed: int
+
+    def __post_init__(self) -> None:
+        if max(self.codebook_size, self.text_vocab_size) > MOST_IDS:
+            raise DataError(
+                f"image_tokenizer.codebook_size = {self.codebook_size}, text vocabulary = {self.text_vocab_size}: "
+                f"a token cache holds 16-bit ids, so at most {MOST_IDS} of each work"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""

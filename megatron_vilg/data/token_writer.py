@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -32,22 +32,19 @@ from megatron_vilg.log import get_logger
 
 logger = get_logger(__name__)
 
-_MAX_CODES = 2**16
 _PICTURES_AT_ONCE = 64
 _EARLY_CHECK = 1000
 
 
-class EncodeImages(Protocol):
-    """Pixels float32 [B, 3, S, S] in [-1, 1] to codes int64 [B, N], both on the CPU."""
-
-    def __call__(self, pixels: Tensor, /) -> Tensor: ...
+EncodeImages = Callable[[Tensor], Tensor]
+"""Pixels float32 [B, 3, S, S] in [-1, 1] to codes int64 [B, N], both on the CPU."""
 
 
 def write_token_cache(
     out: Path | str,
     records_by_split: Mapping[str, Sequence[RecordPart]],
     text_tokenizer: TextTokenizer,
-    encode_images: EncodeImages | Callable[[Tensor], Tensor],
+    encode_images: EncodeImages,
     *,
     image_size: int,
     views: DataConfig,
@@ -83,14 +80,6 @@ def write_token_cache(
     Raises:
         DataError: the folder holds shards with other settings, codes out of range, too many bad records, no pairs.
     """
-    index, count = worker
-    if not 0 <= index < count:
-        raise DataError(f"worker = {index}/{count}: the index must be from 0 to {count - 1}")
-    if codebook_size > _MAX_CODES or text_tokenizer.vocab_size > _MAX_CODES:
-        raise DataError(
-            f"image_tokenizer.codebook_size = {codebook_size}, text vocabulary = {text_tokenizer.vocab_size}: "
-            f"a token cache holds 16-bit ids, so at most {_MAX_CODES} of each work"
-        )
     settings = CacheSettings(
         image_size=image_size,
         grid_side=grid_side,
@@ -106,13 +95,7 @@ def write_token_cache(
         seed=seed,
     )
     writer = _Writer(Path(out), settings, text_tokenizer, encode_images)
-    jobs = [(split, number, part) for split, parts in records_by_split.items() for number, part in enumerate(parts)]
-    report = ReadReport()
-    for split, number, part in tqdm(jobs[index::count], desc="encode", unit="shard", disable=None):
-        report.add(writer.shard(split, number, part))
-        if report.read + report.num_skipped >= _EARLY_CHECK:
-            report.check("the source", views.max_bad_share)
-    return writer.finish(jobs, views.max_bad_share)
+    return writer.encode(records_by_split, worker, views.max_bad_share)
 
 
 class _Writer:
@@ -123,13 +106,28 @@ class _Writer:
         out: Path,
         settings: CacheSettings,
         text_tokenizer: TextTokenizer,
-        encode_images: EncodeImages | Callable[[Tensor], Tensor],
+        encode_images: EncodeImages,
     ) -> None:
         self.out, self.settings = out, settings
         self.text_tokenizer, self.encode_images = text_tokenizer, encode_images
         out.mkdir(parents=True, exist_ok=True)
         for path in sorted(out.glob("*-*.json")):
             check_same(f"{path}", read_json(path)["settings"], settings.to_json())
+
+    def encode(
+        self, records_by_split: Mapping[str, Sequence[RecordPart]], worker: tuple[int, int], max_bad_share: float
+    ) -> bool:
+        """Write this worker's share of the shards, and the manifest if no other is missing."""
+        index, count = worker
+        if not 0 <= index < count:
+            raise DataError(f"worker = {index}/{count}: the index must be from 0 to {count - 1}")
+        jobs = [(split, number, part) for split, parts in records_by_split.items() for number, part in enumerate(parts)]
+        report = ReadReport()
+        for split, number, part in tqdm(jobs[index::count], desc="encode", unit="shard", disable=None):
+            report.add(self.shard(split, number, part))
+            if report.read + report.num_skipped >= _EARLY_CHECK:
+                report.check("the source", max_bad_share)
+        return self.finish(jobs, max_bad_share)
 
     def shard(self, split: str, number: int, part: RecordPart) -> ReadReport:
         """Write one shard, or keep it if it is complete and made from the same files."""

@@ -57,65 +57,42 @@ def pretrain(
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
     engine = build_engine(run, device, codebook)
+    loader = PairLoader(cache, "train", run.data, run.model.spec, run.train.batch_size, run.train.seed)
+    held_out = {
+        split: PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed)
+        for split, num_pairs in cache.splits.items()
+        if split != "train" and num_pairs and run.train.eval_every
+    }
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint)
     identity = manifest_of(run, cache)
     resume_latest(engine, checkpointer, identity)
-
-    def save() -> None:
-        checkpointer.save(engine.step, engine.state_dict(), at_step(identity, run, engine.step))
-
-    with (
-        StopSignals() as stop,
-        MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=engine.step, device=device) as writer,
-    ):
-        _loop(run, cache, engine, writer, stop, save, on_sample)
+    first = engine.step
+    tokens_per_step = 2 * run.train.batch_size * run.model.spec.num_used
+    window = StepWindow(run.train.max_skipped_in_row)
+    with StopSignals() as stop, MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=first) as writer:
+        while engine.step < run.train.num_steps and not stop.requested:
+            with writer.loading():
+                batch = loader.batch(engine.step)
+            result = engine.train_step(batch)
+            step = engine.step
+            writer.count(items=len(batch), tokens=tokens_per_step)
+            window.add(batch.sample_ids, result)
+            measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
+            if writer.due(step) or measure:
+                values = window.read() | {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
+                if measure:
+                    values |= evaluate(engine, held_out, run.train.eval_pairs)
+                writer.log(step, values)
+            if on_sample and run.train.sample_every and step % run.train.sample_every == 0:
+                on_sample(engine.model, step, writer)
+            if step % run.checkpoint.every == 0 or step == run.train.num_steps or stop.requested:
+                checkpointer.save(step, engine.state_dict(), at_step(identity, run, step))
     if stop.received is not None:
         log.info("stopped by %s after step %d; the same command goes on from there", stop.received.name, engine.step)
     if engine.step < run.train.num_steps:
         return False
     export(engine, run, out, identity)
     return True
-
-
-def _loop(
-    run: RunConfig,
-    cache: TokenCache,
-    engine: Engine,
-    writer: MetricWriter,
-    stop: StopSignals,
-    save: Callable[[], None],
-    on_sample: SampleHook | None,
-) -> None:
-    loaders = _loaders(run, cache)
-    train = loaders.pop("train")
-    window = StepWindow(run.train.max_skipped_in_row)
-    tokens_per_step = 2 * run.train.batch_size * run.model.spec.num_used
-    while engine.step < run.train.num_steps and not stop.requested:
-        with writer.loading():
-            batch = train.batch(engine.step)
-        result = engine.train_step(batch)
-        step = engine.step
-        writer.count(items=len(batch), tokens=tokens_per_step)
-        window.add(batch.sample_ids, result)
-        measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
-        if writer.due(step) or measure:
-            values = window.read() | {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
-            if measure:
-                values |= evaluate(engine, loaders, run.train.eval_pairs)
-            writer.log(step, values)
-        if on_sample and run.train.sample_every and step % run.train.sample_every == 0:
-            on_sample(engine.model, step, writer)
-        if step % run.checkpoint.every == 0 or step == run.train.num_steps or stop.requested:
-            save()
-
-
-def _loaders(run: RunConfig, cache: TokenCache) -> dict[str, PairLoader]:
-    """One per split that holds pairs; ``train`` among them."""
-    return {
-        split: PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed)
-        for split, num_pairs in cache.splits.items()
-        if num_pairs or split == "train"
-    }
 
 
 def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:

@@ -1,0 +1,206 @@
+"""``vilg data``: get the demo pairs, train the text tokenizer, encode pairs to tokens."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vilg.cli.options import add_config_options, run_config_from_args
+from megatron_vilg.errors import DataError
+from megatron_vilg.log import get_logger
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = get_logger(__name__)
+
+_SOURCE_HELP = "folder of NAME.png|jpg|webp + NAME.txt, .jsonl file, tar, folder of tars, or a quoted glob of tars"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb and its three sub-verbs; ``subparsers`` is what ``ArgumentParser.add_subparsers`` returns."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "data",
+        help="get demo pairs, train the text tokenizer, encode pairs",
+        description="Prepare pairs for training.",
+        epilog="example: vilg data demo --out data/demo",
+    )
+    verbs = parser.add_subparsers(dest="data_verb", metavar="WHAT", required=True)
+    _add_demo(verbs)
+    _add_text_tokenizer(verbs)
+    _add_encode(verbs)
+
+
+def _add_demo(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "demo",
+        help="draw emoji in several styles, with Chinese captions",
+        description="Fetch emoji sets with the npm client (about 30 MB), draw them, and write WebDataset shards with "
+        "held-out pairs and held-out concepts. A finished folder is kept.",
+        epilog="examples: vilg data demo --out data/demo; vilg data demo --out data/full --concepts 0 --scenes 5000",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="D", help="new folder for the shards")
+    parser.add_argument("--concepts", type=int, default=120, help="concepts to train on; 0: all, 1914 (default: 120)")
+    parser.add_argument(
+        "--held-out-concepts", type=int, default=8, metavar="N", help="concepts never trained on (default: 8)"
+    )
+    parser.add_argument("--styles", default="", metavar="A,B", help="default: all six, noto,twemoji,openmoji,...")
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
+    parser.add_argument(
+        "--languages", default="zh", metavar="zh,en", help="languages of other wordings; captions are Chinese"
+    )
+    parser.add_argument("--scenes", type=int, default=0, metavar="N", help="add pictures composed of several emoji")
+    parser.add_argument(
+        "--choice-seed", type=int, default=0, metavar="N", help="which concepts, and which of them are held out"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/megatron_vilg"),
+        metavar="DIR",
+        help="where fetched packages are kept (default: ~/.cache/megatron_vilg)",
+    )
+    parser.set_defaults(run=run_demo)
+
+
+def _add_text_tokenizer(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "text-tokenizer",
+        help="train SentencePiece on the captions",
+        description="Train the text tokenizer on all captions of the split train, other wordings included.",
+        epilog="example: vilg data text-tokenizer --data data/demo --out runs/a/text_tokenizer "
+        "text_tokenizer.vocab_size=1200",
+    )
+    parser.add_argument("--data", required=True, metavar="D", help=_SOURCE_HELP)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets spm.model and manifest.json")
+    add_config_options(parser)
+    parser.set_defaults(run=run_text_tokenizer)
+
+
+def _add_encode(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "encode",
+        help="turn pairs into tokens with frozen tokenizers",
+        description="Write a token cache. It goes on where it stopped; with --worker, any number of jobs share the "
+        "work, and the last one to finish completes the cache.",
+        epilog="examples: vilg data encode --data data/demo --text-tokenizer runs/a/text_tokenizer "
+        "--image-tokenizer runs/a/image_tokenizer --out runs/a/tokens --preset demo; in a SLURM array: "
+        "... --worker $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT",
+    )
+    parser.add_argument("--data", required=True, metavar="D", help=_SOURCE_HELP)
+    parser.add_argument("--text-tokenizer", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--image-tokenizer", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the token cache")
+    parser.add_argument("--worker", default="0/1", metavar="I/N", help="do every N-th shard from I on (default: 0/1)")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where pictures are encoded")
+    add_config_options(parser)
+    parser.set_defaults(run=run_encode)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Write the demo set."""
+    from megatron_vilg.data.demo import DemoOptions, write_demo
+    from megatron_vilg.data.emoji import STYLES
+
+    options = DemoOptions(
+        concepts=args.concepts,
+        held_out_concepts=args.held_out_concepts,
+        styles=_words(args.styles) or tuple(STYLES),
+        size=args.size,
+        languages=_words(args.languages),
+        scenes=args.scenes,
+        seed=args.choice_seed,
+    )
+    manifest = write_demo(args.out, args.cache.expanduser(), options)
+    counts = ", ".join(f"{count} {split}" for split, count in manifest["pairs"].items())
+    print(f"{args.out}: {counts}; licences and credits in {args.out / 'README.md'}")
+    return 0
+
+
+def run_text_tokenizer(args: argparse.Namespace) -> int:
+    """Train the text tokenizer and say how it cuts a caption."""
+    from megatron_vilg.data.records import read_records
+    from megatron_vilg.data.text import train_text_tokenizer
+
+    run = run_config_from_args(args)
+    data = run.data
+    records = list(
+        read_records(args.data, "train", max_bad_share=data.max_bad_share, val_share=data.val_share, with_images=False)
+    )
+    captions = (text for record in records for text in (record.caption, *record.alternates))
+    tokenizer = train_text_tokenizer(captions, run.text_tokenizer, args.out)
+    longest = tokenizer.longest(record.caption for record in records)
+    example = records[0].caption
+    print(
+        f"{args.out}: {tokenizer.vocab_size} pieces from {len(records)} pairs; the longest caption has {longest} "
+        f"tokens (model.num_text_slots = {run.model.num_text_slots}); {example} = {' '.join(tokenizer.pieces(example))}"
+    )
+    return 0
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    """Write (this worker's part of) the token cache."""
+    import torch
+
+    from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
+    from megatron_vilg.data.records import find_records
+    from megatron_vilg.data.text import TextTokenizer
+    from megatron_vilg.data.token_cache import write_token_cache
+
+    run = run_config_from_args(args)
+    worker = parse_worker(args.worker)
+    device = _device(args.device)
+    tokenizer = load_image_tokenizer(args.image_tokenizer).to(device)
+
+    def encode(pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return tokenizer.encode(pixels.to(device)).cpu()
+
+    complete = write_token_cache(
+        args.out,
+        find_records(args.data, val_share=run.data.val_share, part_size=run.data.shard_size),
+        TextTokenizer.load(args.text_tokenizer),
+        encode,
+        image_size=tokenizer.config.image_size,
+        views=run.data,
+        image_tokenizer_hash=image_tokenizer_hash(args.image_tokenizer),
+        codebook_size=tokenizer.config.codebook_size,
+        grid_side=tokenizer.config.grid_side,
+        num_text_slots=run.model.num_text_slots,
+        seed=run.train.seed,
+        worker=worker,
+    )
+    state = "complete" if complete else "this worker is done, others are not"
+    print(f"{args.out}: {state}")
+    return 0
+
+
+def parse_worker(text: str) -> tuple[int, int]:
+    """``2/8`` -> (2, 8).
+
+    Raises:
+        DataError: anything else, or an index that is not below the count.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if index >= count:
+        raise DataError(f"--worker {text}: works INDEX/COUNT with the index from 0 to COUNT - 1, for example 0/4")
+    return index, count
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        logger.info("device: %s (--device auto)", chosen)
+        return chosen
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise DataError(f"--device {name}: there is no such device here; works auto or cpu")
+    return name

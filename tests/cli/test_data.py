@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, save_image_tokenizer
+from megatron_vilg.cli.data import parse_worker
+from megatron_vilg.cli.main import main
+from megatron_vilg.config.schema import ImageTokenizerConfig
+from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.errors import DataError
+from megatron_vilg.models.vqgan import VQGAN
+from tests.data.fake_emoji import write_packages
+
+
+def test_demo_tokenizer_and_encode_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, data, text, image = (tmp_path / name for name in ("cache", "data", "text", "image"))
+    write_packages(cache)
+    demo = ["data", "demo", "--out", str(data), "--concepts", "12", "--held-out-concepts", "2", "--size", "16"]
+    assert main([*demo, "--styles", "noto,fluent-3d", "--cache", str(cache)]) == 0
+    assert f"{data}: " in capsys.readouterr().out
+    # The override stands in the middle on purpose.
+    assert (
+        main(["data", "text-tokenizer", "text_tokenizer.vocab_size=420", "--data", str(data), "--out", str(text)]) == 0
+    )
+    assert "tokens (model.num_text_slots = 16)" in capsys.readouterr().out
+    config = ImageTokenizerConfig(image_size=16, channels=8, channel_multipliers=(1, 1, 1), num_res_blocks=1,
+                                  codebook_size=32, codebook_dim=4, norm_groups=8, bottom_attention=False)  # fmt: skip
+    save_image_tokenizer(VQGAN(config), image)
+    encode = ["data", "encode", "--data", str(data), "--text-tokenizer", str(text), "--image-tokenizer", str(image)]
+    tokens = tmp_path / "tokens"
+    settings = ["--out", str(tokens), "--device", "cpu", "data.num_views=1", "model.num_text_slots=12"]
+    assert main([*encode, *settings, "--worker", "0/2"]) == 0
+    assert "others are not" in capsys.readouterr().out
+    assert main([*encode, *settings, "--worker", "1/2"]) == 0
+    assert f"{tokens}: complete" in capsys.readouterr().out
+    opened = TokenCache.open(tokens, expect={"image_tokenizer_sha256": image_tokenizer_hash(image), "grid_side": 4})
+    assert opened.splits == json.loads((data / "manifest.json").read_text())["pairs"]
+    assert opened.split("train").num_views == 1
+    assert main([*encode, *settings, "data.num_views=2"]) == 2
+    assert "num_views: 1 there, 2 asked for" in capsys.readouterr().err
+
+
+def test_messages_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "text-tokenizer", "--data", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "found no pairs at" in capsys.readouterr().err
+    assert main(["data", "demo", "--out", str(tmp_path / "d"), "--styles", "apple"]) == 2
+    assert "works any of noto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["3/3", "a/2", "1", "-1/2", "0/0"])
+def test_wrong_workers(text: str) -> None:
+    with pytest.raises(DataError, match=f"--worker {text}: works INDEX/COUNT"):
+        parse_worker(text)
+
+
+def test_right_workers() -> None:
+    assert parse_worker("2/8") == (2, 8)
+
+
+@pytest.mark.parametrize("words", [["data"], ["data", "demo"], ["data", "text-tokenizer"], ["data", "encode"]])
+def test_help_has_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([*words, "--help"])
+    assert done.value.code == 0
+    assert "example" in capsys.readouterr().out
