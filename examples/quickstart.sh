@@ -5,13 +5,16 @@
 #   OUT=runs/demo     run folder: checkpoints, pictures, report
 #   DATA=data/demo    where the pairs are kept
 #   SEED=0            same seed, same machine: same report, but for the seconds
+#   FULL=1            all emoji and composed scenes instead of 120 concepts: hours on two cores, meant for a GPU
 #   SMOKE=1           two minutes instead of twenty: few pairs, few steps; shows that it works, not that it learns
 #   VILG=vilg         the command to run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-OUT="${OUT:-runs/demo}"
-DATA="${DATA:-data/demo}"
+name=demo
+[[ "${FULL:-0}" == 1 ]] && name=demo-full
+OUT="${OUT:-runs/$name}"
+DATA="${DATA:-data/$name}"
 SEED="${SEED:-0}"
 VILG="${VILG:-vilg}"
 PYTHON="${PYTHON:-python3}"
@@ -22,29 +25,41 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 data_options=()
 train_options=("train.seed=$SEED" "image_tokenizer_train.seed=$SEED")
 if [[ "${SMOKE:-0}" == 1 ]]; then
-  data_options+=(--concepts 12)
+  data_options+=(--concepts 12 --held-out-concepts 2)
   train_options+=(
     image_tokenizer_train.num_steps=30 image_tokenizer_train.warmup_steps=3
     train.num_steps=30 optim.warmup_steps=3 train.eval_every=15 train.sample_every=15 data.num_views=1
   )
 fi
 
+if [[ "${FULL:-0}" == 1 ]]; then
+  data_options+=(--concepts 0 --scenes 5000)
+  train_options+=(
+    model.num_layers=6 model.width=384 model.num_heads=6 model.num_text_slots=28 text_tokenizer.vocab_size=3000
+    image_tokenizer.codebook_size=1024 image_tokenizer_train.num_steps=8000
+    train.num_steps=40000 train.batch_size=32 train.eval_every=2000 train.sample_every=2000 checkpoint.every=1000
+  )
+fi
+
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/5 pairs of Chinese captions and pictures: $DATA"
-$VILG data demo --out "$DATA" --seed "$SEED" "${data_options[@]}"
+$VILG data demo --out "$DATA" "${data_options[@]}"
 
 say "2/5 train both directions: $OUT"
 $VILG train --preset demo --data "$DATA" --out "$OUT" "${train_options[@]}"
 
-# A few held-out pairs as files: their captions become prompts, their pictures are to be captioned.
+# A few trained pairs, and held-out ones whose concept and style were never seen together, as files: their captions
+# become prompts, their pictures are to be captioned.
 examples="$OUT/examples"
-rm -rf "$examples" && mkdir -p "$examples"
-shard="$(find "$DATA" -name 'val*.tar' | sort | awk 'NR == 1')"
-tar -tf "$shard" | grep '\.txt$' | awk 'NR <= 4' | while read -r name; do
-  tar -xf "$shard" -C "$examples" "$name" "${name%.txt}.png"
+rm -rf "$examples"
+for split in train val-pairs; do
+  mkdir -p "$examples/$split"
+  tar -tf "$DATA/$split-00000.tar" | awk '/\.txt$/ && ++count <= 2' | while read -r caption; do
+    tar -xf "$DATA/$split-00000.tar" -C "$examples/$split" "$caption" "${caption%.txt}.png"
+  done
 done
-for caption in "$examples"/*.txt; do
+for caption in "$examples"/*/*.txt; do
   cat "$caption"
   echo
 done | awk 'NF' >"$examples/prompts"
@@ -53,7 +68,7 @@ say "3/5 draw: $OUT/drawn"
 $VILG generate --load "$OUT" --prompt-file "$examples/prompts" -n 2 --seed "$SEED" --out "$OUT/drawn"
 
 say "4/5 caption"
-$VILG caption --load "$OUT" "$examples"/*.png
+$VILG caption --load "$OUT" "$examples"/*/*.png
 
 say "5/5 measure: $OUT/report.json"
 $VILG evaluate --load "$OUT" --data "$DATA" --out "$OUT"

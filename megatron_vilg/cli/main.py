@@ -31,12 +31,20 @@ class Verb:
     module: str
     summary: str
     has_overrides: bool = False
-    """Whether ``section.option=value`` (and the aliases for it) may follow."""
+    """Whether ``section.option=value`` may follow."""
+    has_aliases: bool = False
+    """Whether flags such as ``--lr`` stand for options; not where they would mean something else."""
 
 
 VERBS: tuple[Verb, ...] = (
     Verb("train", "megatron_vilg.cli.train", "train the generator in both directions", True),
-    Verb("config", "megatron_vilg.cli.config", "print every option, its value, where it came from, its meaning", True),
+    Verb(
+        "config",
+        "megatron_vilg.cli.config",
+        "print every option, its value, where it came from, its meaning",
+        True,
+        True,
+    ),
     Verb("train-vqgan", "megatron_vilg.cli.train_vqgan", "train the image tokenizer", True),
     Verb("data", "megatron_vilg.cli.data", "get demo pairs, train the text tokenizer, encode pairs to tokens", True),
     Verb("doctor", "megatron_vilg.cli.doctor", "say what this machine offers: versions, devices, disk, fonts"),
@@ -99,8 +107,11 @@ def _build_parser(verb: Verb | None) -> argparse.ArgumentParser:
 
 
 def _settings_last(verb: Verb, arguments: Sequence[str]) -> list[str]:
-    """Translate aliases and move ``section.option=value`` behind the flags: argparse takes positionals in one run."""
-    from megatron_vilg.config.aliases import split_settings
+    """Translate aliases where the verb has them, and move settings behind the flags.
 
-    rest, settings = split_settings(arguments[1:])
+    argparse takes positionals in one run only; ``a.b=1 --out D c.d=2`` would be an error.
+    """
+    from megatron_vilg.config.aliases import ALIASES, split_settings
+
+    rest, settings = split_settings(arguments[1:], ALIASES if verb.has_aliases else {})
     return [verb.name, *rest, *settings]

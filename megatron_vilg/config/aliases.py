@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ALIASES = {
     "--tensor-model-parallel-size": "parallel.tensor",
@@ -31,7 +31,7 @@ ALIASES = {
 _SETTING = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+=")
 
 
-def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_settings(arguments: Sequence[str], aliases: Mapping[str, str] = ALIASES) -> tuple[list[str], list[str]]:
     """Separate flags and their values from ``section.option=value``, with aliases translated to the latter.
 
     Only a word that looks like ``name.name=...`` is a setting, whatever stands before it.
@@ -43,11 +43,11 @@ def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         word = arguments[index]
         flag, equals, value = word.partition("=")
         has_value_behind = index + 1 < len(arguments) and not arguments[index + 1].startswith("--")
-        if flag in ALIASES and (equals or has_value_behind):
+        if flag in aliases and (equals or has_value_behind):
             if not equals:
                 index += 1
                 value = arguments[index]
-            settings.append(f"{ALIASES[flag]}={value}")
+            settings.append(f"{aliases[flag]}={value}")
         else:
             (settings if _SETTING.match(word) else rest).append(word)
         index += 1

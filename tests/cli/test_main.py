@@ -30,6 +30,7 @@ class ProbeVerb:
     def add_parser(self, subparsers: Any) -> None:
         parser = subparsers.add_parser("probe")
         parser.add_argument("--out")
+        parser.add_argument("--seed")
         parser.add_argument("overrides", nargs="*")
         parser.set_defaults(run=self.run)
 
@@ -44,7 +45,7 @@ class ProbeVerb:
 def probe(monkeypatch: pytest.MonkeyPatch) -> ProbeVerb:
     verb = ProbeVerb()
     monkeypatch.setitem(sys.modules, "probe_verb", verb)
-    monkeypatch.setattr(cli, "VERBS", (Verb("probe", "probe_verb", "a test", has_overrides=True),))
+    monkeypatch.setattr(cli, "VERBS", (Verb("probe", "probe_verb", "a test", has_overrides=True, has_aliases=True),))
     return verb
 
 
@@ -73,6 +74,13 @@ def test_settings_may_stand_anywhere(probe: ProbeVerb) -> None:
     assert probe.seen is not None
     assert probe.seen.out == "D"
     assert probe.seen.overrides == ["optim.lr=1", "model.num_layers=2", "model.width=8"]
+
+
+def test_verbs_without_aliases_keep_their_own_flags(probe: ProbeVerb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "VERBS", (Verb("probe", "probe_verb", "a test", has_overrides=True),))
+    assert main(["probe", "--seed", "3", "optim.lr=1", "more"]) == 0
+    assert probe.seen is not None
+    assert (probe.seen.seed, probe.seen.overrides) == ("3", ["more", "optim.lr=1"])
 
 
 def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,3 +27,4 @@ def test_settings_are_told_from_flags_and_their_values() -> None:
     rest, settings = split_settings(words)
     assert rest == ["--out", "runs/a=b.c", "--config", "x.yaml", "--tp"]
     assert settings == ["optim.lr=1", "optim.lr=2", "train.seed=3"]
+    assert split_settings(["--lr=2", "optim.lr=1"], {}) == (["--lr=2"], ["optim.lr=1"])
