@@ -36,18 +36,13 @@ class Verb:
     """Whether flags such as ``--lr`` stand for options; not where they would mean something else."""
 
 
+_CLI = "megatron_vilg.cli"
 VERBS: tuple[Verb, ...] = (
-    Verb("train", "megatron_vilg.cli.train", "train the generator in both directions", True),
-    Verb(
-        "config",
-        "megatron_vilg.cli.config",
-        "print every option, its value, where it came from, its meaning",
-        True,
-        True,
-    ),
-    Verb("train-vqgan", "megatron_vilg.cli.train_vqgan", "train the image tokenizer", True),
-    Verb("data", "megatron_vilg.cli.data", "get demo pairs, train the text tokenizer, encode pairs to tokens", True),
-    Verb("doctor", "megatron_vilg.cli.doctor", "say what this machine offers: versions, devices, disk, fonts"),
+    Verb("data", f"{_CLI}.data", "get demo pairs, train the text tokenizer, encode pairs to tokens", True),
+    Verb("train-vqgan", f"{_CLI}.train_vqgan", "train the image tokenizer", True),
+    Verb("train", f"{_CLI}.train", "train the generator in both directions", True, has_aliases=True),
+    Verb("config", f"{_CLI}.config", "print every option, its value, its origin, its meaning", True, has_aliases=True),
+    Verb("doctor", f"{_CLI}.doctor", "say what this machine offers: versions, devices, disk, fonts"),
 )
 """All verbs, in the order of the help page."""
 
