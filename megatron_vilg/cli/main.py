@@ -41,6 +41,8 @@ VERBS: tuple[Verb, ...] = (
     Verb("data", f"{_CLI}.data", "get demo pairs, train the text tokenizer, encode pairs to tokens", True),
     Verb("train-vqgan", f"{_CLI}.train_vqgan", "train the image tokenizer", True),
     Verb("train", f"{_CLI}.train", "train the generator in both directions", True, has_aliases=True),
+    Verb("generate", f"{_CLI}.generate", "draw pictures from text"),
+    Verb("caption", f"{_CLI}.caption", "say what is in pictures"),
     Verb("config", f"{_CLI}.config", "print every option, its value, its origin, its meaning", True, has_aliases=True),
     Verb("doctor", f"{_CLI}.doctor", "say what this machine offers: versions, devices, disk, fonts"),
 )

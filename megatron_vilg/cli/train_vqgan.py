@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
-from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
-
-if TYPE_CHECKING:
-    import torch
 
 _log = get_logger(__name__)
 
@@ -33,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--out", metavar="RUN", type=Path, required=True, help="run folder; RUN/image_tokenizer is written"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    add_device_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -43,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vilg.data.pixels import read_train_and_held_out
     from megatron_vilg.train.vqgan import train_image_tokenizer
 
-    device = _device(args.device)
+    device = chosen_device(args.device)
     size = config.image_tokenizer.image_size
     train, held_out = read_train_and_held_out(args.data, size, max_bad_share=config.data.max_bad_share)
     if held_out is None:
@@ -52,17 +48,3 @@ def run(args: argparse.Namespace) -> int:
     _log.info("%d training pictures, %d to measure on, %d px", len(train), len(held_out), size)
     quality = train_image_tokenizer(config, train, held_out, args.out / "image_tokenizer", device=device)
     return 0 if quality is not None else EXIT_STOPPED
-
-
-def _device(name: str) -> torch.device:
-    """The device that ``--device`` names."""
-    import torch
-
-    if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        _log.info("device: %s (torch %s a GPU)", found, "sees" if found == "cuda" else "does not see")
-        return torch.device(found)
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError([f"--device={name}: torch cannot use it ({error}). Works: auto, cpu"]) from error

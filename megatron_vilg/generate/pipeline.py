@@ -42,6 +42,7 @@ class Pipeline:
         text_tokenizer: captions to ids and back.
         image_tokenizer: pixels to codes and back, on the same device.
         config: resolved configuration; ``config.sample`` are the default settings.
+        step: optimizer steps behind the weights.
         precision: arithmetic of the generator's matrix products.
     """
 
@@ -52,12 +53,14 @@ class Pipeline:
         image_tokenizer: ImageTokenizer,
         config: RunConfig,
         *,
+        step: int = 0,
         precision: Precision = "fp32",
     ) -> None:
         self.model = model
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.config = config
+        self.step = step
         self.precision = precision
         self.device = next(model.parameters()).device
 
@@ -70,16 +73,23 @@ class Pipeline:
         """
         parts = load_parts(Path(path), torch.device(device))
         log.info("loaded %s (step %d)", parts.source, parts.step)
-        return cls(parts.model, parts.text_tokenizer, parts.image_tokenizer, parts.config, precision=precision)
+        return cls(
+            parts.model,
+            parts.text_tokenizer,
+            parts.image_tokenizer,
+            parts.config,
+            step=parts.step,
+            precision=precision,
+        )
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, prompts: Sequence[str], *, warn: bool = True) -> tuple[Tensor, Tensor]:
         """Prompts to ids int64 [B, L] and lengths [B]; what does not fit is cut, with a warning that says how much."""
         slots = self.model.spec.num_text_slots
         ids = torch.zeros(len(prompts), slots, dtype=torch.int64)
         lengths = torch.zeros(len(prompts), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens = self.text_tokenizer.encode(prompt)
-            if len(tokens) > slots:
+            if warn and len(tokens) > slots:
                 log.warning(
                     "prompt %r has %d tokens, the model has %d text slots: the last %d are cut (%r)",
                     prompt,
@@ -203,18 +213,16 @@ class Pipeline:
 
     def caption_log_likelihood(self, ids: Tensor, prompts: Sequence[str], *, max_batch: int | None = None) -> Tensor:
         """``log P(prompt | picture)`` in nats for codes [B, N] and their prompts: float32 [B]."""
-        text_ids, text_len = self.encode_prompts(prompts)
+        text_ids, text_len = self.encode_prompts(prompts, warn=False)
         with self._arithmetic():
             return rerank.caption_log_likelihood(
                 self.model, ids.to(self.device), text_ids, text_len, max_batch=max_batch
             )
 
-    def rerank(self, ids: Tensor, prompts: Sequence[str], keep: int, *, max_batch: int | None = None) -> Tensor:
-        """Numbers of the ``keep`` pictures of [B, n, N] that fit their prompt best, best first: int64 [B, keep]."""
-        num_images = ids.shape[1]
-        each = [prompt for prompt in prompts for _ in range(num_images)]
-        scores = self.caption_log_likelihood(ids.flatten(0, 1), each, max_batch=max_batch)
-        return rerank.best_of(scores.view(-1, num_images), keep)
+    def score(self, ids: Tensor, prompts: Sequence[str], *, max_batch: int | None = None) -> Tensor:
+        """``caption_log_likelihood`` of every picture of codes [B, n, N] with its prompt: float32 [B, n]."""
+        each = [prompt for prompt in prompts for _ in range(ids.shape[1])]
+        return self.caption_log_likelihood(ids.flatten(0, 1), each, max_batch=max_batch).view(ids.shape[:2])
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:

@@ -98,11 +98,13 @@ def test_transparent_pictures_are_laid_on_white(pipeline: Pipeline) -> None:
     assert torch.equal(pipeline.encode_images([clear]), pipeline.encode_images([white]))
 
 
-def test_rerank_puts_the_likeliest_first(pipeline: Pipeline) -> None:
-    ids = pipeline.draw_ids(CAPTIONS[:2], num_images=5)
-    order = pipeline.rerank(ids, CAPTIONS[:2], 3)
-    scores = torch.stack([pipeline.caption_log_likelihood(ids[p], [CAPTIONS[p]] * 5) for p in range(2)])
-    assert torch.equal(order, scores.argsort(dim=1, descending=True)[:, :3])
+def test_scores_belong_to_their_prompts(pipeline: Pipeline) -> None:
+    ids = pipeline.draw_ids(CAPTIONS[:2], num_images=3)
+    scores = pipeline.score(ids, CAPTIONS[:2], max_batch=4)
+    for prompt in range(2):
+        alone = pipeline.caption_log_likelihood(ids[prompt], [CAPTIONS[prompt]] * 3)
+        torch.testing.assert_close(scores[prompt], alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(scores, pipeline.score(ids, CAPTIONS[1::-1]))
 
 
 def test_bf16_draws_and_captions(run_folder: Path) -> None:

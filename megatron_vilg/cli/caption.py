@@ -1,0 +1,90 @@
+"""``vilg caption``: say what is in pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_vilg.cli.device import add_device_option, chosen_device
+from megatron_vilg.cli.sampling import (
+    add_sampling_options,
+    problems_of_sampling,
+    require_none,
+    sampling_from_args,
+)
+from megatron_vilg.errors import ConfigError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the options."""
+    parser = subparsers.add_parser(
+        "caption",
+        help="say what is in pictures",
+        description="Say what is in pictures: one line for each, the file and its caption.",
+        epilog="example: vilg caption --load runs/demo pictures/*.png --beam 5 --json captions.json",
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    parser.add_argument("--load", metavar="RUN_OR_FOLDER", type=Path, required=True, help="run or exported folder")
+    parser.add_argument("--beam", metavar="N", type=int, default=1, help="captions kept in mind at a time (default: 1)")
+    parser.add_argument(
+        "--length-penalty", metavar="X", type=float, default=1.0, help="beam search: higher favours longer captions"
+    )
+    parser.add_argument("--question", metavar="TEXT", help="answer a question about the pictures")
+    parser.add_argument("--json", metavar="F", type=Path, help="write a list of {id, caption} there too")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add_sampling_options(parser, default="the likeliest token at each step (temperature 0)", with_guidance=False)
+    parser.add_argument("--max-batch", metavar="N", type=int, default=64, help="pictures at a time (default: 64)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of matrix products")
+    add_device_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Caption and print; the exit code is 0 when every picture has its caption."""
+    _check(args)
+    from megatron_vilg.generate.caption import GREEDY
+    from megatron_vilg.generate.pipeline import Pipeline
+
+    pipeline = Pipeline.load(args.load, device=chosen_device(args.device), precision=args.precision)
+    captions = pipeline.caption(
+        args.images,
+        settings=sampling_from_args(args, GREEDY),
+        beam=args.beam,
+        length_penalty=args.length_penalty,
+        seed=args.seed,
+        max_batch=args.max_batch,
+    )
+    for path, caption in zip(args.images, captions, strict=True):
+        print(f"{path}\t{caption}")
+    if args.json is not None:
+        _write(args.json, [{"id": str(p), "caption": c} for p, c in zip(args.images, captions, strict=True)])
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Report everything that can be told wrong without the model."""
+    problems = problems_of_sampling(args)
+    if args.question is not None:
+        problems.append(
+            f"--question={args.question}: needs a generator trained on questions and answers, which this version does "
+            "not train yet. Leave it out to get a caption"
+        )
+    for flag, value in (("--beam", args.beam), ("--max-batch", args.max_batch)):
+        if value < 1:
+            problems.append(f"{flag}={value}: must be at least 1")
+    sampled = [name for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None]
+    if args.beam > 1 and sampled:
+        names = ", ".join("--" + name.replace("_", "-") for name in sampled)
+        problems.append(f"--beam={args.beam}: beam search draws nothing at random, so it has no use for {names}")
+    require_none(problems)
+
+
+def _write(path: Path, captions: list[dict[str, str]]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(captions, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError([f"--json={path}: cannot be written ({error}); name another file"]) from error

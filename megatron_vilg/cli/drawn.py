@@ -1,0 +1,108 @@
+"""What ``vilg generate`` leaves behind: pictures, a grid of them, and how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vilg.data.images import to_image
+from megatron_vilg.errors import ConfigError, MissingPackageError
+from megatron_vilg.evaluate.canvas import Canvas, font_file
+from megatron_vilg.log import get_logger
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+_log = get_logger(__name__)
+
+RECORD_FILE, GRID_FILE = "generate.json", "grid.png"
+_MARGIN, _GAP, _TEXT = 16, 8, 18
+_SMALLEST_SIDE = 96
+"""Smaller pictures are enlarged in the grid by a whole factor."""
+
+
+def write_pictures(
+    out: Path, prompts: Sequence[str], pixels: Tensor, facts: Sequence[dict[str, Any]], record: dict[str, Any]
+) -> None:
+    """Write ``PROMPT-IMAGE.png``, the grid and, last, ``generate.json``; pictures of an earlier call are replaced.
+
+    Args:
+        out: folder, made if missing.
+        prompts: B of them.
+        pixels: [B, n, 3, S, S] in [-1, 1].
+        facts: what else there is to say about each prompt.
+        record: settings of the whole call.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    pictures = [[to_image(image) for image in row] for row in pixels]
+    entries = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _remove_earlier(out)
+        for number, (prompt, row, fact) in enumerate(zip(prompts, pictures, facts, strict=True)):
+            names = [f"{number:05d}-{index:02d}.png" for index in range(len(row))]
+            for name, picture in zip(names, row, strict=True):
+                _save(picture, out / name)
+            entries.append({"prompt": prompt, "files": names, **fact})
+        _save(picture_grid(prompts, pictures), out / GRID_FILE)
+        text = json.dumps(record | {"prompts": entries}, ensure_ascii=False, indent=1)
+        partial = out / f"{RECORD_FILE}.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(out / RECORD_FILE)
+    except OSError as error:
+        raise ConfigError([f"--out={out}: cannot be written ({error}); name another folder"]) from error
+
+
+def picture_grid(prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """One row of pictures for each prompt, the prompt above it if there is a font that can write it."""
+    side = pictures[0][0].width
+    side *= max(1, -(-_SMALLEST_SIDE // side))
+    columns = max(len(row) for row in pictures)
+    width = 2 * _MARGIN + columns * (side + _GAP) - _GAP
+    canvas = Canvas(width)
+    has_font = _has_font()
+    y = _MARGIN
+    for prompt, row in zip(prompts, pictures, strict=True):
+        if has_font:
+            y = round(canvas.paragraph(_MARGIN, y, prompt, _TEXT, width - 2 * _MARGIN)) + _GAP // 2
+        for index, picture in enumerate(row):
+            canvas.picture(_MARGIN + index * (side + _GAP), y, picture, side)
+        y += side + 2 * _GAP
+    return canvas.finish(_MARGIN)
+
+
+def _has_font() -> bool:
+    try:
+        font_file()
+    except MissingPackageError as error:
+        _log.warning("the grid has no prompts written on it: %s", error)
+        return False
+    return True
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    picture.save(partial, "PNG")
+    partial.replace(path)
+
+
+def _remove_earlier(out: Path) -> None:
+    """Delete what an earlier call says it wrote; its record goes first."""
+    record = out / RECORD_FILE
+    if not record.is_file():
+        return
+    try:
+        prompts = json.loads(record.read_text(encoding="utf-8"))["prompts"]
+        names = [name for entry in prompts for name in entry["files"] if name == Path(name).name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            [f"--out={out}: its {RECORD_FILE} is not one of ours ({error}); name another folder"]
+        ) from error
+    record.unlink()
+    for name in names:
+        (out / name).unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""``vilg generate``: draw pictures from text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vilg.cli.device import add_device_option, chosen_device
+from megatron_vilg.cli.sampling import (
+    add_sampling_options,
+    problems_of_sampling,
+    require_none,
+    sampling_from_args,
+)
+from megatron_vilg.errors import ConfigError
+from megatron_vilg.log import get_logger
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_vilg.config.schema import SampleConfig
+    from megatron_vilg.generate.pipeline import Pipeline
+
+_log = get_logger(__name__)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the options."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="draw pictures from text",
+        description="Draw pictures from text. Writes one PNG per picture, grid.png with all of them, and generate.json "
+        "with everything that is needed to draw them again.",
+        epilog='example: vilg generate --load runs/demo --prompt "水彩画的红苹果" -n 4 --out drawn',
+    )
+    parser.add_argument("--load", metavar="RUN_OR_FOLDER", type=Path, required=True, help="run or exported folder")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompt-file", metavar="F", type=Path, help="one prompt a line; lines with # are left out")
+    parser.add_argument("-n", "--num-images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: 0)")
+    parser.add_argument("--out", metavar="D", type=Path, required=True, help="folder for the pictures")
+    add_sampling_options(parser, default="the section `sample` of the run's configuration", with_guidance=True)
+    parser.add_argument("--decoder", choices=("codebook", "end-to-end"), default="codebook", help="codes to pixels")
+    parser.add_argument("--max-batch", metavar="N", type=int, help="pictures drawn at a time (default: all)")
+    parser.add_argument(
+        "--rerank", metavar="K", type=int, help="draw K pictures per prompt, keep the -n that the model captions best"
+    )
+    parser.add_argument("--image-prefix", metavar="IMG", type=Path, help="complete this picture, with --keep-rows")
+    parser.add_argument("--keep-rows", metavar="R", type=int, help="rows of its tokens that are kept, from the top")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of matrix products")
+    add_device_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw and write; the exit code is 0 when every picture is there."""
+    prompts = _prompts(args)
+    _check(args)
+    from megatron_vilg.cli.drawn import write_pictures
+    from megatron_vilg.generate.pipeline import Pipeline
+
+    pipeline = Pipeline.load(args.load, device=chosen_device(args.device), precision=args.precision)
+    settings = sampling_from_args(args, pipeline.config.sample)
+    ids, scores = _draw(args, pipeline, prompts, settings)
+    pixels = pipeline.decode(ids)
+    record = _record(args, pipeline, settings) | {
+        "ids_sha256": hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+    }
+    lengths = [len(pipeline.text_tokenizer.encode(prompt)) for prompt in prompts]
+    slots = pipeline.model.spec.num_text_slots
+    facts: list[dict[str, Any]] = [{"tokens": n, "tokens_cut": max(0, n - slots)} for n in lengths]
+    if scores is not None:
+        for fact, row in zip(facts, scores.tolist(), strict=True):
+            fact["caption_log_likelihood"] = row
+    write_pictures(args.out, prompts, pixels, facts, record)
+    print(f"{ids.shape[0] * ids.shape[1]} pictures in {args.out}, all of them in {args.out / 'grid.png'}")
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            lines = args.prompt_file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"--prompt-file={args.prompt_file}: cannot be read as UTF-8 text ({error})"]) from error
+        prompts += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        source = f"--prompt-file={args.prompt_file} holds no prompt" if args.prompt_file else "no prompt given"
+        raise ConfigError([f'{source}; works: --prompt "水彩画的红苹果", or a file with one prompt a line'])
+    return prompts
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Report everything that can be told wrong without the model."""
+    problems = problems_of_sampling(args)
+    if args.decoder == "end-to-end":
+        problems.append(
+            "--decoder=end-to-end: needs a generator trained together with a reconstructor, which this version does "
+            "not train yet. Works: codebook"
+        )
+    for flag, value in (("-n", args.num_images), ("--max-batch", args.max_batch)):
+        if value is not None and value < 1:
+            problems.append(f"{flag}={value}: must be at least 1")
+    if args.rerank is not None and args.rerank < args.num_images:
+        problems.append(f"--rerank={args.rerank}: must be at least -n={args.num_images}, the pictures that are kept")
+    if (args.image_prefix is None) != (args.keep_rows is None):
+        problems.append("--image-prefix and --keep-rows belong together; give both or neither")
+    require_none(problems)
+
+
+def _draw(
+    args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], settings: SampleConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Codes [B, n, N] and, with ``--rerank``, the log-likelihood of the prompt for each [B, n]."""
+    from tqdm import tqdm
+
+    from megatron_vilg.generate.rerank import best_of
+
+    num_images = args.rerank or args.num_images
+    prefix = _image_prefix(args, pipeline, len(prompts))
+    with tqdm(desc="drawing", unit=" tokens", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        ids = pipeline.draw_ids(
+            prompts,
+            num_images=num_images,
+            settings=settings,
+            seed=args.seed,
+            max_batch=args.max_batch,
+            image_prefix=prefix,
+            progress=progress,
+        )
+    if args.rerank is None:
+        return ids, None
+    scores = pipeline.score(ids, prompts, max_batch=args.max_batch)
+    best = best_of(scores, args.num_images)
+    return ids.gather(1, best[:, :, None].expand(-1, -1, ids.shape[2])), scores.gather(1, best)
+
+
+def _image_prefix(args: argparse.Namespace, pipeline: Pipeline, num_prompts: int) -> torch.Tensor | None:
+    if args.image_prefix is None:
+        return None
+    side = pipeline.model.spec.image_side
+    if not 0 <= args.keep_rows <= side:
+        raise ConfigError([f"--keep-rows={args.keep_rows}: this model has rows 0 to {side}"])
+    return pipeline.encode_images([args.image_prefix])[:, : args.keep_rows * side].expand(num_prompts, -1)
+
+
+def _record(args: argparse.Namespace, pipeline: Pipeline, settings: SampleConfig) -> dict[str, Any]:
+    """What it takes to draw the same pictures again."""
+    from megatron_vilg.checkpoint.manifest import current_versions
+
+    return {
+        "load": str(args.load),
+        "step": pipeline.step,
+        "seed": args.seed,
+        "num_images": args.num_images,
+        "sample": dataclasses.asdict(settings),
+        "decoder": args.decoder,
+        "rerank": args.rerank,
+        "image_prefix": None if args.image_prefix is None else str(args.image_prefix),
+        "keep_rows": args.keep_rows,
+        "max_batch": args.max_batch,
+        "precision": args.precision,
+        "device": str(pipeline.device),
+        "versions": current_versions(),
+    }

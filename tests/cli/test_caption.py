@@ -1,0 +1,82 @@
+"""``vilg caption``: lines, JSON, and one message for everything that cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_vilg.cli.main import main
+from megatron_vilg.generate.pipeline import Pipeline
+from tests.tiny_run import CAPTIONS, write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("caption") / "run"
+    write_tiny_run(folder, checkpoint=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(run_folder: Path) -> list[str]:
+    paths = []
+    for number, picture in enumerate(Pipeline.load(run_folder).draw(CAPTIONS[:3])):
+        picture.save(run_folder / f"{number}.png")
+        paths.append(str(run_folder / f"{number}.png"))
+    return paths
+
+
+def caption(run_folder: Path, *options: str) -> int:
+    return main(["caption", "--load", str(run_folder), "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_lines_and_json(
+    run_folder: Path, pictures: list[str], tmp_path: Path, beam: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "new" / "captions.json"
+    assert caption(run_folder, *pictures, "--beam", str(beam), "--json", str(target)) == 0
+    expected = Pipeline.load(run_folder).caption(pictures, beam=beam)
+    assert capsys.readouterr().out.splitlines() == [f"{p}\t{c}" for p, c in zip(pictures, expected, strict=True)]
+    found = json.loads(target.read_text(encoding="utf-8"))
+    assert found == [{"id": p, "caption": c} for p, c in zip(pictures, expected, strict=True)]
+
+
+def test_sampling_follows_the_seed(run_folder: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def drawn(seed: str, *options: str) -> str:
+        assert caption(run_folder, *pictures, "--temperature", "1.5", "--seed", seed, *options) == 0
+        return capsys.readouterr().out
+
+    assert drawn("1") == drawn("1", "--max-batch", "2") != drawn("2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--question", "什么颜色？"], "--question=什么颜色？: needs a generator trained on questions"),
+        (["--beam", "0"], "--beam=0: must be at least 1"),
+        (["--max-batch", "0"], "--max-batch=0: must be at least 1"),
+        (
+            ["--beam", "2", "--top-k", "3"],
+            "--beam=2: beam search draws nothing at random, so it has no use for --top-k",
+        ),
+        (["--top-p", "7"], "--top-p=7.0: input should be less than or equal to 1"),
+        (["absent.png"], "absent.png: cannot be read"),
+    ],
+)
+def test_what_cannot_work_is_said(
+    run_folder: Path, pictures: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert caption(run_folder, pictures[0], *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_json_that_cannot_be_written_is_named(
+    run_folder: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "file.png")
+    assert caption(run_folder, pictures[0], "--json", str(tmp_path / "file.png" / "captions.json")) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""``vilg generate``: files, record, and one message for everything that cannot work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vilg.cli.main import main
+from megatron_vilg.evaluate import canvas
+from tests.tiny_run import CAPTIONS, write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    write_tiny_run(folder, checkpoint=False)
+    return folder
+
+
+def generate(run_folder: Path, out: Path, *options: str) -> int:
+    return main(["generate", "--load", str(run_folder), "--out", str(out), "--device", "cpu", *options])
+
+
+def record(out: Path) -> dict[str, Any]:
+    return json.loads((out / "generate.json").read_text(encoding="utf-8"))
+
+
+def picture(path: Path) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(path))
+
+
+def test_pictures_grid_and_record(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"# styles\n{CAPTIONS[1]}\n\n {CAPTIONS[2]}\n", encoding="utf-8")
+    options = ["--prompt", CAPTIONS[0], "--prompt-file", str(prompts), "-n", "2", "--seed", "7", "--top-k", "4"]
+    assert generate(run_folder, tmp_path / "drawn", *options, "--cfg-scale", "1.5", "--max-batch", "3") == 0
+    written = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    files = [f"{p:05d}-{i:02d}.png" for p in range(3) for i in range(2)]
+    assert written == [*files, "generate.json", "grid.png"]
+    assert picture(tmp_path / "drawn" / files[0]).shape == (16, 16, 3)
+    facts = record(tmp_path / "drawn")
+    assert [entry["prompt"] for entry in facts["prompts"]] == CAPTIONS[:3]
+    assert [entry["files"] for entry in facts["prompts"]] == [files[0:2], files[2:4], files[4:6]]
+    assert facts["sample"] == {"temperature": 0.9, "top_k": 4, "top_p": 1.0, "guidance": 1.5}
+    assert (facts["seed"], facts["num_images"], facts["step"]) == (7, 2, 3)
+    assert set(facts["versions"]) >= {"megatron_vilg", "torch"} and len(facts["ids_sha256"]) == 64
+    assert "6 pictures" in capsys.readouterr().out
+    # The same call draws the same pictures; fewer of them replace all of the earlier ones.
+    assert generate(run_folder, tmp_path / "again", *options, "--cfg-scale", "1.5") == 0
+    assert record(tmp_path / "again")["ids_sha256"] == facts["ids_sha256"]
+    assert generate(run_folder, tmp_path / "drawn", "--prompt", "猫", "-n", "1") == 0
+    left = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert left == ["00000-00.png", "generate.json", "grid.png"]
+
+
+def test_grid_without_a_font_has_no_prompts(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(canvas, "_FONT_PACKAGE", "no_such_package")
+    assert generate(run_folder, tmp_path, "--prompt", "猫", "-n", "2") == 0
+    assert "the grid has no prompts written on it" in capsys.readouterr().err
+    side = 96
+    assert Image.open(tmp_path / "grid.png").size == (2 * side + 8 + 32, side + 33)
+
+
+def test_grid_with_a_font_has_room_for_prompts(run_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pylopdf_fonts_zh_cn")
+    assert generate(run_folder, tmp_path, "--prompt", "猫", "-n", "2") == 0
+    grid = picture(tmp_path / "grid.png")
+    assert grid.shape[0] > 96 + 33 and (grid[16:40] < 128).any()
+
+
+def test_rerank_keeps_the_best_captioned(run_folder: Path, tmp_path: Path) -> None:
+    assert generate(run_folder, tmp_path / "all", "--prompt", CAPTIONS[0], "-n", "6", "--rerank", "6") == 0
+    assert generate(run_folder, tmp_path / "best", "--prompt", CAPTIONS[0], "-n", "2", "--rerank", "6") == 0
+    scores = record(tmp_path / "all")["prompts"][0]["caption_log_likelihood"]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 6
+    assert record(tmp_path / "best")["prompts"][0]["caption_log_likelihood"] == scores[:2]
+    for name in ("00000-00.png", "00000-01.png"):
+        assert np.array_equal(picture(tmp_path / "all" / name), picture(tmp_path / "best" / name))
+
+
+def test_completion_keeps_rows_of_the_picture(run_folder: Path, tmp_path: Path) -> None:
+    assert generate(run_folder, tmp_path / "first", "--prompt", CAPTIONS[0], "-n", "1") == 0
+    start = ["--image-prefix", str(tmp_path / "first" / "00000-00.png"), "--keep-rows"]
+    assert generate(run_folder, tmp_path / "all", "--prompt", CAPTIONS[1], "-n", "2", *start, "4") == 0
+    # Every row kept: nothing is left to draw, so that both are the same picture.
+    assert np.array_equal(picture(tmp_path / "all" / "00000-00.png"), picture(tmp_path / "all" / "00000-01.png"))
+    assert generate(run_folder, tmp_path / "half", "--prompt", CAPTIONS[1], "-n", "2", *start, "2") == 0
+    assert record(tmp_path / "half")["keep_rows"] == 2
+    assert not np.array_equal(picture(tmp_path / "half" / "00000-00.png"), picture(tmp_path / "half" / "00000-01.png"))
+
+
+def test_cut_prompts_are_warned_about_once_and_recorded(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "，".join(CAPTIONS[:4])
+    assert generate(run_folder, tmp_path, "--prompt", long, "-n", "1", "--rerank", "2") == 0
+    (entry,) = record(tmp_path)["prompts"]
+    assert entry["tokens_cut"] == entry["tokens"] - 6 > 0
+    assert capsys.readouterr().err.count(f"the last {entry['tokens_cut']} are cut") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "猫", "--top-p", "1.5"], "--top-p=1.5: input should be less than or equal to 1"),
+        (["--prompt", "猫", "--temperature", "-1"], "--temperature=-1.0: input should be greater than or equal to 0"),
+        (["--prompt", "猫", "--cfg-scale", "-2"], "--cfg-scale=-2.0: input should be"),
+        (["--prompt", "猫", "-n", "0"], "-n=0: must be at least 1"),
+        (["--prompt", "猫", "--max-batch", "0"], "--max-batch=0: must be at least 1"),
+        (["--prompt", "猫", "--rerank", "3"], "--rerank=3: must be at least -n=4"),
+        (["--prompt", "猫", "--keep-rows", "3"], "--image-prefix and --keep-rows belong together"),
+        (["--prompt", "猫", "--decoder", "end-to-end"], "--decoder=end-to-end: needs a generator trained together"),
+        ([], "no prompt given; works: --prompt"),
+        (["--prompt-file", "absent.txt"], "--prompt-file=absent.txt: cannot be read as UTF-8 text"),
+        (["--prompt", "猫", "--device", "abacus"], "--device=abacus: torch cannot use it"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_message(
+    run_folder: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "--load", str(run_folder), "--out", str(tmp_path / "out"), *options]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_problems_are_reported_together(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(run_folder, tmp_path, "--prompt", "猫", "--top-k", "-1", "--top-p", "2", "-n", "0") == 2
+    error = capsys.readouterr().err
+    assert "3 problems" in error and "--top-k=-1" in error and "--top-p=2.0" in error and "-n=0" in error
+
+
+def test_rows_that_are_not_there_are_refused(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "start.png")
+    start = ["--image-prefix", str(tmp_path / "start.png"), "--keep-rows", "5"]
+    assert generate(run_folder, tmp_path / "out", "--prompt", "猫", *start) == 2
+    assert "--keep-rows=5: this model has rows 0 to 4" in capsys.readouterr().err
+
+
+def test_unknown_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(tmp_path / "nowhere", tmp_path / "out", "--prompt", "猫") == 2
+    assert "CheckpointError" in (error := capsys.readouterr().err) and "nowhere: no such folder" in error
+
+
+def test_empty_prompt_file_is_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("# nothing\n")
+    assert generate(run_folder, tmp_path / "out", "--prompt-file", str(tmp_path / "prompts.txt")) == 2
+    assert "prompts.txt holds no prompt" in capsys.readouterr().err
+
+
+def test_foreign_and_unwritable_folders_are_refused(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "generate.json").write_text("[]")
+    assert generate(run_folder, tmp_path, "--prompt", "猫") == 2
+    assert "its generate.json is not one of ours" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert generate(run_folder, tmp_path / "file" / "out", "--prompt", "猫") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_parsing_needs_no_torch() -> None:
+    code = (
+        "import sys, megatron_vilg.cli.generate, megatron_vilg.cli.caption;"
+        "print(*({'torch', 'numpy', 'PIL', 'sentencepiece'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
