@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_vilg.evaluate.report_page import render_page
 from megatron_vilg.evaluate.report_picture import render_picture
 from megatron_vilg.evaluate.report_tables import footer_lines, report_tables
 from megatron_vilg.evaluate.retrieval import FEATURE_BLOCKS, FEATURE_CELLS, FEATURE_SIZE, Activations
+from megatron_vilg.evaluate.scenes import measure_scenes
 from megatron_vilg.evaluate.statistics import sample_indices
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
 from megatron_vilg.evaluate.view import CaptionedPicture, DrawnPrompt, Group, ReportView, Sample
@@ -59,7 +61,9 @@ def make_report(
     network: Activations | None,
     settings: EvaluationSettings,
     *,
+    scenes: EvalSet | None = None,
     seconds: Mapping[str, float] | None = None,
+    started: float | None = None,
     credits: Sequence[str] = (),
 ) -> Report:
     """Measure everything and choose what to show.
@@ -68,12 +72,19 @@ def make_report(
 
     Args:
         network: features that training never used, to judge drawings; None leaves that out.
+        scenes: composed scenes, whose drawings are checked pixel by pixel.
         seconds: wall seconds by stage.
+        started: ``time.perf_counter()`` when the evaluation began, to add it to them as ``evaluate``.
         credits: lines that must stand by the pictures.
     """
     measurement = Measurement(subject, pairs, network, settings)
-    figures = _figures(measurement, dict(seconds or {}))
+    figures = _figures(measurement)
+    if scenes:
+        figures["scenes"] = measure_scenes(subject, scenes, settings)
     groups = tuple(_group(measurement, kind) for kind in (Kind.TRAINED, Kind.UNSEEN) if kind in measurement.kinds)
+    figures["seconds"] = dict(seconds or {})
+    if started is not None:
+        figures["seconds"]["evaluate"] = round(time.perf_counter() - started, 1)
     counts, size = figures["counts"], subject.config.image_tokenizer.image_size
     known = f" ({counts['concepts']} concepts in {counts['styles']} styles)" if counts["concepts"] else ""
     view = ReportView(
@@ -99,7 +110,7 @@ def write_report(report: Report, out: Path, *, with_page: bool = True) -> None:
         _replace(out / "report.html", render_page(report.view).encode())
 
 
-def _figures(measurement: Measurement, seconds: dict[str, float]) -> dict[str, Any]:
+def _figures(measurement: Measurement) -> dict[str, Any]:
     subject, settings = measurement.subject, measurement.settings
     cross_entropy = measurement.cross_entropy()
     captions = measurement.captions()
@@ -129,7 +140,7 @@ def _figures(measurement: Measurement, seconds: dict[str, float]) -> dict[str, A
         "instrument": _instrument(measurement) if drawings is not None else None,
         "drawing_settings": dataclasses.asdict(subject.config.sample)
         | {"samples_per_prompt": settings.samples_per_prompt, "captions": "greedy"},
-        "seconds": seconds,
+        "seconds": {},
         "versions": _versions(),
         "seed": settings.seed,
         "config": dump_run_config(subject.config),
@@ -154,8 +165,10 @@ def _drawing_figures(drawings: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _instrument(measurement: Measurement) -> dict[str, Any]:
     gallery = measurement.galleries[Kind.TRAINED]
+    training = measurement.subject.config.image_tokenizer_train
     return {
         "network": FEATURE_NETWORK,
+        "used_in_training": training.perceptual_weight > 0 and training.perceptual_network == FEATURE_NETWORK,
         "features": f"outputs of blocks {', '.join(map(str, FEATURE_BLOCKS))}, averaged over {FEATURE_CELLS} x "
         f"{FEATURE_CELLS} cells, standardised, cosine; pictures of 8 bits brought to {FEATURE_SIZE} x {FEATURE_SIZE}",
         "gallery": f"{len(gallery.labels)} real pictures of {len(gallery.concepts)} concepts: all trained and unseen "

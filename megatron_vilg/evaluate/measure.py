@@ -77,10 +77,11 @@ class Measurement:
 
     def draw(self, numbers: list[int], num_images: int, seed: int) -> Tensor:
         """Pictures [len(numbers) * num_images, 3, S, S] in [-1, 1] drawn from the pairs' captions."""
-        ids = self.subject.pipeline.draw_ids(
-            self.pairs.captions(numbers), num_images=num_images, sampling=self.subject.config.sample, seed=seed
+        pipeline = self.subject.pipeline
+        ids = pipeline.draw_ids(
+            self.pairs.captions(numbers), num_images=num_images, settings=self.subject.config.sample, seed=seed
         )
-        return self.subject.decode(ids.reshape(-1, ids.shape[-1]))
+        return pipeline.decode(ids.flatten(0, 1)).float().cpu()
 
     def judge(self, kind: Kind, pictures: Tensor, asked: list[Label]) -> tuple[Tensor, Tensor]:
         """Whether drawn pictures [Q, 3, S, S] show the asked concept and style: two bool [Q]."""

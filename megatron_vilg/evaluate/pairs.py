@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +30,8 @@ class Kind(StrEnum):
     """The concept was never seen in any style."""
 
 
-_KIND_OF_SPLIT = {
-    "train": Kind.TRAINED,
-    "heldout-pair": Kind.UNSEEN,
-    "heldout-concept": Kind.NEW_CONCEPT,
-    "val": Kind.UNSEEN,
-}
+_NEW_CONCEPTS = "val-concepts"
+"""Split of the demo's pairs whose concepts were never trained; every other held-out split counts as unseen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +49,8 @@ class EvalPair:
     """The style as captions name it."""
     note: str = ""
     """Concept and style for readers without Chinese."""
+    scene: Mapping[str, Any] | None = None
+    """What a composed scene promises (``data.scenes``); None for other pairs."""
 
 
 class EvalSet:
@@ -101,11 +100,10 @@ class EvalSet:
         }
 
 
-def read_eval_set(data: Path | str, image_size: int, *, max_bad_share: float = 0.01, val_share: float = 0.0) -> EvalSet:
+def read_eval_set(
+    data: Path | str, image_size: int, *, max_bad_share: float = 0.01, val_share: float = 0.0
+) -> tuple[EvalSet, EvalSet]:
     """Read a data set for evaluation.
-
-    Pairs of the demo say in their field ``split`` how they were held out; others count as unseen when they stand in
-    the data set's ``val`` part, and as trained otherwise.
 
     Args:
         data: folder, ``.jsonl`` or tar shards, as ``read_records`` takes them.
@@ -113,38 +111,47 @@ def read_eval_set(data: Path | str, image_size: int, *, max_bad_share: float = 0
         max_bad_share: share of unreadable records above which reading stops.
         val_share: share of keys that training left out where the data set names no splits.
 
+    Returns:
+        the pairs, and the composed scenes apart from them: those are judged in another way.
+
     Raises:
         DataError: nothing to read, too many bad records, or no pair that training has seen.
     """
     pairs: list[EvalPair] = []
     pictures: list[np.ndarray] = []
-    for part in find_records(data, val_share=val_share):
-        for record in read_records(data, part, max_bad_share=max_bad_share, val_share=val_share):
-            pairs.append(_describe(record, part))
+    for split in find_records(data, val_share=val_share):
+        for record in read_records(data, split, max_bad_share=max_bad_share, val_share=val_share):
+            pairs.append(_describe(record, split))
             pictures.append(np.asarray(square(record.decode(), image_size), dtype=np.uint8))
-    if not any(pair.kind == Kind.TRAINED for pair in pairs):
+    plain = [number for number, pair in enumerate(pairs) if pair.scene is None]
+    if not any(pairs[number].kind == Kind.TRAINED for number in plain):
         raise DataError(
-            f"data: {str(data)!r} has no training pairs, only held-out ones; evaluation compares the two, "
-            "so give it the folder that `vilg train --data` had"
+            f"data: {str(data)!r} has no training pairs, only held-out ones or scenes; evaluation compares what was "
+            "trained with what was not, so give it the folder that `vilg train --data` had"
         )
-    return EvalSet(pairs, np.stack(pictures))
+    scenes = [number for number, pair in enumerate(pairs) if pair.scene is not None]
+    return _subset(pairs, pictures, plain), _subset(pairs, pictures, scenes)
 
 
-def _describe(record: Record, part: str) -> EvalPair:
+def _subset(pairs: Sequence[EvalPair], pictures: Sequence[np.ndarray], numbers: Sequence[int]) -> EvalSet:
+    shape = pictures[0].shape
+    chosen = np.stack([pictures[n] for n in numbers]) if numbers else np.empty((0, *shape), dtype=np.uint8)
+    return EvalSet([pairs[n] for n in numbers], chosen)
+
+
+def _describe(record: Record, split: str) -> EvalPair:
     fields = record.fields
-    split = str(fields.get("split", part))
-    if split not in _KIND_OF_SPLIT:
-        raise DataError(
-            f"data: record {record.key!r} has split={split!r}; known are {', '.join(map(repr, _KIND_OF_SPLIT))}"
-        )
     concept, style = fields.get("concept"), fields.get("style")
+    scene = fields.get("scene")
     known = isinstance(concept, str) and isinstance(style, str) and bool(concept) and bool(style)
+    unseen = Kind.NEW_CONCEPT if split == _NEW_CONCEPTS else Kind.UNSEEN
     return EvalPair(
         key=record.key,
         caption=record.caption,
-        kind=_KIND_OF_SPLIT[split],
+        kind=Kind.TRAINED if split == "train" else unseen,
         label=Label(str(concept), str(style)) if known else None,
         concept_name=str(fields.get("label_zh", "")),
         style_name=str(fields.get("style_zh", "")),
         note=" · ".join(str(name) for name in (fields.get("label_en"), fields.get("style_en", style)) if name),
+        scene=scene if isinstance(scene, dict) else None,
     )

@@ -30,13 +30,14 @@ def reconstruct(tokenizer: ImageTokenizer, pixels: Tensor, *, batch_size: int = 
         pixels: float32 [B, 3, S, S] in [-1, 1].
 
     Returns:
-        ids int64 [B, N], and pixels float32 [B, 3, S, S] clamped to [-1, 1].
+        ids int64 [B, N], and pixels float32 [B, 3, S, S] clamped to [-1, 1]; both on the CPU, wherever the
+        tokenizer is.
     """
     ids, pictures = [], []
     for block in pixels.split(batch_size):
-        codes = tokenizer.encode(block)
-        ids.append(codes)
-        pictures.append(tokenizer.decode(tokenizer.lookup(codes)).float().clamp(-1.0, 1.0))
+        codes = tokenizer.encode(block.to(tokenizer.codebook.device))
+        ids.append(codes.cpu())
+        pictures.append(tokenizer.decode(tokenizer.lookup(codes)).float().clamp(-1.0, 1.0).cpu())
     return torch.cat(ids), torch.cat(pictures)
 
 

@@ -10,11 +10,15 @@ from megatron_vilg.evaluate.view import Table
 _KINDS = ("trained", "unseen")
 _FONT_CREDIT = "字体 font: Noto Sans SC (SIL Open Font License 1.1)"
 _NONE = "–"
+_HEADER = ("", "训练过 trained", "没见过 unseen", "乱猜 chance", "上限 ceiling")
 
 
 def report_tables(figures: Mapping[str, Any]) -> tuple[Table, ...]:
-    """Drawing and captioning with chance and ceiling, cross-entropies, image tokenizer."""
-    return _main_table(figures), _cross_entropy_table(figures), _tokenizer_table(figures)
+    """Drawing and captioning with chance and ceiling, cross-entropies, image tokenizer, and scenes if there are any."""
+    tables = [_main_table(figures), _cross_entropy_table(figures), _tokenizer_table(figures)]
+    if figures.get("scenes"):
+        tables.append(_scene_table(figures["scenes"]))
+    return tuple(tables)
 
 
 def footer_lines(figures: Mapping[str, Any], credits: Sequence[str]) -> tuple[str, ...]:
@@ -45,13 +49,13 @@ def _main_table(figures: Mapping[str, Any]) -> Table:
     instrument = figures["instrument"]
     note = "( ): 95 % intervals. "
     if instrument:
+        used = "also used" if instrument["used_in_training"] else "never used"
         note += (
-            f"Drawings are judged by {instrument['network']} features, which training never used, among "
+            f"Drawings are judged by {instrument['network']} features, which training {used}, among "
             f"{instrument['gallery']}. Style: a choice among the real pictures of the asked concept. "
             "Ceiling: the real pictures sent through the image tokenizer."
         )
-    header = ("", "训练过 trained", "没见过 unseen", "乱猜 chance", "上限 ceiling")
-    return Table("画得对不对，说得对不对 · Drawing and captioning", header, tuple(rows), note)
+    return Table("画得对不对，说得对不对 · Drawing and captioning", _HEADER, tuple(rows), note)
 
 
 def _row(
@@ -86,6 +90,22 @@ def _cross_entropy_table(figures: Mapping[str, Any]) -> Table:
         tuple(rows),
         "right: under its own caption or picture; shuffled: under that of another pair; unigram: token frequencies of "
         "the trained pairs. Lower is better; right below shuffled shows that the condition is used.",
+    )
+
+
+def _scene_table(scenes: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, title in (("background", "底色 ground colour"), ("count", "数量 count"), ("size", "大小 size")):
+        if name in scenes["ceiling"]:
+            kinds = {kind: scenes.get(kind, {}).get(name, {}) for kind in _KINDS}
+            shares = {kind: found.get("share") for kind, found in kinds.items()}
+            spans = {kind: found.get("interval") for kind, found in kinds.items()}
+            rows.append(_row(title, shares, spans, scenes["chance"].get(name), scenes["ceiling"][name]))
+    return Table(
+        "场景 · Scenes, read back from the pixels",
+        _HEADER,
+        tuple(rows),
+        "Chance: real scenes held against the captions of others. Ceiling: real scenes sent through the tokenizer.",
     )
 
 

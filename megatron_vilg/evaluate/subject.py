@@ -32,11 +32,15 @@ class Captions(Protocol):
 class Pipeline(Protocol):
     """Draws and captions (``generate.pipeline.Pipeline``)."""
 
-    def draw_ids(self, prompts: Sequence[str], *, num_images: int, sampling: SampleConfig, seed: int) -> Tensor:
-        """Prompts to codes int64 [len(prompts) * num_images, N], samples of one prompt together."""
+    def draw_ids(self, prompts: Sequence[str], *, num_images: int, settings: SampleConfig, seed: int) -> Tensor:
+        """Prompts to codes int64 [len(prompts), num_images, N]."""
         ...
 
-    def caption(self, image_ids: Tensor) -> list[str]:
+    def decode(self, ids: Tensor) -> Tensor:
+        """Codes [..., N] to pixels float32 [..., 3, S, S] in [-1, 1]."""
+        ...
+
+    def caption(self, images: Tensor) -> list[str]:
         """Codes [B, N] to B captions, greedily."""
         ...
 
@@ -57,12 +61,6 @@ class Subject:
     def spec(self) -> StreamSpec:
         """The row layout of the model."""
         return self.config.model.spec
-
-    def decode(self, ids: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Codes [B, N] to pixels float32 [B, 3, S, S] in [-1, 1]."""
-        with torch.no_grad():
-            blocks = [self.image_tokenizer.decode(self.image_tokenizer.lookup(part)) for part in ids.split(batch_size)]
-        return torch.cat(blocks).float().clamp(-1.0, 1.0)
 
     def clean_batch(self, captions: Sequence[str], image_ids: Tensor) -> PairBatch:
         """Both directions of pairs with the canonical caption and the picture itself: no dropout, noise or views.

@@ -12,7 +12,7 @@ from megatron_vilg.evaluate.pairs import Kind, read_eval_set
 from megatron_vilg.evaluate.retrieval import Label
 
 
-def add(folder: Path, key: str, **fields: str) -> None:
+def add(folder: Path, key: str, **fields: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), (len(key) * 9 % 255, 40, 90)).save(buffer, format="PNG")
@@ -22,36 +22,46 @@ def add(folder: Path, key: str, **fields: str) -> None:
         (folder / f"{key}.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
-def test_fields_say_what_was_held_out(tmp_path: Path) -> None:
-    add(
-        tmp_path, "a", split="train", concept="1f43b", style="noto", label_zh="熊", label_en="bear", style_zh="卡通风格"
-    )
-    add(tmp_path, "b", split="heldout-pair", concept="1f43b", style="openmoji")
-    add(tmp_path, "c", split="heldout-concept", concept="1f431", style="noto")
-    pairs = read_eval_set(tmp_path, 8)
-    assert [pair.kind for pair in pairs.pairs] == [Kind.TRAINED, Kind.UNSEEN, Kind.NEW_CONCEPT]
-    assert pairs.pairs[0].label == Label("1f43b", "noto")
-    assert pairs.pairs[0].note == "bear · noto"
+def test_splits_and_fields_say_what_a_pair_is(tmp_path: Path) -> None:
+    named = {"label_zh": "熊", "label_en": "bear", "style_zh": "卡通风格"}
+    add(tmp_path / "train", "a", concept="1f43b", style="noto", **named)
+    add(tmp_path / "val-pairs", "b", concept="1f43b", style="openmoji")
+    add(tmp_path / "val-concepts", "c", concept="1f431", style="noto")
+    pairs, scenes = read_eval_set(tmp_path, 8)
+    assert len(scenes) == 0
+    assert {pair.caption[0]: pair.kind for pair in pairs.pairs} == {
+        "a": Kind.TRAINED, "b": Kind.UNSEEN, "c": Kind.NEW_CONCEPT,
+    }  # fmt: skip
+    (trained,) = pairs.of_kind(Kind.TRAINED)
+    assert pairs.pairs[trained].label == Label("1f43b", "noto")
+    assert pairs.pairs[trained].note == "bear · noto"
+    assert pairs.pairs[trained].concept_name == "熊"
     assert pairs.pixels([0, 2]).shape == (2, 3, 8, 8)
     assert pairs.counts() == {"trained": 1, "unseen": 1, "held_out_concepts": 1, "concepts": 2, "styles": 2}
     assert pairs.captions(pairs.of_kind(Kind.UNSEEN)) == ["b的说明"]
 
 
-def test_parts_of_a_plain_data_set_say_it_too(tmp_path: Path) -> None:
+def test_a_set_that_names_no_concepts(tmp_path: Path) -> None:
     add(tmp_path / "train", "a")
     add(tmp_path / "val", "b")
-    pairs = read_eval_set(tmp_path, 8)
+    pairs, scenes = read_eval_set(tmp_path, 8)
+    assert len(scenes) == 0
     assert [pair.kind for pair in pairs.pairs] == [Kind.TRAINED, Kind.UNSEEN]
     assert pairs.labelled([0, 1]) == []
 
 
-def test_an_unknown_split_is_named(tmp_path: Path) -> None:
-    add(tmp_path, "a", split="secret")
-    with pytest.raises(DataError, match="record 'a' has split='secret'; known are 'train', 'heldout-pair'"):
-        read_eval_set(tmp_path, 8)
+def test_scenes_are_kept_apart(tmp_path: Path) -> None:
+    add(tmp_path / "train", "a", concept="1f43b", style="noto")
+    add(tmp_path / "train", "b", style="noto", scene={"kind": "count", "count": 2, "background": "红色"})
+    add(tmp_path / "val-scenes", "c", style="noto", scene={"kind": "size", "size": "很大", "background": "红色"})
+    pairs, scenes = read_eval_set(tmp_path, 8)
+    assert [pair.caption for pair in pairs.pairs] == ["a的说明"]
+    assert [pair.kind for pair in scenes.pairs] == [Kind.TRAINED, Kind.UNSEEN]
+    assert scenes.pairs[0].scene == {"kind": "count", "count": 2, "background": "红色"}
+    assert scenes.pixels([0, 1]).shape == (2, 3, 8, 8)
 
 
 def test_a_set_without_training_pairs_is_refused(tmp_path: Path) -> None:
-    add(tmp_path, "a", split="val")
+    add(tmp_path / "val", "a")
     with pytest.raises(DataError, match="has no training pairs"):
         read_eval_set(tmp_path, 8)

@@ -61,14 +61,17 @@ class Memory:
     def __init__(self, codes: dict[str, Tensor], forgets: frozenset[str]) -> None:
         self.codes, self.forgets = codes, forgets
 
-    def draw_ids(self, prompts: Sequence[str], *, num_images: int, sampling: object, seed: int) -> Tensor:
+    def draw_ids(self, prompts: Sequence[str], *, num_images: int, settings: object, seed: int) -> Tensor:
         chosen = [min(self.codes) if prompt in self.forgets else prompt for prompt in prompts]
-        return torch.stack([self.codes[prompt] for prompt in chosen for _ in range(num_images)])
+        return torch.stack([self.codes[prompt].expand(num_images, -1) for prompt in chosen])
 
-    def caption(self, image_ids: Tensor) -> list[str]:
+    def decode(self, ids: Tensor) -> Tensor:
+        return BlockTokenizer().decode(BlockTokenizer().lookup(ids))
+
+    def caption(self, images: Tensor) -> list[str]:
         names = list(self.codes)
         known = torch.stack(list(self.codes.values()))
-        said = [names[int((known == ids).sum(dim=1).argmax())] for ids in image_ids]
+        said = [names[int((known == ids).sum(dim=1).argmax())] for ids in images]
         return ["" if name in self.forgets else name for name in said]
 
 

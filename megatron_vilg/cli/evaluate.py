@@ -1,0 +1,184 @@
+"""``vilg evaluate``: what a run has learnt, as figures and a picture; or how good a file of captions is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vilg.errors import ConfigError, DataError
+from megatron_vilg.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron_vilg.config.schema import RunConfig
+    from megatron_vilg.evaluate.pairs import EvalSet
+    from megatron_vilg.evaluate.subject import Subject
+    from megatron_vilg.generate.pipeline import Pipeline
+
+_log = get_logger(__name__)
+_CAPTIONS = "captions"
+_SECTION = "sample."
+_SECONDS = "seconds.json"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb; ``subparsers`` is what ``ArgumentParser.add_subparsers`` returns."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "evaluate",
+        help="measure what a run has learnt",
+        description="Draw and caption pairs that training has seen and pairs it has not, and write report.json, "
+        "report.png and report.html. With the word `captions`: score a file of captions.",
+        epilog="example: vilg evaluate --load runs/demo --data data/demo --out runs/demo sample.temperature=0.7;  "
+        "vilg evaluate captions --references R.jsonl --candidates C.jsonl --json scores.json",
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="captions | sample.option=value", help="task, or settings of drawing"
+    )
+    run_options = parser.add_argument_group("a run")
+    run_options.add_argument("--load", metavar="RUN", type=Path, help="run folder, or an exported folder")
+    run_options.add_argument("--data", metavar="D", type=Path, help="the pairs that it was trained on")
+    run_options.add_argument("--out", metavar="E", type=Path, help="folder for the report")
+    run_options.add_argument("--samples-per-prompt", metavar="N", type=_positive, default=1, help="judged; default 1")
+    run_options.add_argument(
+        "--max-prompts", metavar="N", type=_positive, default=160, help="of each kind; default 160"
+    )
+    run_options.add_argument("--seed", metavar="S", type=int, help="what is looked at and drawn; default: train.seed")
+    run_options.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    captions = parser.add_argument_group("captions")
+    captions.add_argument("--references", metavar="R.jsonl", type=Path, help='lines {"id": .., "captions": [..]}')
+    captions.add_argument("--candidates", metavar="C.jsonl", type=Path, help='lines {"id": .., "caption": ..}')
+    captions.add_argument("--json", metavar="F", type=Path, help="file for the scores; default: print them")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Dispatch on the first word."""
+    if args.words[:1] == [_CAPTIONS]:
+        _need(args, f"evaluate {_CAPTIONS}", "references", "candidates")
+        _score_captions(args)
+    else:
+        _need(args, "evaluate", "load", "data", "out")
+        _report(args)
+
+
+def _need(args: argparse.Namespace, what: str, *names: str) -> None:
+    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise ConfigError([f"vilg {what} needs {' '.join(missing)}; vilg evaluate --help shows an example"])
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _score_captions(args: argparse.Namespace) -> None:
+    from megatron_vilg.evaluate.caption_files import compare_captions, read_candidates, read_references
+
+    figures = compare_captions(read_references(args.references), read_candidates(args.candidates))
+    text = json.dumps(figures, indent=1)
+    if args.json is None:
+        print(text)
+        return
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.json.with_name(args.json.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(args.json)
+    _log.info("scores of %d captions: %s", figures["count"], args.json)
+
+
+def _report(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK, make_report, write_report
+    from megatron_vilg.evaluate.pairs import read_eval_set
+    from megatron_vilg.evaluate.subject import EvaluationSettings
+    from megatron_vilg.generate.pipeline import Pipeline
+    from megatron_vilg.models.features import load_feature_network
+
+    _check_words(args.words)
+    pipeline = Pipeline.load(args.load, device=args.device)
+    config = _with_settings(pipeline.config, args.words)
+    pairs, scenes = read_eval_set(
+        args.data,
+        config.image_tokenizer.image_size,
+        max_bad_share=config.data.max_bad_share,
+        val_share=config.data.val_share,
+    )
+    settings = EvaluationSettings(
+        seed=config.train.seed if args.seed is None else args.seed,
+        samples_per_prompt=args.samples_per_prompt,
+        max_prompts=args.max_prompts,
+    )
+    network = load_feature_network(FEATURE_NETWORK) if pairs.labelled(range(len(pairs))) else None
+    report = make_report(
+        _subject(pipeline, config),
+        pairs,
+        network,
+        settings,
+        scenes=scenes,
+        seconds=_seconds(args.load),
+        started=started,
+        credits=_credits(pairs),
+    )
+    write_report(report, args.out)
+    _log.info("report: %s", args.out / "report.png")
+
+
+def _check_words(words: list[str]) -> None:
+    from megatron_vilg.config.options import all_options
+
+    known = ", ".join(name for name in all_options() if name.startswith(_SECTION))
+    wrong = [word for word in words if not word.startswith(_SECTION)]
+    if wrong:
+        raise ConfigError([f"{word}: of a trained run only drawing can be changed. Works: {known}." for word in wrong])
+
+
+def _with_settings(config: RunConfig, words: list[str]) -> RunConfig:
+    """The run's configuration with other settings of drawing."""
+    import dataclasses
+
+    from megatron_vilg.config.load import load_run_config
+
+    given = load_run_config(overrides=words).sample
+    changed = {word.removeprefix(_SECTION).partition("=")[0] for word in words}
+    sample = dataclasses.replace(config.sample, **{name: getattr(given, name) for name in changed})
+    return dataclasses.replace(config, sample=sample)
+
+
+def _subject(pipeline: Pipeline, config: RunConfig) -> Subject:
+    import torch
+    from torch import Tensor
+
+    from megatron_vilg.data.batch import PairBatch
+    from megatron_vilg.evaluate.subject import Subject
+
+    @torch.no_grad()
+    def forward(batch: PairBatch) -> tuple[Tensor, Tensor]:
+        text_ids, image_ids, text_len = batch.to(pipeline.device).rows()
+        image_logits, text_logits = pipeline.model(text_ids, image_ids, text_len=text_len)
+        return image_logits.cpu(), text_logits.cpu()
+
+    return Subject(pipeline, pipeline.image_tokenizer, pipeline.text_tokenizer, forward, config)
+
+
+def _seconds(run_dir: Path) -> dict[str, float]:
+    """Wall seconds of the run's stages, as far as they were written down."""
+    path = run_dir / _SECONDS
+    if not path.is_file():
+        return {}
+    try:
+        seconds = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); remove it to go on without the seconds of the stages") from error
+    return {str(stage): float(value) for stage, value in seconds.items()}
+
+
+def _credits(pairs: EvalSet) -> list[str]:
+    """Whom to name beside pictures of the demo's sets."""
+    from megatron_vilg.data.emoji import STYLES
+
+    shown = {label.style for label in pairs.labels(pairs.labelled(range(len(pairs))))}
+    return [f"{style.credit} ({style.licence})" for key, style in STYLES.items() if key in shown]

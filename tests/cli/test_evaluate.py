@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_vilg.cli.main import EXIT_ERROR, main
+from tests.tiny_run import CAPTIONS, write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_tiny_run(folder, checkpoint=False)
+    (folder / "seconds.json").write_text('{"train": 3.5}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for number, caption in enumerate(CAPTIONS * 2):
+        part = folder / ("train" if number < 6 else "val")
+        part.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), (25 * number, 250 - 20 * number, 90)).save(part / f"{number}.png")
+        (part / f"{number}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def test_a_run_is_evaluated(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "--load", str(run_folder), "--data", str(data), "--out", str(tmp_path)]
+    assert main([*command, "--max-prompts", "3", "--seed", "4", "sample.top_k=2"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.png", "report.html"}
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["seed"] == 4
+    assert report["seconds"]["train"] == 3.5
+    assert report["seconds"]["evaluate"] > 0
+    assert report["drawing_settings"]["top_k"] == 2
+    assert report["drawing_settings"]["temperature"] == 0.9, "the run's own setting"
+    assert report["config"]["sample"]["top_k"] == 2
+    assert report["counts"]["trained"] == 6 and report["counts"]["unseen"] == 4
+    assert report["num_prompts"] == {"trained": 3, "unseen": 3}
+    assert report["retrieval"] is None, "these pairs name no concepts"
+    for direction in ("text_to_image", "image_to_text"):
+        assert all(value > 0 for value in report["ce"][direction].values())
+
+
+def test_only_drawing_can_be_changed(run_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "--load", str(run_folder), "--data", str(data), "--out", "nowhere"]
+    assert main([*command, "model.width=3"]) == EXIT_ERROR
+    message = capsys.readouterr().err
+    assert "model.width=3: of a trained run only drawing can be changed. Works: sample.temperature" in message
+
+
+def test_missing_options_are_named_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--load", "x"]) == EXIT_ERROR
+    assert "vilg evaluate needs --data --out" in capsys.readouterr().err
+    assert main(["evaluate", "captions", "--references", "x"]) == EXIT_ERROR
+    assert "vilg evaluate captions needs --candidates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "many"])
+def test_numbers_are_checked(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", f"--max-prompts={value}"])
+    assert f"must be a whole number of at least 1, got '{value}'" in capsys.readouterr().err
+
+
+def test_broken_seconds_are_named(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_folder / "seconds.json"
+    kept = path.read_text()
+    path.write_text("{")
+    try:
+        assert main(["evaluate", "--load", str(run_folder), "--data", str(data), "--out", str(tmp_path)]) == EXIT_ERROR
+    finally:
+        path.write_text(kept)
+    assert "seconds.json: not JSON" in capsys.readouterr().err
+
+
+def test_caption_files_are_scored(tmp_path: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    (tmp_path / "r.jsonl").write_text('{"id": 1, "captions": ["红色的熊"]}\n', encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"id": 1, "caption": "红色的猫"}\n', encoding="utf-8")
+    out = tmp_path / "new" / "scores.json"
+    files = ["--references", str(tmp_path / "r.jsonl"), "--candidates", str(tmp_path / "c.jsonl"), "--json", str(out)]
+    assert main(["evaluate", "captions", *files]) == 0
+    scores = json.loads(out.read_text())
+    assert scores["char_f1"] == pytest.approx(0.75)
+    assert set(scores) == {"count", "exact_match", "char_f1", "bleu_4_char", "rouge_l_char", "cider_char"}
