@@ -43,8 +43,8 @@ VERBS: tuple[Verb, ...] = (
     Verb("train", f"{_CLI}.train", "train the generator in both directions", True, has_aliases=True),
     Verb("generate", f"{_CLI}.generate", "draw pictures from text"),
     Verb("caption", f"{_CLI}.caption", "say what is in pictures"),
-    Verb("config", f"{_CLI}.config", "print every option, its value, its origin, its meaning", True, has_aliases=True),
     Verb("evaluate", f"{_CLI}.evaluate", "measure what a run has learnt; score a file of captions", True),
+    Verb("config", f"{_CLI}.config", "print every option, its value, its origin, its meaning", True, has_aliases=True),
     Verb("doctor", f"{_CLI}.doctor", "say what this machine offers: versions, devices, disk, fonts"),
 )
 """All verbs, in the order of the help page."""

@@ -24,8 +24,6 @@ _MEAN, _STD = 0.498, 0.502
 _NORM_EPS = 1e-3
 _TAPS = (0, 2, 4)
 """Blocks whose maps the perceptual distance compares: strides 2, 4 and 8."""
-_STYLE_TAP = 4
-"""Block whose channel statistics describe drawing style; its maps have stride 8."""
 
 _STAGES = (
     # repeats, kernel, stride, expansion, channels
@@ -155,17 +153,6 @@ class FeatureNetwork(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.relu6(self.head(x)).float().mean(dim=(2, 3))
-
-    @torch.no_grad()
-    def mid(self, pixels: Tensor, *, resize: int | None = None) -> Tensor:
-        """Mean and standard deviation over positions of a middle layer: how a picture is drawn rather than of what.
-
-        Returns:
-            float32 [B, 2 * channels] (80 numbers for Lite0).
-        """
-        found = self._tap(_resized(pixels, resize), (_STYLE_TAP,))[0].float()
-        deviation, mean = torch.std_mean(found, dim=(2, 3), correction=0)
-        return torch.cat([mean, deviation], dim=1)
 
 
 def _resized(pixels: Tensor, side: int | None) -> Tensor:

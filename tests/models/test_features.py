@@ -38,7 +38,9 @@ def test_maps_are_unit_vectors_and_pass_gradients_but_weights_stay_frozen(capfd:
     maps[2].sum().backward()
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0
     assert network.pooled(pixels, resize=64).shape == (2, 1280)
-    assert network.mid(pixels).shape == (2, 80)
+    found = network.activations(pixels, (2, 4))
+    assert torch.allclose(torch.nn.functional.normalize(found[0], dim=1), maps[1], atol=1e-6)
+    assert found[1].shape == (2, 40, 6, 6)
 
 
 def test_larger_network_loads() -> None:
