@@ -257,7 +257,7 @@ def _write_pairs(
 def _write_scenes(
     folder: Path, emoji: EmojiSet, pairs: Sequence[Pair], options: DemoOptions
 ) -> list[tuple[str, int, list[Path]]]:
-    held = {pair.concept.hexcode for pair in pairs if pair.split == HELD_CONCEPTS}
+    held = {(pair.concept.hexcode, pair.style) for pair in pairs if pair.split != TRAIN}
     writers = {"train": ShardWriter(folder, "train-scenes"), "val-scenes": ShardWriter(folder, "val-scenes")}
     scenes = draw_scenes(emoji, count=options.scenes, size=options.size, seed=options.seed, without=held)
     for number, scene in enumerate(tqdm(scenes, total=options.scenes, desc="scenes", unit="picture", disable=None)):

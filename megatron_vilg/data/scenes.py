@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class _Noun:
 
 
 def draw_scenes(
-    emoji: EmojiSet, *, count: int, size: int, seed: int, without: frozenset[str] | set[str] = frozenset()
+    emoji: EmojiSet, *, count: int, size: int, seed: int, without: Collection[tuple[str, str]] = ()
 ) -> Iterator[Scene]:
     """Draw scenes; each depends on the seed and its number alone.
 
@@ -121,7 +121,7 @@ def draw_scenes(
         count: how many scenes.
         size: side in pixels.
         seed: of the choices.
-        without: hexcodes that must not appear.
+        without: (hexcode, style) of the pictures that must not appear, because they are held out.
 
     Raises:
         DataError: fewer than two countable emoji in a chosen style.
@@ -131,9 +131,13 @@ def draw_scenes(
         _Noun(by_hexcode[code], measure)
         for measure, signs in _COUNTED.items()
         for code in (normal_hexcode(f"{ord(sign):x}") for sign in signs)
-        if code in by_hexcode and code not in without
+        if code in by_hexcode
     ]
-    pools = {style: [noun for noun in nouns if emoji.has(noun.concept, style)] for style in emoji.styles}
+    left_out = frozenset(without)
+    pools = {
+        style: [n for n in nouns if emoji.has(n.concept, style) and (n.concept.hexcode, style) not in left_out]
+        for style in emoji.styles
+    }
     poor = [style for style, pool in pools.items() if len(pool) < 2]
     if poor:
         raise DataError(f"scenes: style {poor[0]} has fewer than two emoji that can be counted")

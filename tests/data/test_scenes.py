@@ -71,11 +71,10 @@ def test_scenes_depend_on_seed_and_number(emoji: EmojiSet, scenes: list[Scene]) 
     assert [s.spec for s in draw_scenes(emoji, count=5, size=48, seed=1)] != [s.spec for s in again]
 
 
-def test_some_things_can_be_left_out(emoji: EmojiSet) -> None:
-    used = {
-        thing for s in draw_scenes(emoji, count=60, size=32, seed=0, without={"1f402"}) for thing in s.spec["things"]
-    }
-    assert "1f402" not in used and len(used) > 5
+def test_held_out_pictures_are_left_out(emoji: EmojiSet) -> None:
+    scenes = list(draw_scenes(emoji, count=60, size=32, seed=0, without={("1f402", "noto")}))
+    used = {(thing, scene.spec["style"]) for scene in scenes for thing in scene.spec["things"]}
+    assert ("1f402", "noto") not in used and ("1f402", "fluent-3d") in used
 
 
 def test_an_empty_picture_has_a_ground_and_nothing_else() -> None:
@@ -86,7 +85,7 @@ def test_an_empty_picture_has_a_ground_and_nothing_else() -> None:
 
 
 def test_too_few_things(emoji: EmojiSet) -> None:
-    everything = {concept.hexcode for concept in emoji.concepts}
+    everything = {(concept.hexcode, style) for concept in emoji.concepts for style in emoji.styles}
     with pytest.raises(DataError, match="style noto has fewer than two emoji that can be counted"):
         list(draw_scenes(emoji, count=1, size=32, seed=0, without=everything))
 
@@ -99,8 +98,12 @@ def test_scenes_are_part_of_a_demo_set(tmp_path: Path) -> None:
     train = [r for r in read_records(tmp_path / "d", "train") if "scene" in r.fields]
     held = list(read_records(tmp_path / "d", "val-scenes"))
     assert len(train) + len(held) == 30 and manifest["pairs"]["val-scenes"] == len(held)
-    unseen = {r.fields["concept"] for r in read_records(tmp_path / "d", "val-concepts")}
+    unseen = {
+        (r.fields["concept"], r.fields["style"])
+        for split in ("val-concepts", "val-pairs")
+        for r in read_records(tmp_path / "d", split)
+    }
     for record in train + held:
         spec = record.fields["scene"]
-        assert not unseen & set(spec["things"])
+        assert not unseen & {(thing, spec["style"]) for thing in spec["things"]}
         assert all(check_scene(to_tensor(record.decode()), spec).values())
