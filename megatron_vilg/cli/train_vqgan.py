@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
 
     device = chosen_device(args.device)
     size = config.image_tokenizer.image_size
-    train, held_out = read_train_and_held_out(args.data, size, max_bad_share=config.data.max_bad_share)
+    train, held_out = read_train_and_held_out(
+        args.data, size, max_bad_share=config.data.max_bad_share, val_share=config.data.val_share
+    )
     if held_out is None:
         _log.warning("%s has no split besides train: quality is measured on training pictures", args.data)
         held_out = train

@@ -95,7 +95,10 @@ def prepare(
     if not (out / IMAGE_TOKENIZER).is_dir():
         with timed(out, IMAGE_TOKENIZER):
             train, held_out = read_train_and_held_out(
-                data, run.image_tokenizer.image_size, max_bad_share=run.data.max_bad_share
+                data,
+                run.image_tokenizer.image_size,
+                max_bad_share=run.data.max_bad_share,
+                val_share=run.data.val_share,
             )
             held_out = train if held_out is None else held_out
             if train_image_tokenizer(run, train, held_out, out / IMAGE_TOKENIZER, device=device) is None:

@@ -31,6 +31,14 @@ def test_a_source_without_other_splits_has_nothing_held_out(tmp_path: Path) -> N
     assert len(train) == 2 and held_out is None
 
 
+def test_a_share_is_held_out_by_key(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 20)
+    train, held_out = read_train_and_held_out(tmp_path, 8, max_bad_share=0.0, val_share=0.3)
+    assert held_out is not None and len(held_out) > 0
+    both = torch.cat([train, held_out])[:, 0, 0, 0]
+    assert sorted(both.tolist()) == [10 * index for index in range(20)]
+
+
 def test_more_pictures_than_memory_allows_are_refused(tmp_path: Path) -> None:
     write_pairs(tmp_path, 4)
     assert len(read_pixels(tmp_path, "train", 8, max_bad_share=0.0, max_bytes=4 * 192)) == 4
