@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vilg.cli.main import VERBS
 from megatron_vilg.config.check import check
 from megatron_vilg.config.load import load_run_config
 from megatron_vilg.config.options import all_options
@@ -48,6 +49,13 @@ def test_every_target_exists() -> None:
     named = {word for line in re.findall(r"\bmake ([a-z -]+)", commands(text)) for word in line.split()}
     assert named <= targets
     assert {"setup", "demo", "demo-full", "test", "check", "check-slow", "bench"} <= targets
+
+
+@pytest.mark.parametrize("text", [commands(README), QUICKSTART], ids=["README.md", "quickstart.sh"])
+def test_every_verb_exists(text: str) -> None:
+    named = set(re.findall(r"(?:^|\|\s*)(?:vilg|\$VILG) ([a-z-]+)", text, re.MULTILINE))
+    assert len(named) >= 5
+    assert named <= {verb.name for verb in VERBS}
 
 
 @pytest.mark.parametrize("text", [commands(README), QUICKSTART], ids=["README.md", "quickstart.sh"])
