@@ -57,12 +57,9 @@ def pretrain(
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
     engine = build_engine(run, device, codebook)
-    loader = PairLoader(cache, "train", run.data, run.model.spec, run.train.batch_size, run.train.seed)
-    held_out = {
-        split: PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed)
-        for split, num_pairs in cache.splits.items()
-        if split != "train" and num_pairs and run.train.eval_every
-    }
+    loader = loader_of(run, cache, "train")
+    measured = [split for split, pairs in cache.splits.items() if split != "train" and pairs and run.train.eval_every]
+    held_out = {split: loader_of(run, cache, split) for split in measured}
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint)
     identity = manifest_of(run, cache)
     resume_latest(engine, checkpointer, identity)
@@ -93,6 +90,11 @@ def pretrain(
         return False
     export(engine, run, out, identity)
     return True
+
+
+def loader_of(run: RunConfig, cache: TokenCache, split: str) -> PairLoader:
+    """Batches of one split, in the order that the run's seed gives."""
+    return PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed)
 
 
 def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
