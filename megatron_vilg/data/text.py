@@ -30,9 +30,12 @@ MAX_VOCAB_SIZE = 2**16
 """Token caches keep ids in 16 bits."""
 _MAX_TRAINING_CAPTIONS = 2_000_000
 _BORDER = "\x02"
-# Pieces never reach across these, so that a style, a name and a background are pieces of their own however often
-# two of them stand together; otherwise a small set of captions is learned by heart ("style 的 name" as one piece).
-_SPLIT_AT = re.compile(r"([的，。、；：！？（）《》“”,.;:!?()\"])")
+# Pieces never reach across these, so that a style, a name, a number and a background are pieces of their own, however
+# often two of them stand together. Without them the tokenizer of a small set learns whole captions by heart.
+_SPLIT_AT = re.compile(r"([的在，。、；：！？（）《》“”,.;:!?()\"])")
+_NUMBER_AND_MEASURE = re.compile(
+    r"([一二两三四五六七八九十几]+)([只头匹条个根串颗棵朵辆架艘枚栋座把本件双顶台杯块支张幅位名群])"
+)
 
 
 class TextTokenizer:
@@ -147,11 +150,16 @@ def _distinct(captions: Iterable[str]) -> list[str]:
     return list(distinct)
 
 
+def _with_borders(text: str) -> str:
+    text = _NUMBER_AND_MEASURE.sub(rf"{_BORDER}\1{_BORDER}\2{_BORDER}", text)
+    return _SPLIT_AT.sub(rf"{_BORDER}\1{_BORDER}", text)
+
+
 def _train(captions: Sequence[str], config: TextTokenizerConfig) -> bytes:
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(_SPLIT_AT.sub(rf"{_BORDER}\1{_BORDER}", text) for text in captions),
+            sentence_iterator=(_with_borders(text) for text in captions),
             model_writer=out,
             model_type="unigram",
             vocab_size=config.vocab_size,

@@ -45,6 +45,17 @@ def test_style_and_name_are_pieces_of_their_own(tokenizer: TextTokenizer) -> Non
     assert tokenizer.longest(["谷歌卡通风格的骰子", "公鸡"]) == 3
 
 
+def test_number_measure_word_and_thing_are_pieces_of_their_own(tmp_path: Path) -> None:
+    things = ("只公鸡", "辆公交车", "颗草莓", "棵仙人掌")
+    scenes = [f"{number}{thing}，红色背景" for number in "一两三四五六" for thing in things]
+    scenes += [f"一{a}在一{b}的左边" for a in things for b in things if a != b]
+    tokenizer = train_text_tokenizer(scenes, TextTokenizerConfig(vocab_size=2000), tmp_path)
+    pieces = tokenizer.pieces("六辆公交车，红色背景")
+    assert pieces[:2] == ["六", "辆"] and "，" in pieces and "".join(pieces[2 : pieces.index("，")]) == "公交车"
+    pieces = tokenizer.pieces("一只公鸡在一颗草莓的左边")
+    assert [piece for piece in pieces if piece in "一只在颗的"] == ["一", "只", "在", "一", "颗", "的"]
+
+
 def test_reserved_ids_are_skipped_by_decode(tokenizer: TextTokenizer) -> None:
     ids = [TextToken.BOS, *tokenizer.encode("骰子"), TextToken.EOS, TextToken.PAD, TextToken.SEP]
     assert tokenizer.decode(ids) == "骰子"
