@@ -114,7 +114,14 @@ def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
         return TextTokenizer.load(folder)
     with timed(out, TEXT_TOKENIZER):
         captions: list[str] = []
-        for record in read_records(data, "train", max_bad_share=run.data.max_bad_share, with_images=False):
+        records = read_records(
+            data,
+            "train",
+            max_bad_share=run.data.max_bad_share,
+            val_share=run.data.val_share,
+            with_images=False,
+        )
+        for record in records:
             captions += [record.caption, *record.alternates]
         return train_text_tokenizer(captions, run.text_tokenizer, folder)
 
@@ -140,7 +147,7 @@ def _token_cache(
 
         write_token_cache(
             out / TOKENS,
-            find_records(data),
+            find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size),
             text,
             encode,
             image_size=run.image_tokenizer.image_size,

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from megatron_vilg.cli.main import main
+from megatron_vilg.data.records import read_records
+from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.train.stages import timed
 
 TINY = [
@@ -81,6 +83,17 @@ def test_one_command_from_pairs_to_export(tmp_path: Path, pairs: Path, capsys: p
     given = [f"--{name}-tokenizer={out / f'{name}_tokenizer'}" for name in ("text", "image")]
     assert train(out / "tokens", other, *given, "optim.lr=1e-3") == 0
     assert not (other / "tokens").exists() and (other / "export" / "image_tokenizer").is_dir()
+
+
+def test_held_out_pairs_are_held_out_of_every_stage(tmp_path: Path, pairs: Path) -> None:
+    out = tmp_path / "run"
+    assert train(pairs, out, "data.val_share=0.3") == 0
+    cache = TokenCache.open(out / "tokens")
+    expected = {split: [r.key for r in read_records(pairs, split, val_share=0.3)] for split in ("train", "val")}
+    assert {split: [r.key for r in cache.records(split)] for split in cache.splits} == expected
+    assert 0 < len(expected["val"]) < 12
+    text = json.loads((out / "text_tokenizer" / "manifest.json").read_text())
+    assert text["num_captions"] == len(expected["train"])
 
 
 def test_a_cache_of_another_tokenizer_is_refused(
