@@ -52,7 +52,7 @@ def pairs(tmp_path: Path) -> Path:
         picture = io.BytesIO()
         Image.new("RGB", (16, 16), tuple(max(0, c - 10 * (number // 4)) for c in colour)).save(picture, "PNG")
         (folder / f"{number:02d}.png").write_bytes(picture.getvalue())
-        (folder / f"{number:02d}.txt").write_text(f"{name}色", encoding="utf-8")
+        (folder / f"{number:02d}.txt").write_text(f"{name}色{number}", encoding="utf-8")
     return folder
 
 
