@@ -116,8 +116,7 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
     captions = measurement.captions()
     drawings = measurement.drawings()
     new_concept = Kind.NEW_CONCEPT.value
-    held_out: dict[str, Any] = {"caption": captions.pop(new_concept, None)}
-    held_out["ce"] = cross_entropy.get(Kind.NEW_CONCEPT)
+    held_out: dict[str, Any] = {"ce": cross_entropy.get(Kind.NEW_CONCEPT), "caption": captions.pop(new_concept, None)}
     figures: dict[str, Any] = {
         "ce": cross_entropy.get(Kind.TRAINED),
         "ce_unseen": cross_entropy.get(Kind.UNSEEN),
@@ -126,8 +125,9 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
         "style": None,
     }
     if drawings is not None:
-        for name, part in drawings.items():
-            held_out[name] = part.pop(new_concept, None)
+        if new_concept in drawings["retrieval"]:
+            held_out["retrieval"] = _as_retrieval(drawings["retrieval"].pop(new_concept))
+            held_out |= {name: drawings[name].pop(new_concept)["share"] for name in ("style", "concept_and_style")}
         figures |= _drawing_figures(drawings)
     used = measurement.codebook_use()
     counts = measurement.pairs.counts()
@@ -150,9 +150,7 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
 def _drawing_figures(drawings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Retrieval keeps its details by kind; style is one number per kind with the details beside it."""
     retrieval = {
-        name: {"r_at_1": value["share"]} | {k: v for k, v in value.items() if k != "share"}
-        if isinstance(value, dict)
-        else value
+        name: _as_retrieval(value) if isinstance(value, dict) else value
         for name, value in drawings["retrieval"].items()
     }
     flat = {
@@ -161,6 +159,10 @@ def _drawing_figures(drawings: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for figure in ("style", "concept_and_style")
     }
     return {"retrieval": retrieval} | flat
+
+
+def _as_retrieval(share: dict[str, Any]) -> dict[str, Any]:
+    return {"r_at_1": share["share"]} | {name: value for name, value in share.items() if name != "share"}
 
 
 def _instrument(measurement: Measurement) -> dict[str, Any]:

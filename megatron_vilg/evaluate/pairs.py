@@ -90,9 +90,9 @@ class EvalSet:
         return Image.fromarray(self._pictures[number])
 
     def counts(self) -> dict[str, int]:
-        """Pairs of each kind, and different concepts and styles among the labelled ones."""
+        """Pairs of each kind, and different concepts and styles among the trained ones."""
         kinds = Counter(pair.kind for pair in self.pairs)
-        known = [pair.label for pair in self.pairs if pair.label is not None]
+        known = self.labels(self.of_kind(Kind.TRAINED))
         return {
             **{kind.value: kinds.get(kind, 0) for kind in Kind},
             "concepts": len({label.concept for label in known}),

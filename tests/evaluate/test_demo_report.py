@@ -104,6 +104,21 @@ def test_shown_pictures_carry_the_verdict(report: Report) -> None:
     assert len(trained.prompts) == 2 and len(trained.prompts[0].samples) == 2 and len(trained.captions) == 3
 
 
+def test_new_concepts_are_reported_apart() -> None:
+    pairs = toy_pairs(with_new_concept=True)
+    figures = make_report(toy_subject(pairs), pairs, Flat(), SETTINGS).figures
+    assert figures["counts"] == {
+        "trained": 6, "unseen": 3, "held_out_concepts": 3, "concepts": 3, "styles": 3,
+    }  # fmt: skip
+    held_out = figures["held_out_concepts"]
+    assert held_out["retrieval"]["r_at_1"] == held_out["style"] == held_out["concept_and_style"] == 1.0
+    assert held_out["caption"]["exact_match"] == 1.0
+    assert set(held_out["ce"]) == {"text_to_image", "image_to_text"}
+    for name in ("caption", "retrieval", "style"):
+        assert "held_out_concepts" not in figures[name]
+    assert figures["retrieval"]["chance"] == pytest.approx(1 / 3), "the gallery holds no new concepts"
+
+
 def test_pairs_without_concepts_are_reported_without_verdicts(tmp_path: Path) -> None:
     pairs = toy_pairs(with_labels=False)
     report = make_report(toy_subject(pairs), pairs, Flat(), SETTINGS)

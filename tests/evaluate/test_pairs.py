@@ -37,7 +37,7 @@ def test_splits_and_fields_say_what_a_pair_is(tmp_path: Path) -> None:
     assert pairs.pairs[trained].note == "bear · noto"
     assert pairs.pairs[trained].concept_name == "熊"
     assert pairs.pixels([0, 2]).shape == (2, 3, 8, 8)
-    assert pairs.counts() == {"trained": 1, "unseen": 1, "held_out_concepts": 1, "concepts": 2, "styles": 2}
+    assert pairs.counts() == {"trained": 1, "unseen": 1, "held_out_concepts": 1, "concepts": 1, "styles": 1}
     assert pairs.captions(pairs.of_kind(Kind.UNSEEN)) == ["b的说明"]
 
 

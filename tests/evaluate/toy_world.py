@@ -23,6 +23,7 @@ CONCEPTS = {"bear": "熊", "cat": "猫", "ship": "船", "tree": "树"}
 STYLES = {"flat": "扁平风格", "round": "立体风格", "line": "描边风格"}
 SIDE, BLOCK, CODES = 4, 3, 16
 UNSEEN = {("bear", "flat"), ("cat", "round"), ("ship", "line")}
+NEW_CONCEPT = "tree"
 CHARACTERS = sorted({c for text in [*CONCEPTS.values(), *STYLES.values(), "的"] for c in text})
 
 
@@ -91,13 +92,15 @@ def toy_codes(concept: str, style: str) -> Tensor:
     return ids.flatten()
 
 
-def toy_pairs(*, with_labels: bool = True) -> EvalSet:
-    """Every concept in every style, three of the pairs held out."""
+def toy_pairs(*, with_labels: bool = True, with_new_concept: bool = False) -> EvalSet:
+    """Every concept in every style, three of the pairs held out, or a whole concept too."""
     tokenizer, pairs, pictures = BlockTokenizer(), [], []
     for concept, name in CONCEPTS.items():
         for style, style_name in STYLES.items():
             label = Label(concept, style) if with_labels else None
             kind = Kind.UNSEEN if (concept, style) in UNSEEN else Kind.TRAINED
+            if with_new_concept and concept == NEW_CONCEPT:
+                kind = Kind.NEW_CONCEPT
             caption = f"{style_name}的{name}"
             pairs.append(EvalPair(f"{concept}-{style}", caption, kind, label, name, style_name, f"{concept} · {style}"))
             pixels = tokenizer.decode(tokenizer.lookup(toy_codes(concept, style)[None]))[0]
