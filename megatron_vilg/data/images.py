@@ -39,12 +39,18 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square of an RGB picture, resized (Lanczos) to ``size`` pixels a side."""
+    """The largest centred square of an RGB picture, brought to ``size`` pixels a side.
+
+    Smaller by area averaging: a sharper filter rings at edges, and an image tokenizer spends its codes on the rings
+    (2 dB on the demo set). Larger by bicubic interpolation.
+    """
     side = min(image.size)
     if image.size != (side, side):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
+    if side == size:
+        return image
+    return image.resize((size, size), Image.Resampling.BOX if size < side else Image.Resampling.BICUBIC)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
