@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
 from megatron_vilg.errors import DataError
 from megatron_vilg.log import get_logger
@@ -94,7 +95,7 @@ def _add_encode(verbs: Any) -> None:
     parser.add_argument("--image-tokenizer", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the token cache")
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="do every N-th shard from I on (default: 0/1)")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where pictures are encoded")
+    add_device_option(parser)
     add_config_options(parser)
     parser.set_defaults(run=run_encode)
 
@@ -151,7 +152,7 @@ def run_encode(args: argparse.Namespace) -> int:
 
     run = run_config_from_args(args)
     worker = parse_worker(args.worker)
-    device = _device(args.device)
+    device = chosen_device(args.device)
     tokenizer = load_image_tokenizer(args.image_tokenizer).to(device)
 
     def encode(pixels: Tensor) -> Tensor:
@@ -192,15 +193,3 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-        logger.info("device: %s (--device auto)", chosen)
-        return chosen
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise DataError(f"--device {name}: there is no such device here; works auto or cpu")
-    return name

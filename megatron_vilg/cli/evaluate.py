@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.errors import ConfigError, DataError
 from megatron_vilg.log import get_logger
 
@@ -45,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
         "--max-prompts", metavar="N", type=_positive, default=160, help="of each kind; default 160"
     )
     run_options.add_argument("--seed", metavar="S", type=int, help="what is looked at and drawn; default: train.seed")
-    run_options.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    add_device_option(run_options)
     captions = parser.add_argument_group("captions")
     captions.add_argument("--references", metavar="R.jsonl", type=Path, help='lines {"id": .., "captions": [..]}')
     captions.add_argument("--candidates", metavar="C.jsonl", type=Path, help='lines {"id": .., "caption": ..}')
@@ -99,7 +100,7 @@ def _report(args: argparse.Namespace) -> None:
     from megatron_vilg.models.features import load_feature_network
 
     _check_words(args.words)
-    pipeline = Pipeline.load(args.load, device=args.device)
+    pipeline = Pipeline.load(args.load, device=chosen_device(args.device))
     config = _with_settings(pipeline.config, args.words)
     pairs, scenes = read_eval_set(
         args.data,

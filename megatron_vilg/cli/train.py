@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
 
 STOPPED = 130
@@ -25,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder")
     parser.add_argument("--text-tokenizer", type=Path, metavar="FOLDER", help="use this one instead of training one")
     parser.add_argument("--image-tokenizer", type=Path, metavar="FOLDER", help="use this one instead of training one")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: cuda where there is one")
+    add_device_option(parser)
     add_config_options(parser)
     parser.set_defaults(run=run)
 
@@ -33,13 +34,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare what is missing, then train; 0 when the run is complete, 3 when a signal stopped it."""
     config = run_config_from_args(args)
-    import torch
-
     from megatron_vilg.cli.samples import SamplePictures
     from megatron_vilg.train.pretrain import pretrain
     from megatron_vilg.train.stages import prepare, timed
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = chosen_device(args.device)
     ready = prepare(
         config,
         args.data,
