@@ -33,12 +33,7 @@ if [[ "${SMOKE:-0}" == 1 ]]; then
 fi
 
 if [[ "${FULL:-0}" == 1 ]]; then
-  data_options+=(--concepts 0 --scenes 5000)
-  train_options+=(
-    model.num_layers=6 model.width=384 model.num_heads=6 model.num_text_slots=28 text_tokenizer.vocab_size=3000
-    image_tokenizer.codebook_size=1024 image_tokenizer_train.num_steps=8000
-    train.num_steps=40000 train.batch_size=32 train.eval_every=2000 train.sample_every=2000 checkpoint.every=1000
-  )
+  data_options+=(--concepts 0 --scenes 8000)
 fi
 
 say() { printf '\n== %s\n' "$*"; }
@@ -47,7 +42,7 @@ say "1/5 pairs of Chinese captions and pictures: $DATA"
 $VILG data demo --out "$DATA" "${data_options[@]}"
 
 say "2/5 train both directions: $OUT"
-$VILG train --preset demo --data "$DATA" --out "$OUT" "${train_options[@]}"
+$VILG train --preset "$name" --data "$DATA" --out "$OUT" "${train_options[@]}"
 
 # A few trained pairs, and held-out ones whose concept and style were never seen together, as files: their captions
 # become prompts, their pictures are to be captioned.

@@ -63,6 +63,49 @@ def demo() -> RunConfig:
     )
 
 
+def demo_full() -> RunConfig:
+    """All emoji and composed scenes, 64 px, 8 x 8 tokens: hours on two CPU cores, minutes on a GPU; resumable."""
+    return RunConfig(
+        preset="demo-full",
+        model=ModelConfig(num_layers=6, width=320, num_heads=5, num_text_slots=13, codebook_dim=16, dropout=0.1),
+        text_tokenizer=TextTokenizerConfig(vocab_size=4800),
+        image_tokenizer=ImageTokenizerConfig(
+            image_size=64,
+            patch=4,
+            channels=96,
+            channel_multipliers=(1, 2),
+            num_res_blocks=1,
+            bottom_attention=False,
+            norm_groups=4,
+            codebook_size=1024,
+            codebook_dim=16,
+        ),
+        image_tokenizer_train=ImageTokenizerTrainConfig(
+            num_steps=12_000,
+            batch_size=16,
+            lr=2e-3,
+            warmup_steps=100,
+            continuous_fraction=0.1,
+            perceptual_weight=0.5,
+            picture_every=1000,
+            checkpoint_every=500,
+        ),
+        data=DataConfig(
+            num_views=4,
+            view_shift_pixels=4.0,
+            view_zoom=0.15,
+            caption_dropout=0.08,
+            alternate_caption_probability=0.35,
+            image_input_noise=0.1,
+            image_source_noise=0.05,
+        ),
+        optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.97), warmup_steps=200),
+        train=TrainConfig(num_steps=40_000, batch_size=16, eval_every=1000, sample_every=2000),
+        checkpoint=CheckpointConfig(every=500),
+        sample=SampleConfig(temperature=0.5, top_k=8),
+    )
+
+
 def e2e_300m() -> RunConfig:
     """The 300M model of the paper's end-to-end ablation (section 5): 24 layers, 1024 wide, 16 heads."""
     return RunConfig(
@@ -100,6 +143,7 @@ def paper_10b() -> RunConfig:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
+    "demo-full": demo_full,
     "e2e-300m": e2e_300m,
     "paper-10b": paper_10b,
 }
