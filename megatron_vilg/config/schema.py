@@ -62,7 +62,7 @@ class ModelConfig:
     codebook_dim: Count = 0
     """Also feed each image token a projection of its codebook vector of this size. 0: off."""
     dropout: Fraction = 0.0
-    """Dropout behind attention, feed-forward and embedding."""
+    """Dropout behind attention and feed-forward, before the residual sum."""
     norm_eps: Positive = 1e-5
     """Added to the variance in every norm."""
     init_std: Positive = 0.02

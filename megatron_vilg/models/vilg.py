@@ -135,7 +135,6 @@ class ViLG(nn.Module):
                 "image": nn.Linear(config.width, config.image_vocab_size, bias=False),
             }
         )
-        self.dropout = nn.Dropout(config.dropout)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -165,7 +164,7 @@ class ViLG(nn.Module):
     def hidden(self, text_ids: Tensor, image_ids: Tensor, text_len: Tensor, direction: Direction) -> Tensor:
         """Last hidden states, normed, of rows of one direction: [B, T, D]. Needs the whole model."""
         assert self.embed is not None and self.norm is not None
-        x = self.dropout(self.embed(text_ids, image_ids, direction))
+        x = self.embed(text_ids, image_ids, direction)
         return self.norm(self.run_blocks(x, text_len, direction))
 
     def logits(self, text_ids: Tensor, image_ids: Tensor, text_len: Tensor, direction: Direction) -> Tensor:
@@ -191,7 +190,7 @@ class ViLG(nn.Module):
         if self.embed is not None:
             assert image_ids is not None, "the first stage embeds codes"
             rows = [self.embed(x[d::2], image_ids[d::2], d) for d in _DIRECTIONS]
-            x = self.dropout(torch.stack(rows, dim=1).flatten(0, 1))
+            x = torch.stack(rows, dim=1).flatten(0, 1)
         x = self.run_blocks(x, text_len)
         if self.norm is None or self.heads is None:
             return x
