@@ -81,7 +81,7 @@ RULES = [
     ),
     (["image_tokenizer.ema_decay=1"], "image_tokenizer.ema_decay=1.0: must be below 1. Works: 0 to 0.99."),
     (
-        ["image_tokenizer_train.warmup_steps=1400"],
+        ["image_tokenizer_train.num_steps=1400", "image_tokenizer_train.warmup_steps=1400"],
         "image_tokenizer_train.warmup_steps=1400: must be below image_tokenizer_train.num_steps=1400. "
         "Works: 0 to 1399.",
     ),
@@ -93,7 +93,7 @@ RULES = [
     (
         ["image_tokenizer_train.critic_weight=0.5", "image_tokenizer_train.critic_start_step=5000"],
         "image_tokenizer_train.critic_start_step=5000: the critic would never start within "
-        "image_tokenizer_train.num_steps=1400. Works: 0 to 1399, or image_tokenizer_train.critic_weight=0.",
+        "image_tokenizer_train.num_steps=2000. Works: 0 to 1999, or image_tokenizer_train.critic_weight=0.",
     ),
     (
         [
@@ -113,7 +113,7 @@ RULES = [
         "optim.betas=[1.0, 0.9]: a decay of 1 never forgets. Works: two numbers from 0 to below 1.",
     ),
     (
-        ["optim.warmup_steps=2500"],
+        ["train.num_steps=2500", "optim.warmup_steps=2500"],
         "optim.warmup_steps=2500: must be below train.num_steps=2500. Works: 0 to 2499.",
     ),
     (["loss.label_smoothing=1"], "loss.label_smoothing=1.0: must be below 1. Works: 0 to 0.99."),
