@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from megatron_vilg.config.schema import (
     CheckpointConfig,
@@ -70,45 +71,20 @@ def demo() -> RunConfig:
 
 def demo_full() -> RunConfig:
     """All emoji and composed scenes, 64 px, 8 x 8 tokens: hours on two CPU cores, minutes on a GPU; resumable."""
-    return RunConfig(
+    quick = demo()
+    return replace(
+        quick,
         preset="demo-full",
-        model=ModelConfig(num_layers=6, width=320, num_heads=5, num_text_slots=13, codebook_dim=16, dropout=0.1),
+        model=replace(quick.model, num_layers=6, width=320, num_heads=5),
         text_tokenizer=TextTokenizerConfig(vocab_size=4800),
-        image_tokenizer=ImageTokenizerConfig(
-            image_size=64,
-            patch=4,
-            channels=96,
-            channel_multipliers=(1, 2),
-            num_res_blocks=1,
-            bottom_attention=False,
-            norm_groups=4,
-            codebook_size=1024,
-            codebook_dim=16,
+        image_tokenizer=replace(quick.image_tokenizer, image_size=64, patch=4, channels=96, codebook_size=1024),
+        image_tokenizer_train=replace(
+            quick.image_tokenizer_train, num_steps=12_000, warmup_steps=100, picture_every=1000
         ),
-        image_tokenizer_train=ImageTokenizerTrainConfig(
-            num_steps=12_000,
-            batch_size=16,
-            lr=2e-3,
-            warmup_steps=100,
-            continuous_fraction=0.1,
-            perceptual_weight=0.5,
-            picture_every=1000,
-            checkpoint_every=500,
-        ),
-        data=DataConfig(
-            num_views=4,
-            view_shift_pixels=4.0,
-            view_zoom=0.15,
-            caption_dropout=0.08,
-            alternate_caption_probability=0.35,
-            image_input_noise=0.1,
-            image_source_noise=0.05,
-        ),
-        loss=LossConfig(image_to_text_weight=0.25),
-        optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.97), warmup_steps=200),
-        train=TrainConfig(num_steps=40_000, batch_size=16, eval_every=1000, sample_every=2000),
-        checkpoint=CheckpointConfig(every=500),
-        sample=SampleConfig(temperature=0.5, top_k=8),
+        data=replace(quick.data, num_views=4, view_flip=False),  # scenes say left and right
+        optim=replace(quick.optim, warmup_steps=200),
+        train=replace(quick.train, num_steps=40_000, batch_size=16, eval_every=1000, sample_every=2000),
+        checkpoint=replace(quick.checkpoint, every=500),
     )
 
 
