@@ -8,6 +8,7 @@ import pytest
 from megatron_vilg.cli.main import EXIT_ERROR, main
 from megatron_vilg.config.load import load_run_config
 from megatron_vilg.config.options import all_options
+from megatron_vilg.config.presets import PRESETS
 
 
 def test_every_option_is_printed_with_value_origin_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,7 +16,7 @@ def test_every_option_is_printed_with_value_origin_and_meaning(capsys: pytest.Ca
     text = capsys.readouterr().out
     assert [path for path in all_options() if path != "preset" and f"  {path}=" not in text] == []
     assert "  optim.lr=0.001   [command line]\n      Peak learning rate. (a number above 0)\n" in text
-    assert "  train.num_steps=2500   [preset demo]\n" in text
+    assert f"  train.num_steps={PRESETS['demo']().train.num_steps}   [preset demo]\n" in text
     assert "  optim.eps=1e-08   [default]\n" in text
 
 

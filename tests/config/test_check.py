@@ -91,7 +91,11 @@ RULES = [
         "step is left in which the codebook learns. Works: two fractions with a sum below 1, such as 0.1 and 0.15.",
     ),
     (
-        ["image_tokenizer_train.critic_weight=0.5", "image_tokenizer_train.critic_start_step=5000"],
+        [
+            "image_tokenizer_train.num_steps=2000",
+            "image_tokenizer_train.critic_weight=0.5",
+            "image_tokenizer_train.critic_start_step=5000",
+        ],
         "image_tokenizer_train.critic_start_step=5000: the critic would never start within "
         "image_tokenizer_train.num_steps=2000. Works: 0 to 1999, or image_tokenizer_train.critic_weight=0.",
     ),
