@@ -1,0 +1,70 @@
+"""C3: one attention layer of each pattern, folded, beside torch's fused kernel with the same mask or is_causal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import OURS, Bench, Goal, Row, time_rows
+from megatron_vilg.ops.attention import Implementation, attend, prepare
+from megatron_vilg.ops.rules import AttentionRule, Pattern
+from megatron_vilg.sequence import Direction, StreamSpec
+
+MASKED, CAUSAL = "SDPA, same mask", "SDPA, is_causal"
+HEADS, HEAD_DIM = 8, 64
+SPEC = StreamSpec(num_text_slots=64, image_side=32)
+PATTERNS: tuple[Pattern, ...] = ("row", "column", "conv")
+
+
+def attention_layers(bench: Bench) -> Iterator[Row]:
+    """Milliseconds per layer and row of 1104 positions, 8 heads of 64, 32 x 32 codes, 64 text tokens."""
+    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+    for direction in Direction:
+        for pattern in PATTERNS:
+            for backward in (False, True):
+                causal = direction == Direction.TEXT_TO_IMAGE
+                contenders = _contenders(pattern, direction, backward, bench.device, dtype, causal)
+                seconds = bench.interleave(contenders, 2 * bench.rounds)
+                label = "forward + backward" if backward else "forward"
+                name = f"{pattern} layer, {direction.name.lower().replace('_', '-')}, {label}"
+                yield from time_rows("C3", name, seconds, _goals(pattern, direction, backward))
+
+
+def _goals(pattern: Pattern, direction: Direction, backward: bool) -> dict[str, Goal]:
+    """Conv layers are not folded, so there is nothing to reach; image-to-text has no causal twin."""
+    if pattern == "conv":
+        return {}
+    if backward:
+        return {MASKED: Goal("ratio", ">=", 4.5)}
+    wide_row = pattern == "row" and direction == Direction.TEXT_TO_IMAGE
+    goals = {MASKED: Goal("ratio", ">=", 3.0 if wide_row else 5.0)}
+    return goals if wide_row else goals | {CAUSAL: Goal("ratio", ">=", 3.0)}
+
+
+def _contenders(
+    pattern: Pattern, direction: Direction, backward: bool, device: torch.device, dtype: torch.dtype, causal: bool
+) -> dict[str, Callable[[], object]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, SPEC.length, HEADS, HEAD_DIM)
+    q, k, v, gradient = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    inputs = [x.requires_grad_(backward) for x in (q, k, v)]
+    text_len = torch.tensor([SPEC.num_text_slots], device=device)
+
+    def run(function: Callable[[], Tensor]) -> Callable[[], object]:
+        if not backward:
+            return torch.inference_mode()(function)
+        return lambda: torch.autograd.grad(function(), inputs, gradient)
+
+    def ours(implementation: Implementation) -> Callable[[], Tensor]:
+        ready = prepare(AttentionRule(pattern, SPEC), text_len, implementation, direction, dtype)
+        return lambda: attend(q, k, v, ready)
+
+    def causal_kernel() -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+
+    contenders = {OURS: run(ours("fold")), MASKED: run(ours("sdpa"))}
+    return contenders | {CAUSAL: run(causal_kernel)} if causal else contenders
