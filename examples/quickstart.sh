@@ -5,7 +5,7 @@
 #   OUT=runs/demo     run folder: checkpoints, pictures, report
 #   DATA=data/demo    where the pairs are kept
 #   SEED=0            same seed, same machine: same report, but for the seconds
-#   FULL=1            all emoji in six styles and composed scenes instead of 160 concepts: hours on two cores, meant for a GPU
+#   FULL=1            all emoji and composed scenes instead of 120 concepts: hours on two cores, meant for a GPU
 #   SMOKE=1           two minutes instead of twenty: few pairs, few steps; shows that it works, not that it learns
 #   VILG=vilg         the command to run
 set -euo pipefail

@@ -43,7 +43,7 @@ def _add_demo(verbs: Any) -> None:
         epilog="examples: vilg data demo --out data/demo; vilg data demo --out data/full --concepts 0 --scenes 5000",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="D", help="new folder for the shards")
-    parser.add_argument("--concepts", type=int, default=160, help="concepts to train on; 0: all, 1914 (default: 160)")
+    parser.add_argument("--concepts", type=int, default=120, help="concepts to train on; 0: all, 1914 (default: 120)")
     parser.add_argument(
         "--held-out-concepts", type=int, default=8, metavar="N", help="concepts never trained on (default: 8)"
     )
@@ -51,8 +51,7 @@ def _add_demo(verbs: Any) -> None:
         "--styles",
         default="",
         metavar="A,B",
-        help="all, or some of noto,twemoji,openmoji,fluent-3d,fluent-flat,emojione (default: the first four; "
-        "all with --concepts 0)",
+        help="some of noto,twemoji,openmoji,fluent-flat,fluent-3d,emojione (default: all)",
     )
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
     parser.add_argument(
@@ -108,14 +107,13 @@ def _add_encode(verbs: Any) -> None:
 
 def run_demo(args: argparse.Namespace) -> int:
     """Write the demo set."""
-    from megatron_vilg.data.demo import QUICK_STYLES, DemoOptions, write_demo
+    from megatron_vilg.data.demo import DemoOptions, write_demo
     from megatron_vilg.data.emoji import STYLES
 
-    named = _words(args.styles) or (("all",) if args.concepts == 0 else QUICK_STYLES)
     options = DemoOptions(
         concepts=args.concepts,
         held_out_concepts=args.held_out_concepts,
-        styles=tuple(STYLES) if named == ("all",) else named,
+        styles=_words(args.styles) or tuple(STYLES),
         size=args.size,
         languages=_words(args.languages),
         scenes=args.scenes,

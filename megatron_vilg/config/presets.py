@@ -23,7 +23,7 @@ from megatron_vilg.config.schema import (
 
 
 def demo() -> RunConfig:
-    """Emoji in four styles on two CPU cores, 48 px, 8 x 8 tokens: about a quarter of an hour."""
+    """Emoji in six styles on two CPU cores, 48 px, 8 x 8 tokens: about a quarter of an hour."""
     return RunConfig(
         preset="demo",
         model=ModelConfig(num_layers=4, width=256, num_heads=4, num_text_slots=13, codebook_dim=16, dropout=0.05),
@@ -61,9 +61,9 @@ def demo() -> RunConfig:
         ),
         # A caption has 4 tokens and a picture 64: the mean over captions is noisy, and at equal weight its noise sets
         # Adam's step size for everything.
-        loss=LossConfig(image_to_text_weight=0.25),
+        loss=LossConfig(image_to_text_weight=0.35),
         optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.97), warmup_steps=40),
-        train=TrainConfig(num_steps=4000, batch_size=12, eval_every=500, sample_every=1000),
+        train=TrainConfig(num_steps=3300, batch_size=12, eval_every=500, sample_every=1000),
         checkpoint=CheckpointConfig(every=250),
         sample=SampleConfig(temperature=0.5, top_k=8),
     )

@@ -35,20 +35,18 @@ _HELD_CONCEPT_SHARE = 0.05
 _SIMPLE_NAME = re.compile(r"[\u4e00-\u9fff]{1,4}")
 _LEFT_OUT_GROUPS = ("people-body", "flags", "symbols")
 _LEFT_OUT_SUBGROUPS = ("time", "clothing", "office", "place-map")
-_TAGS_USED = 1
-QUICK_STYLES = ("noto", "twemoji", "openmoji", "fluent-3d")
-"""The styles of the quick demo: those that a 48-pixel picture still shows (the other two look like one of these)."""
+_TAGS_USED = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoOptions:
     """What goes into a demo set; equal options give equal shards."""
 
-    concepts: int = 160
+    concepts: int = 120
     """Concepts to train on, chosen by seed among simple ones; 0: every emoji there is."""
     held_out_concepts: int = 8
     """Concepts never trained on, in addition; with ``concepts = 0``: 5 % of all instead."""
-    styles: tuple[str, ...] = QUICK_STYLES
+    styles: tuple[str, ...] = tuple(STYLES)
     """Keys of ``emoji.STYLES``."""
     size: int = 64
     """Side of the pictures in pixels."""

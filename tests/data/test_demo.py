@@ -20,7 +20,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(**changes: Any) -> DemoOptions:
-    return DemoOptions(**({"concepts": 12, "held_out_concepts": 3, "size": 16, "styles": tuple(STYLES)} | changes))
+    return DemoOptions(**({"concepts": 12, "held_out_concepts": 3, "size": 16} | changes))
 
 
 def by_split(pairs: list[Pair]) -> dict[str, list[Pair]]:
