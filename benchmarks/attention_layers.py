@@ -63,8 +63,8 @@ def _contenders(
         return lambda: attend(q, k, v, ready)
 
     def causal_kernel() -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
     contenders = {OURS: run(ours("fold")), MASKED: run(ours("sdpa"))}
     return contenders | {CAUSAL: run(causal_kernel)} if causal else contenders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,17 @@ from megatron_vilg.config.schema import ModelConfig, OpsConfig, RunConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.sequence import TextToken
 
+Precision = Literal["fp32", "bf16"]
 FIRST_PIECE = max(TextToken) + 1
 
 
-def demo_size(precision: str) -> RunConfig:
+def demo_size(precision: Precision) -> RunConfig:
     """What ``make demo`` trains: 4 layers x 256, 8 x 8 codes, 10 text slots, 12 pairs a step."""
     run = PRESETS["demo"]().resolve(text_vocab_size=1200)
     return replace(run, train=replace(run.train, precision=precision))
 
 
-def paper_size(precision: str) -> RunConfig:
+def paper_size(precision: Precision) -> RunConfig:
     """The paper's row length (32 x 32 codes, 64 text slots) in 8 layers x 512, one pair a step."""
     run = demo_size(precision)
     model = ModelConfig(
@@ -50,7 +52,7 @@ def plain_model(model: ModelConfig) -> PlainModel:
     return PlainModel(joint_vocabulary(model), model.spec.num_used + 1, model.width, model.num_heads, model.num_layers)
 
 
-def gpt2(model: ModelConfig) -> nn.Module:
+def gpt2(model: ModelConfig) -> Any:
     """Hugging Face's GPT-2 of this size: no dropout, input and output tables of their own like the others."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_vilg.generate.cache import CacheKind, TargetCache, cache_layout
+from megatron_vilg.generate.weights import PACK_FROM_STEPS, can_pack, packed_block, packed_linear
 from megatron_vilg.models.layers import Block
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import Prepared, attend, dense_block, prepare
@@ -129,9 +130,14 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> Tenso
 
 def predict(model: ViLG, direction: Direction, hidden: Tensor) -> Tensor:
     """Hidden states [..., D] to logits of the direction's target vocabulary [..., V]."""
-    assert model.norm is not None and model.heads is not None
-    head = model.heads["image" if direction == Direction.TEXT_TO_IMAGE else "text"]
-    return cast(Tensor, head(model.norm(hidden)))
+    assert model.norm is not None
+    return cast(Tensor, target_head(model, direction)(model.norm(hidden)))
+
+
+def target_head(model: ViLG, direction: Direction) -> nn.Linear:
+    """The output layer of the direction's target vocabulary."""
+    assert model.heads is not None
+    return cast(nn.Linear, model.heads["image" if direction == Direction.TEXT_TO_IMAGE else "text"])
 
 
 class Decoder:
@@ -157,17 +163,23 @@ class Decoder:
         hidden.masked_fill_(~prefix.used, float("-inf"))
         self.shared_bias = None if prefix.used.all() else hidden[:, None, None]
         self.caches = [self._start_cache(i, prefix, cache) for i in range(len(prefix.keys))]
+        self.blocks = [cast(Block, block) for block in model.blocks.values()]
+        self.head: nn.Module = target_head(model, self.direction)
+        steps = len(self.caches[0].layout.slot) - self.token
+        if steps >= PACK_FROM_STEPS and can_pack(target_head(model, self.direction).weight):
+            num_rows = self.num_sources * num_targets
+            self.blocks = [packed_block(block, num_rows) for block in self.blocks]
+            self.head = packed_linear(target_head(model, self.direction), num_rows)
 
     def step(self, ids: Tensor) -> Tensor:
         """Append one target token to every row and predict the next: ids [R] to logits [R, V]."""
-        assert self.model.embed is not None
+        assert self.model.embed is not None and self.model.norm is not None
         x = self.model.embed.target(self.direction, ids[:, None], self.token)
-        for i, block in enumerate(self.model.blocks.values()):
-            block = cast(Block, block)
+        for i, block in enumerate(self.blocks):
             out = self._attention(i, *block.attention.project(block.norm1(x)))
             x = block.add_mlp(block.add_attention(x, block.attention.out(out)))
         self.token += 1
-        return predict(self.model, self.direction, x[:, 0])
+        return self.head(self.model.norm(x[:, 0]))
 
     def select(self, index: Tensor) -> None:
         """Let row ``i`` of source ``p`` continue row ``index[p, i]`` of the same source; index is int64 [P, n]."""
