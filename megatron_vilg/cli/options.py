@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from megatron_vilg.config.check import require
 from megatron_vilg.config.load import COMMAND_LINE, Loaded, load_with_origins
 from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.config.world import read_world
 from megatron_vilg.log import get_logger
 
 _log = get_logger(__name__)
@@ -43,7 +43,7 @@ def run_config_from_args(args: argparse.Namespace) -> RunConfig:
         ConfigError: unknown names, wrong values, or combinations that cannot run.
     """
     loaded = load_from_args(args)
-    require(loaded.run, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    require(loaded.run, world_size=read_world().size)
     given = sum(origin == COMMAND_LINE for origin in loaded.origins.values())
     parts = ["defaults", f"preset {loaded.run.preset}" if loaded.run.preset else "", str(args.config or "")]
     parts.append(f"{given} from the command line" if given else "")

@@ -1,0 +1,76 @@
+"""Processes meet, wait for the first one, and part."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_vilg.config.world import World
+from megatron_vilg.errors import ConfigError
+from megatron_vilg.parallel.launch import device_of, joined
+from tests.helpers import run_distributed
+
+SCRIPT = """
+import sys, time, torch, torch.distributed as dist
+from pathlib import Path
+from megatron_vilg.config.world import read_world
+from megatron_vilg.parallel.launch import joined
+world = read_world()
+with joined(world, torch.device("cpu"), 60) as job:
+    def work():
+        time.sleep(1.0 if world.is_main else 0.0)
+        with Path(sys.argv[1]).open("a") as file:
+            file.write(str(world.rank))
+    job.main_first("stage", work)
+    total = torch.ones(())
+    dist.all_reduce(total)
+    assert total == 2
+assert not dist.is_initialized()
+"""
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    with joined(World(), torch.device("cpu"), 1) as job:
+        assert job.main_first("x", lambda: 3) == 3 and not dist.is_initialized()
+
+
+def test_the_main_process_goes_first_under_torchrun(tmp_path: Path) -> None:
+    script, order = tmp_path / "script.py", tmp_path / "order"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, str(script), str(order)], check=True, env=environment, timeout=120)
+    assert order.read_text() == "01"
+
+
+def test_a_meeting_place_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="MASTER_ADDR"), joined(World(0, 2, 0), torch.device("cpu"), 1):
+        pass
+
+
+def test_every_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda = torch.device("cuda")
+    assert device_of(World(3, 4, 1), cuda) == torch.device("cuda", 1)
+    assert device_of(World(), cuda) == cuda and device_of(World(1, 2, 1), torch.device("cpu")).type == "cpu"
+    with pytest.raises(ConfigError, match="LOCAL_RANK=2.*2 GPUs.*0 to 1"):
+        device_of(World(2, 4, 2), cuda)
+
+
+def fail_on_rank_one() -> int:
+    if dist.get_rank() == 1:
+        raise ValueError("as asked")
+    return dist.get_rank()
+
+
+def test_the_harness_returns_values_and_names_the_rank_that_failed() -> None:
+    assert run_distributed(dist.get_rank, 3) == [0, 1, 2]
+    with pytest.raises(AssertionError, match="rank 1(.|\n)*as asked"):
+        run_distributed(fail_on_rank_one, 2)
