@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_vilg.ops.cross_entropy import IGNORE as IGNORE
 from megatron_vilg.sequence import Direction, StreamSpec, TextToken
-
-IGNORE = -100
-"""Label of a position that does not count."""
 
 
 @dataclass(frozen=True, slots=True)

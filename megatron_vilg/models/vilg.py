@@ -5,15 +5,16 @@ Shape letters: P pairs, B = 2P rows, T row length, D width, L text slots, N imag
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_vilg.config.schema import ModelConfig
+from megatron_vilg.config.schema import LossConfig, ModelConfig
 from megatron_vilg.models.layers import Block
 from megatron_vilg.ops.attention import Implementation, Prepared, prepare
+from megatron_vilg.ops.cross_entropy import linear_cross_entropy
 from megatron_vilg.ops.rules import AttentionRule, Pattern, layer_patterns
 from megatron_vilg.sequence import Direction, ImageBoundary, TextToken
 
@@ -110,6 +111,17 @@ class StreamEmbed(nn.Module):
         return x
 
 
+class OutputHead(nn.Linear):
+    """Hidden states to logits, or straight to the loss."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, loss: LossConfig | None = None) -> Any:
+        """Hidden [..., D] to logits [..., V]; with labels int64 [...] to sums as ``linear_cross_entropy`` has them."""
+        if labels is None:
+            return super().forward(x)
+        loss = loss or LossConfig()
+        return linear_cross_entropy(x, self.weight, labels, z_loss=loss.z_loss, label_smoothing=loss.label_smoothing)
+
+
 class ViLG(nn.Module):
     """The generator. Children may be ``None`` on a pipeline stage; parameter names never change.
 
@@ -131,8 +143,8 @@ class ViLG(nn.Module):
         self.norm: nn.LayerNorm | None = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.heads: nn.ModuleDict | None = nn.ModuleDict(
             {
-                "text": nn.Linear(config.width, config.text_vocab_size, bias=False),
-                "image": nn.Linear(config.width, config.image_vocab_size, bias=False),
+                "text": OutputHead(config.width, config.text_vocab_size, bias=False),
+                "image": OutputHead(config.width, config.image_vocab_size, bias=False),
             }
         )
 
@@ -174,17 +186,26 @@ class ViLG(nn.Module):
         return self.heads["image" if direction == Direction.TEXT_TO_IMAGE else "text"](x)
 
     def forward(
-        self, text_or_hidden: Tensor, image_ids: Tensor | None = None, *, text_len: Tensor
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self,
+        text_or_hidden: Tensor,
+        image_ids: Tensor | None = None,
+        *,
+        text_len: Tensor,
+        targets: Tensor | None = None,
+        loss: LossConfig | None = None,
+    ) -> Any:
         """Both directions of P pairs; row ``r`` of 2P has direction ``r % 2``.
 
         Args:
             text_or_hidden: text ids int64 [2P, L] on the first stage, else hidden [2P, T, D].
             image_ids: codes int64 [2P, N]; first stage only.
             text_len: int64 [2P].
+            targets: int64 [P, N + L + 1] from ``build_targets``; the last stage then returns sums, not logits.
+            loss: z-loss and smoothing of those sums.
 
         Returns:
-            (image logits [P, N, V_image], text logits [P, L + 1, V_text]) on the last stage, else hidden [2P, T, D].
+            Hidden [2P, T, D], but on the last stage: (image logits [P, N, V_image], text logits [P, L + 1, V_text]),
+            or with targets the sums of image and text, each as ``linear_cross_entropy`` returns them.
         """
         x = text_or_hidden
         if self.embed is not None:
@@ -197,4 +218,7 @@ class ViLG(nn.Module):
         # Only predicted positions pass the last norm and the heads.
         image = self.norm(x[0::2, self.spec.target_slice(Direction.TEXT_TO_IMAGE)])
         text = self.norm(x[1::2, self.spec.target_slice(Direction.IMAGE_TO_TEXT)])
-        return self.heads["image"](image), self.heads["text"](text)
+        if targets is None:
+            return self.heads["image"](image), self.heads["text"](text)
+        split = self.spec.num_image_tokens
+        return self.heads["image"](image, targets[:, :split], loss), self.heads["text"](text, targets[:, split:], loss)

@@ -16,7 +16,7 @@ from megatron_vilg.log import get_logger
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import choose_implementation
 from megatron_vilg.parallel.init import init_weights
-from megatron_vilg.train.losses import TokenCounts, pair_loss
+from megatron_vilg.train.losses import TokenCounts, weighted_loss
 from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
 
 log = get_logger(__name__)
@@ -130,8 +130,10 @@ class NativeEngine:
             piece = batch.slice(start, start + size)
             text_ids, image_ids, text_len = piece.rows()
             with self._autocast():
-                image_logits, text_logits = self.model(text_ids, image_ids, text_len=text_len)
-            result = pair_loss(image_logits, text_logits, targets[start : start + size], counts, self.run.loss)
+                image, text = self.model(
+                    text_ids, image_ids, text_len=text_len, targets=targets[start : start + size], loss=self.run.loss
+                )
+            result = weighted_loss(image, text, counts, self.run.loss)
             if backward:
                 result.loss.backward()
             totals += torch.stack([result.loss.detach(), result.image_ce, result.text_ce])
