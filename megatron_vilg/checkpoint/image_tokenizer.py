@@ -12,13 +12,13 @@ from megatron_vilg.checkpoint.export import WEIGHTS_NAME, load_model_folder, sav
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.config.schema import ImageTokenizerConfig
 from megatron_vilg.errors import CheckpointError
-from megatron_vilg.models.vqgan import VQGAN
+from megatron_vilg.models.tokenizers import AnyTokenizer, build_image_tokenizer
 
 KIND = "image-tokenizer"
 
 
 def save_image_tokenizer(
-    tokenizer: VQGAN, folder: Path, *, step: int = 0, extra: Mapping[str, int | float | str] | None = None
+    tokenizer: AnyTokenizer, folder: Path, *, step: int = 0, extra: Mapping[str, int | float | str] | None = None
 ) -> Path:
     """Write a tokenizer; an older one of that name is replaced only when the new one is complete.
 
@@ -42,7 +42,7 @@ def save_image_tokenizer(
     return save_model_folder(folder, tokenizer.state_dict(), config, manifest)
 
 
-def load_image_tokenizer(folder: Path) -> VQGAN:
+def load_image_tokenizer(folder: Path) -> AnyTokenizer:
     """Read a tokenizer in evaluation mode, on the CPU, frozen.
 
     Raises:
@@ -56,7 +56,7 @@ def load_image_tokenizer(folder: Path) -> VQGAN:
         raise CheckpointError(
             f"{folder}: its configuration does not fit this version of the package: {error}"
         ) from error
-    tokenizer = VQGAN(config)
+    tokenizer = build_image_tokenizer(config)
     try:
         tokenizer.load_state_dict(weights)
     except RuntimeError as error:

@@ -91,7 +91,7 @@ def _check_image_tokenizer(run: RunConfig) -> Iterable[str]:
         rule = f"must be a multiple of {tokenizer.downsample}, the pixels per token of patch and channel_multipliers"
         yield _problem("image_tokenizer.image_size", tokenizer.image_size, rule, near)
     widths = sorted({tokenizer.channels * m for m in tokenizer.channel_multipliers})
-    if any(width % tokenizer.norm_groups for width in widths):
+    if tokenizer.kind == "vqgan" and any(width % tokenizer.norm_groups for width in widths):
         rule = f"must divide the channels of every level, {widths}"
         yield _problem("image_tokenizer.norm_groups", tokenizer.norm_groups, rule, _divisors(math.gcd(*widths)))
     if tokenizer.codebook_size > MAX_VOCABULARY:
@@ -117,10 +117,14 @@ def _check_image_tokenizer_training(run: RunConfig) -> Iterable[str]:
         rule = f"the critic would never start within {section}.num_steps={training.num_steps}"
         works = f"0 to {training.num_steps - 1}, or {section}.critic_weight=0"
         yield _problem(f"{section}.critic_start_step", training.critic_start_step, rule, works)
+    if training.critic_weight and run.image_tokenizer.kind == "dvae":
+        rule = "a dVAE is trained by its likelihood, without a critic (image_tokenizer.kind=dvae)"
+        yield _problem(f"{section}.critic_weight", training.critic_weight, rule, "0, or image_tokenizer.kind=vqgan")
     if training.critic_weight and run.image_tokenizer.image_size < CRITIC_PIXELS:
         rule = f"the critic needs pictures of at least {CRITIC_PIXELS} pixels (image_tokenizer.image_size)"
         yield _problem(f"{section}.critic_weight", training.critic_weight, rule, [0])
     yield from _decays(f"{section}.betas", training.betas)
+    yield from _below_one(f"{section}.weights_ema_decay", training.weights_ema_decay)
 
 
 def _check_training(run: RunConfig) -> Iterable[str]:

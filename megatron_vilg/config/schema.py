@@ -100,10 +100,14 @@ class TextTokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
 class ImageTokenizerConfig:
-    """Architecture of the image tokenizer (VQGAN: taming-transformers, with LlamaGen's l2-normalised codes)."""
+    """Architecture of the image tokenizer (VQGAN: taming-transformers, with LlamaGen's l2-normalised codes).
 
-    kind: Literal["vqgan"] = "vqgan"
-    """Family of the tokenizer."""
+    A dVAE reads neither ``bottom_attention``, ``norm_groups``, ``l2_normalise``, ``codebook_update`` nor
+    ``commitment_weight``.
+    """
+
+    kind: Literal["vqgan", "dvae"] = "vqgan"
+    """``vqgan``, or ``dvae``: DALL-E's discrete VAE, the tokenizer of the paper's end-to-end ablation."""
     image_size: PositiveInt = 256
     """Side of the square picture in pixels."""
     patch: PositiveInt = 1
@@ -113,7 +117,7 @@ class ImageTokenizerConfig:
     channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 4)
     """Channels of each level as multiples of ``channels``; between two levels the picture is halved."""
     num_res_blocks: PositiveInt = 2
-    """Residual blocks per level; the decoder has one more, as in taming-transformers."""
+    """Residual blocks per level; a VQGAN's decoder has one more, as in taming-transformers."""
     bottom_attention: bool = True
     """Self-attention at the lowest resolution."""
     norm_groups: PositiveInt = 32
@@ -121,7 +125,7 @@ class ImageTokenizerConfig:
     codebook_size: PositiveInt = 8192
     """Codes K."""
     codebook_dim: PositiveInt = 16
-    """Numbers per code; 8 to 32 keep the codebook alive (ViT-VQGAN table 4, LlamaGen)."""
+    """Numbers per code; 8 to 32 keep a VQGAN's codebook alive (ViT-VQGAN table 4, LlamaGen); DALL-E's dVAE has 128."""
     l2_normalise: bool = True
     """Compare directions only: codes and encoder outputs have length 1."""
     codebook_update: Literal["ema", "gradient"] = "ema"
@@ -131,7 +135,8 @@ class ImageTokenizerConfig:
     commitment_weight: NonNegative = 0.25
     """Weight of the loss that keeps encoder outputs near their code."""
     dead_code_threshold: NonNegative = 0.05
-    """A code used less often than this per step (moving average) is replaced by an encoder output."""
+    """A code used less often than this per step (moving average) is replaced: in a VQGAN by an encoder output, in a
+    dVAE by a copy of a busy code."""
 
     @property
     def downsample(self) -> int:
@@ -168,8 +173,21 @@ class ImageTokenizerTrainConfig:
     """First share of the steps without quantisation; k-means on encoder outputs then sets the codebook."""
     frozen_codebook_fraction: Fraction = 0.15
     """Last share of the steps with a frozen codebook, so that the decoder settles."""
+    weights_ema_decay: Fraction = 0.0
+    """Decay per step of averaged weights, which are then what is measured and kept (DALL-E 0.999). 0: off."""
+    temperature_start: Positive = 1.0
+    """dVAE: temperature of the Gumbel-softmax at the start ..."""
+    temperature_end: Positive = 0.0625
+    """... and at the end of its cosine ..."""
+    temperature_fraction: Fraction = 0.5
+    """... which takes this share of the steps (DALL-E: 150,000 of 3,000,000)."""
+    kl_weight: NonNegative = 6.6
+    """dVAE: weight of the divergence of the codes from a uniform choice, summed over tokens and divided by the number
+    of pixel values, as DALL-E has it."""
+    kl_warmup_fraction: Fraction = 0.05
+    """Share of the steps over which that weight rises from 0 (DALL-E: 5,000 steps)."""
     pixel_weight: NonNegative = 1.0
-    """Weight of the mean absolute pixel error."""
+    """Weight of the mean absolute pixel error; in a dVAE, of the logit-Laplace likelihood."""
     edge_weight: NonNegative = 0.5
     """Weight of the mean absolute error of neighbouring pixels' differences."""
     perceptual_weight: NonNegative = 1.0

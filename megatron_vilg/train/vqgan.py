@@ -19,12 +19,14 @@ from megatron_vilg.data.images import to_image
 from megatron_vilg.errors import CheckpointError, TrainingError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.quantizer import codebook_use
-from megatron_vilg.models.vqgan import VQGAN
+from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.train.codebook_watch import CodebookWatch
+from megatron_vilg.train.dvae_engine import DVAEEngine
 from megatron_vilg.train.metrics import Column, MetricWriter
 from megatron_vilg.train.pixel_source import PixelsInMemory, PixelSource
 from megatron_vilg.train.signals import StopSignals
-from megatron_vilg.train.vqgan_engine import Phase, TokenizerEngine, TokenizerStep, first_quantised_step, phase_of
+from megatron_vilg.train.tokenizer_engine import TokenizerEngine, TokenizerStep
+from megatron_vilg.train.vqgan_engine import VQGANEngine
 
 log = get_logger(__name__)
 
@@ -40,6 +42,9 @@ COLUMNS = (
     Column("loss/pixel(l1)", "l1"),
     Column("loss/edge(l1)", "edge"),
     Column("loss/perceptual", "perc"),
+    Column("loss/logit_laplace(nats)", "nll"),
+    Column("loss/kl(nats/token)", "kl"),
+    Column("gumbel/temperature", "tau"),
     Column("codebook/used(share)", "used", ".2f"),
     Column("codebook/perplexity", "perplexity", ".0f"),
     Column("codebook/revived", "revived", ".0f"),
@@ -62,7 +67,7 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def measure_reconstruction(tokenizer: VQGAN, pixels: Tensor) -> Reconstruction:
+def measure_reconstruction(tokenizer: AnyTokenizer, pixels: Tensor) -> Reconstruction:
     """Encode and decode uint8 pictures [n, 3, S, S] in full precision."""
     device = tokenizer.codebook.device
     errors, ratios = [], []
@@ -82,7 +87,7 @@ def measure_reconstruction(tokenizer: VQGAN, pixels: Tensor) -> Reconstruction:
 
 
 @torch.no_grad()
-def sample_sheet(tokenizer: VQGAN, pixels: Tensor) -> Tensor:
+def sample_sheet(tokenizer: AnyTokenizer, pixels: Tensor) -> Tensor:
     """Pictures above their reconstructions: uint8 [n, 3, S, S] to float32 [3, 2 S, n S] in [-1, 1]."""
     target = pixels.to(tokenizer.codebook.device).float() / 127.5 - 1.0
     output = tokenizer.decode(tokenizer.lookup(tokenizer.encode(target))).clamp(-1.0, 1.0)
@@ -129,14 +134,20 @@ def train_image_tokenizer(
     if done is not None:
         log.info("%s is already trained", out)
         return measure_reconstruction(done.to(device), held_out)
-    engine = TokenizerEngine(run, device)
+    engine = build_tokenizer_engine(run, device)
     step = _loop(run, engine, pixels, held_out, identity, checkpointer, work)
     if step < options.num_steps:
         return None
-    quality = measure_reconstruction(engine.model, held_out)
-    save_image_tokenizer(engine.model, out, step=step, extra=_facts(identity, quality))
+    tokenizer = engine.finished()
+    quality = measure_reconstruction(tokenizer, held_out)
+    save_image_tokenizer(tokenizer, out, step=step, extra=_facts(identity, quality))
     log.info("%s: held-out l1 %.4f, %.2f dB, %d codes in use", out, quality.l1, quality.psnr, quality.used)
     return quality
+
+
+def build_tokenizer_engine(run: RunConfig, device: torch.device | str = "cpu") -> TokenizerEngine:
+    """The engine that ``image_tokenizer.kind`` asks for."""
+    return DVAEEngine(run, device) if run.image_tokenizer.kind == "dvae" else VQGANEngine(run, device)
 
 
 def _loop(
@@ -159,9 +170,7 @@ def _loop(
     )
     with StopSignals() as stop, writer:
         while step < options.num_steps and not stop.requested:
-            if step == first_quantised_step(options):
-                engine.start_codebook(source)
-                log.info("step %d: the codebook starts at the k-means centres of encoder outputs", step)
+            engine.before_step(step, source)
             with writer.loading():
                 batch = source.batch(step)
             result = engine.train_step(step, batch)
@@ -174,7 +183,7 @@ def _loop(
             if writer.due(step) or shows:
                 writer.log(step, _metrics(engine, result, watch, step, held_out if shows else None))
             if shows:
-                _show(engine.model, held_out, writer, work, step)
+                _show(engine.finished(), held_out, writer, work, step)
             if step % options.checkpoint_every == 0 or step == options.num_steps or stop.requested:
                 checkpointer.save(step, engine.state_dict(), dataclasses.replace(identity, step=step))
     if stop.received is not None:
@@ -198,7 +207,7 @@ def _facts(identity: Manifest, quality: Reconstruction) -> dict[str, int | float
     return {**identity.counters, "l1(0..1)": quality.l1, "psnr(dB)": quality.psnr, "codes_used": quality.used}
 
 
-def _finished(out: Path, identity: Manifest, num_steps: int) -> VQGAN | None:
+def _finished(out: Path, identity: Manifest, num_steps: int) -> AnyTokenizer | None:
     """The tokenizer in ``out`` if it is the one that this run would make."""
     if not (out / "manifest.json").is_file():
         return None
@@ -236,11 +245,8 @@ def _metrics(
     """One log line: the last step's losses, the codebook since the line before, held-out quality where asked for."""
     values: dict[str, float | Tensor] = dict(result.losses)
     values |= {"lr": engine.rate(step - 1), "step/skipped": engine.skipped}
-    values |= {
-        "critic/open(0-1)": engine.gate.is_open.float(),
-        "critic/pixel_error(0..1)": torch.nan_to_num(engine.gate.average),
-    }
-    if phase_of(step - 1, engine.options) is not Phase.CONTINUOUS and bool(engine.code_counts.sum()):
+    values |= engine.state_metrics(step - 1)
+    if bool(engine.code_counts.sum()):
         use = codebook_use(engine.code_counts)
         values |= {"codebook/used(share)": use.used, "codebook/perplexity": use.perplexity}
         values |= {"codebook/revived": float(engine.revived)}
@@ -248,13 +254,13 @@ def _metrics(
         engine.code_counts.zero_()
         engine.revived.zero_()
     if held_out is not None:
-        quality = measure_reconstruction(engine.model, held_out)
+        quality = measure_reconstruction(engine.finished(), held_out)
         values |= {"reconstruction/psnr(dB)": quality.psnr, "reconstruction/l1(0..1)": quality.l1}
         values |= {"reconstruction/codes_used": float(quality.used)}
     return values
 
 
-def _show(tokenizer: VQGAN, held_out: Tensor, writer: MetricWriter, work: Path, step: int) -> None:
+def _show(tokenizer: AnyTokenizer, held_out: Tensor, writer: MetricWriter, work: Path, step: int) -> None:
     """Pictures above their reconstructions, to tensorboard and to ``samples/``."""
     sheet = sample_sheet(tokenizer, held_out[:PICTURES_SHOWN])
     writer.images("reconstruction/held_out", (sheet[None] + 1.0) * 0.5, step)

@@ -1,22 +1,24 @@
-"""One training step of the image tokenizer, and everything that must be saved to repeat it exactly."""
+"""One training step of the VQGAN, and everything that must be saved to repeat it exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_vilg.config.schema import ImageTokenizerTrainConfig, OptimConfig, RunConfig
+from megatron_vilg.config.schema import ImageTokenizerTrainConfig, RunConfig
+from megatron_vilg.log import get_logger
 from megatron_vilg.models.critics import CriticGate, PatchCritic, adaptive_weight, critic_loss, deceive_loss
-from megatron_vilg.models.features import FeatureNetwork, load_feature_network
 from megatron_vilg.models.quantizer import Quantised
 from megatron_vilg.models.vqgan import VQGAN
-from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from megatron_vilg.train.optim import build_optimizer, optimizer_state
 from megatron_vilg.train.pixel_source import PixelSource, seeded
+from megatron_vilg.train.tokenizer_engine import TokenizerEngine, TokenizerStep, rates_of
+
+log = get_logger(__name__)
 
 _VECTORS_PER_CODE = 32
 """Encoder outputs that k-means sees, per code."""
@@ -46,88 +48,45 @@ def first_quantised_step(options: ImageTokenizerTrainConfig) -> int:
     return round(options.continuous_fraction * options.num_steps)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizerStep:
-    """What a step reports; tensors stay on the device until a log line needs them."""
+class VQGANEngine(TokenizerEngine):
+    """Reconstruction, commitment, and a critic that waits for its gate."""
 
-    losses: Mapping[str, Tensor]
-    """Unweighted parts by metric name."""
-    finite: bool
-    """False: nothing was updated."""
-
-
-def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring pixels, down and across."""
-    return pixels[..., 1:, :] - pixels[..., :-1, :], pixels[..., :, 1:] - pixels[..., :, :-1]
-
-
-def edge_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error of neighbouring pixels' differences: punishes blur, which the plain error forgives."""
-    pairs = zip(edges(output), edges(target), strict=True)
-    return torch.stack([(ours - theirs).abs().mean() for ours, theirs in pairs]).mean()
-
-
-def perceptual_distance(network: FeatureNetwork, output: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of unit feature vectors, averaged over positions and summed over the network's maps."""
-    with torch.no_grad():
-        wanted = network.maps(target)
-    pairs = zip(network.maps(output), wanted, strict=True)
-    return torch.stack([(ours - theirs).square().sum(1).mean() for ours, theirs in pairs]).sum()
-
-
-class TokenizerEngine:
-    """Tokenizer, critic, optimizers and counters of a run on one device."""
+    model: VQGAN
 
     def __init__(self, run: RunConfig, device: torch.device | str = "cpu") -> None:
-        """Build everything from ``image_tokenizer_train.seed``.
-
-        Raises:
-            MissingPackageError: the perceptual network's package is not installed.
-            ConfigError: there is no such network.
-        """
-        self.options = run.image_tokenizer_train
-        self.device = torch.device(device)
-        self.network = (
-            load_feature_network(self.options.perceptual_network).to(self.device)
-            if self.options.perceptual_weight
-            else None
-        )
+        """Build everything from ``image_tokenizer_train.seed``; raises what the base class does."""
+        super().__init__(run, device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed)
-            self.model = VQGAN(run.image_tokenizer).to(self.device)
+            torch.manual_seed(self.options.seed + 1)
             critic = PatchCritic(self.options.critic_channels) if self.options.critic_weight else None
         self.critic = critic.to(self.device) if critic else None
         self.gate = CriticGate(start_step=self.options.critic_start_step, threshold=self.options.critic_gate)
         self.gate.to(self.device)
-        self._rates = _rates(self.options, self.options.lr)
-        self._critic_rates = _rates(self.options, self.options.critic_lr)
-        self.optimizer = build_optimizer(self.model.named_parameters(), self._rates, self.device)
+        self._critic_rates = rates_of(self.options, self.options.critic_lr)
         self.critic_optimizer = (
             build_optimizer(self.critic.named_parameters(), self._critic_rates, self.device) if self.critic else None
         )
-        self.code_counts = torch.zeros(run.image_tokenizer.codebook_size, dtype=torch.int64, device=self.device)
-        """How often each code was used since the last log line."""
-        self.revived = torch.zeros((), dtype=torch.int64, device=self.device)
-        """Dead codes replaced since the last log line."""
-        self.skipped = torch.zeros((), dtype=torch.int64)
-        """Steps that were not finite, since the start."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dict of the very tensors a checkpoint fills and saves."""
-        state: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_state(self.optimizer, self.model.named_parameters()),
-            "gate": self.gate.state_dict(),
-            "window": {"code_counts": self.code_counts, "revived": self.revived, "skipped": self.skipped},
-        }
+        state = super().state_dict() | {"gate": self.gate.state_dict()}
         if self.critic is not None and self.critic_optimizer is not None:
             state["critic"] = self.critic.state_dict()
             state["critic_optimizer"] = optimizer_state(self.critic_optimizer, self.critic.named_parameters())
         return state
 
-    def rate(self, step: int) -> float:
-        """Learning rate of the tokenizer at a step."""
-        return learning_rate(step, self._rates, self.options.num_steps)
+    def state_metrics(self, step: int) -> dict[str, float | Tensor]:
+        """The critic's gate."""
+        return {
+            "critic/open(0-1)": self.gate.is_open.float(),
+            "critic/pixel_error(0..1)": torch.nan_to_num(self.gate.average),
+        }
+
+    def before_step(self, step: int, source: PixelSource) -> None:
+        """Start the codebook where the continuous phase ends."""
+        if step == first_quantised_step(self.options):
+            self.start_codebook(source)
+            log.info("step %d: the codebook starts at the k-means centres of encoder outputs", step)
 
     @torch.no_grad()
     def start_codebook(self, source: PixelSource) -> None:
@@ -150,7 +109,7 @@ class TokenizerEngine:
             quantised = self.model.quantizer(vectors.flatten(0, 1), frozen=phase is Phase.FROZEN)
         with self._autocast():
             output = self.model.decode(vectors if quantised is None else quantised.vectors.view_as(vectors))
-        losses = self._reconstruction_losses(output, pixels)
+        losses = self._picture_losses(output, pixels)
         reconstruction = self._weighted(losses)
         total = reconstruction
         if quantised is not None:
@@ -168,25 +127,12 @@ class TokenizerEngine:
             self._follow(vectors, quantised.ids, phase, step)
         if finite and critic_works:
             losses |= {"loss/critic": self._train_critic(pixels, output.detach(), step)}
-        self.skipped += int(not finite)
+        self._note(finite)
         return TokenizerStep({name: value.detach() for name, value in losses.items()}, finite)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
 
     def _encode(self, pixels: Tensor) -> Tensor:
         with self._autocast():
             return self.model.features(pixels)
-
-    def _reconstruction_losses(self, output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-        losses = {"loss/pixel(l1)": (output - pixels).abs().mean(), "loss/edge(l1)": edge_error(output, pixels)}
-        chosen = round(self.options.perceptual_share * len(pixels))
-        if self.network is not None and chosen:
-            # fp32 on CPU: there bfloat16 makes the backward pass of depthwise convolutions slower.
-            enabled = self.device.type != "cpu" and self.options.precision == "bf16"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-                losses["loss/perceptual"] = perceptual_distance(self.network, output[:chosen], pixels[:chosen])
-        return losses
 
     def _weighted(self, losses: Mapping[str, Tensor]) -> Tensor:
         options = self.options
@@ -214,33 +160,8 @@ class TokenizerEngine:
         self._update(self.critic, self.critic_optimizer, loss, self._critic_rates, step)
         return loss
 
-    def _update(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rates: OptimConfig, step: int
-    ) -> tuple[bool, Tensor]:
-        """One optimizer step, left out if the gradient is not finite."""
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.options.grad_clip)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            set_learning_rate(optimizer, learning_rate(step, rates, self.options.num_steps))
-            optimizer.step()
-        return finite, norm
-
     def _follow(self, vectors: Tensor, ids: Tensor, phase: Phase, step: int) -> None:
         self.code_counts += torch.bincount(ids, minlength=len(self.code_counts))
         if phase is Phase.LEARNING:
             draws = seeded(self.options.seed, "revive", step)
             self.revived += self.model.quantizer.follow(vectors.detach().flatten(0, 1), ids, draws)
-
-
-def _rates(options: ImageTokenizerTrainConfig, lr: float) -> OptimConfig:
-    """The tokenizer's optimizer options in the form that the package's optimizer code reads."""
-    return OptimConfig(
-        lr=lr,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        grad_clip=options.grad_clip,
-        warmup_steps=options.warmup_steps,
-        min_lr_share=0.02,
-    )

@@ -1,0 +1,80 @@
+"""One training step of the discrete VAE: a relaxed sample, its likelihood, the divergence from a uniform choice."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_vilg.config.schema import ImageTokenizerTrainConfig
+from megatron_vilg.models.dvae import DVAE, kl_to_uniform
+from megatron_vilg.models.pixel_losses import logit_laplace, logit_laplace_pixels
+from megatron_vilg.train.pixel_source import PixelSource, seeded
+from megatron_vilg.train.tokenizer_engine import TokenizerEngine, TokenizerStep
+
+
+def temperature_at(step: int, options: ImageTokenizerTrainConfig) -> float:
+    """Temperature of the Gumbel-softmax in the step with this number (from 0): a cosine, then constant."""
+    length = max(1, round(options.temperature_fraction * options.num_steps))
+    share = 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / length)))
+    return options.temperature_end + (options.temperature_start - options.temperature_end) * share
+
+
+def kl_weight_at(step: int, options: ImageTokenizerTrainConfig) -> float:
+    """Weight of the divergence in the step with this number: a line from 0, then constant."""
+    length = max(1, round(options.kl_warmup_fraction * options.num_steps))
+    return options.kl_weight * min(1.0, step / length)
+
+
+class DVAEEngine(TokenizerEngine):
+    """DALL-E, appendix A.2: logit-Laplace likelihood and divergence, both divided by the number of pixel values.
+
+    ``edge_weight`` and ``perceptual_weight`` may add what DALL-E does not have.
+    """
+
+    model: DVAE
+
+    def before_step(self, step: int, source: PixelSource) -> None:
+        """Nothing: a dVAE's codes learn from the first step on."""
+
+    def train_step(self, step: int, pixels: Tensor) -> TokenizerStep:
+        """Learn from one batch [B, 3, S, S] in [-1, 1]."""
+        options, model = self.options, self.model
+        pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+        model.train()
+        noise = torch.Generator(self.device).manual_seed(
+            seeded(options.seed, "gumbel", step).initial_seed()  # a device has its own stream: same seed, same device
+        )
+        with self._autocast():
+            logits = model.features(pixels)
+        vectors = model.soft_codes(logits, temperature_at(step, options), noise)
+        with self._autocast():
+            parameters = model.parameters_of(vectors)
+        losses = {
+            "loss/logit_laplace(nats)": logit_laplace(parameters, pixels).mean(),
+            "loss/kl(nats/token)": kl_to_uniform(logits),
+        }
+        losses |= self._picture_losses(logit_laplace_pixels(parameters), pixels)
+        tokens_per_value = model.config.grid_side**2 / pixels[0].numel()
+        total = options.pixel_weight * losses["loss/logit_laplace(nats)"]
+        total = total + kl_weight_at(step, options) * tokens_per_value * losses["loss/kl(nats/token)"]
+        total = total + options.edge_weight * losses["loss/edge(l1)"]
+        if "loss/perceptual" in losses:
+            total = total + options.perceptual_weight * losses["loss/perceptual"]
+        finite, norm = self._update(model, self.optimizer, total, self._rates, step)
+        losses |= {"loss/total": total, "grad_norm": norm}
+        if finite:
+            ids = logits.detach().argmax(-1)
+            self.code_counts += torch.bincount(ids.flatten(), minlength=len(self.code_counts))
+            if step < (1.0 - options.frozen_codebook_fraction) * options.num_steps:
+                self.revived += model.follow(ids, seeded(options.seed, "revive", step))
+        self._note(finite)
+        return TokenizerStep({name: value.detach() for name, value in losses.items()}, finite)
+
+    def state_metrics(self, step: int) -> dict[str, float | Tensor]:
+        """Temperature and weight of the divergence."""
+        return {
+            "gumbel/temperature": temperature_at(step, self.options),
+            "gumbel/kl_weight": kl_weight_at(step, self.options),
+        }
