@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _ROOT = "megatron_vilg"
+_FORMAT, _TIME = "%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -13,15 +18,48 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
-def configure(level: int = logging.INFO, *, is_main_rank: bool = True) -> None:
+def configure(level: int = logging.INFO, *, rank: int = 0, size: int = 1) -> None:
     """Send the package's messages to standard error, warnings only on ranks that do not report.
 
     Calling it again replaces the handler, so that tests and nested commands do not print twice.
+
+    Args:
+        level: what rank 0 shows, and what goes to files.
+        rank: number of this process; with several processes it is part of each line.
+        size: number of processes.
     """
     root = logging.getLogger(_ROOT)
     root.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    form = _FORMAT if size == 1 else _FORMAT.replace("%(message)s", f"rank {rank}: %(message)s")
+    handler.setFormatter(logging.Formatter(form, _TIME))
+    handler.setLevel(level if rank == 0 else max(level, logging.WARNING))
     root.addHandler(handler)
-    root.setLevel(level if is_main_rank else max(level, logging.WARNING))
+    root.setLevel(level)
     root.propagate = False
+
+
+@contextmanager
+def also_to_file(path: Path) -> Iterator[None]:
+    """Append this process's messages to a file as well, and what ended it: the traceback, or the stack at a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger(_ROOT)
+    file = path.open("a", encoding="utf-8", buffering=1)
+    handler = logging.StreamHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+    root.addHandler(handler)
+    is_ours = not faulthandler.is_enabled()
+    if is_ours:
+        faulthandler.enable(file)
+    try:
+        yield
+    except BaseException:
+        record = root.makeRecord(_ROOT, logging.CRITICAL, "", 0, "this process ends", (), sys.exc_info())
+        handler.handle(record)
+        raise
+    finally:
+        if is_ours:
+            faulthandler.disable()
+        root.removeHandler(handler)
+        handler.close()
+        file.close()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
-from megatron_vilg.errors import DataError
+from megatron_vilg.cli.shares import chosen_share
 from megatron_vilg.log import get_logger
 
 if TYPE_CHECKING:
@@ -99,7 +98,12 @@ def _add_encode(verbs: Any) -> None:
     parser.add_argument("--text-tokenizer", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--image-tokenizer", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the token cache")
-    parser.add_argument("--worker", default="0/1", metavar="I/N", help="do every N-th shard from I on (default: 0/1)")
+    parser.add_argument(
+        "--worker",
+        default="auto",
+        metavar="I/N",
+        help="do every N-th shard from I on; auto: one worker per rank of torchrun or srun",
+    )
     add_device_option(parser)
     add_config_options(parser)
     parser.set_defaults(run=run_encode)
@@ -156,7 +160,7 @@ def run_encode(args: argparse.Namespace) -> int:
     from megatron_vilg.data.token_cache import write_token_cache
 
     run = run_config_from_args(args)
-    worker = parse_worker(args.worker)
+    share = chosen_share(args.worker)
     device = chosen_device(args.device)
     tokenizer = load_image_tokenizer(args.image_tokenizer).to(device)
 
@@ -176,24 +180,11 @@ def run_encode(args: argparse.Namespace) -> int:
         grid_side=tokenizer.config.grid_side,
         num_text_slots=run.model.num_text_slots,
         seed=run.train.seed,
-        worker=worker,
+        worker=(share.index, share.count),
     )
     state = "complete" if complete else "this worker is done, others are not"
     print(f"{args.out}: {state}")
     return 0
-
-
-def parse_worker(text: str) -> tuple[int, int]:
-    """``2/8`` -> (2, 8).
-
-    Raises:
-        DataError: anything else, or an index that is not below the count.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
-    if index >= count:
-        raise DataError(f"--worker {text}: works INDEX/COUNT with the index from 0 to COUNT - 1, for example 0/4")
-    return index, count
 
 
 def _words(text: str) -> tuple[str, ...]:

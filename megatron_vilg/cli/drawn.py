@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,23 +40,43 @@ def write_pictures(
     Raises:
         ConfigError: the folder cannot be written.
     """
-    pictures = [[to_image(image) for image in row] for row in pixels]
     entries = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _remove_earlier(out)
-        for number, (prompt, row, fact) in enumerate(zip(prompts, pictures, facts, strict=True)):
-            names = [f"{number:05d}-{index:02d}.png" for index in range(len(row))]
-            for name, picture in zip(names, row, strict=True):
-                _save(picture, out / name)
-            entries.append({"prompt": prompt, "files": names, **fact})
-        _save(picture_grid(prompts, pictures), out / GRID_FILE)
-        text = json.dumps(record | {"prompts": entries}, ensure_ascii=False, indent=1)
-        partial = out / f"{RECORD_FILE}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(out / RECORD_FILE)
+        remove_pictures(out)
+        for number, (prompt, row, fact) in enumerate(zip(prompts, pixels, facts, strict=True)):
+            entries.append({"prompt": prompt, "files": write_png_row(out, number, row), **fact})
+        _save(grid_of_files(out, entries), out / GRID_FILE)
+        write_record(out / RECORD_FILE, record | {"prompts": entries})
     except OSError as error:
         raise ConfigError([f"--out={out}: cannot be written ({error}); name another folder"]) from error
+
+
+def write_png_row(out: Path, number: int, row: Tensor) -> list[str]:
+    """Write the pictures [n, 3, S, S] of prompt ``number``; returns their file names."""
+    names = [f"{number:05d}-{index:02d}.png" for index in range(len(row))]
+    for name, image in zip(names, row, strict=True):
+        _save(to_image(image), out / name)
+    return names
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def grid_of_files(out: Path, entries: Sequence[dict[str, Any]]) -> Image.Image:
+    """The grid of pictures that were written: entries with ``prompt`` and ``files``."""
+    from PIL import Image
+
+    def opened(name: str) -> Image.Image:
+        with Image.open(out / name) as picture:
+            return picture.convert("RGB")
+
+    rows = [[opened(name) for name in entry["files"]] for entry in entries]
+    return picture_grid([entry["prompt"] for entry in entries], rows)
 
 
 def picture_grid(prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -91,18 +112,22 @@ def _save(picture: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
-def _remove_earlier(out: Path) -> None:
-    """Delete what an earlier call says it wrote; its record goes first."""
-    record = out / RECORD_FILE
-    if not record.is_file():
-        return
+def remove_pictures(out: Path, but: Collection[str] = (), record_file: str = RECORD_FILE) -> None:
+    """Delete what the record of an earlier call says it wrote, the record first; pictures named in ``but`` stay.
+
+    Raises:
+        ConfigError: the record there is not one of ours.
+    """
+    record = out / record_file
     try:
         prompts = json.loads(record.read_text(encoding="utf-8"))["prompts"]
         names = [name for entry in prompts for name in entry["files"] if name == Path(name).name]
+    except FileNotFoundError:
+        return
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            [f"--out={out}: its {RECORD_FILE} is not one of ours ({error}); name another folder"]
+            [f"--out={out}: its {record_file} is not one of ours ({error}); name another folder"]
         ) from error
-    record.unlink()
-    for name in names:
+    record.unlink(missing_ok=True)
+    for name in set(names) - set(but):
         (out / name).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from megatron_vilg.cli.sampling import (
     require_none,
     sampling_from_args,
 )
+from megatron_vilg.cli.shares import chosen_share, write_share
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
 
@@ -51,6 +52,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--image-prefix", metavar="IMG", type=Path, help="complete this picture, with --keep-rows")
     parser.add_argument("--keep-rows", metavar="R", type=int, help="rows of its tokens that are kept, from the top")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of matrix products")
+    parser.add_argument(
+        "--worker",
+        metavar="I/N",
+        default="auto",
+        help="draw the I-th of N shares of the prompts; auto: one share per rank of torchrun or srun",
+    )
     add_device_option(parser)
     parser.set_defaults(run=run)
 
@@ -59,24 +66,32 @@ def run(args: argparse.Namespace) -> int:
     """Draw and write; the exit code is 0 when every picture is there."""
     prompts = _prompts(args)
     _check(args)
+    share = chosen_share(args.worker)
     from megatron_vilg.cli.drawn import write_pictures
     from megatron_vilg.generate.pipeline import Pipeline
 
     pipeline = Pipeline.load(args.load, device=chosen_device(args.device), precision=args.precision)
     settings = sampling_from_args(args, pipeline.config.sample)
-    ids, scores = _draw(args, pipeline, prompts, settings)
+    numbers = share.prompts(len(prompts))
+    own = prompts[numbers.start : numbers.stop]
+    ids, scores = _draw(args, pipeline, own, numbers.start, settings)
     pixels = pipeline.decode(ids)
     record = _record(args, pipeline, settings) | {
         "ids_sha256": hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
     }
-    lengths = [len(pipeline.text_tokenizer.encode(prompt)) for prompt in prompts]
+    lengths = [len(pipeline.text_tokenizer.encode(prompt)) for prompt in own]
     slots = pipeline.model.spec.num_text_slots
     facts: list[dict[str, Any]] = [{"tokens": n, "tokens_cut": max(0, n - slots)} for n in lengths]
     if scores is not None:
         for fact, row in zip(facts, scores.tolist(), strict=True):
             fact["caption_log_likelihood"] = row
-    write_pictures(args.out, prompts, pixels, facts, record)
-    print(f"{ids.shape[0] * ids.shape[1]} pictures in {args.out}, all of them in {args.out / 'grid.png'}")
+    drawn = f"{ids.shape[0] * ids.shape[1]} pictures in {args.out}"
+    if share.count == 1:
+        write_pictures(args.out, own, pixels, facts, record)
+        print(f"{drawn}, all of them in {args.out / 'grid.png'}")
+        return 0
+    complete = write_share(args.out, share, prompts, pixels, facts, record)
+    print(f"worker {share.index} of {share.count}: {drawn}; {'complete' if complete else 'other workers are not done'}")
     return 0
 
 
@@ -113,7 +128,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _draw(
-    args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], settings: SampleConfig
+    args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], first_prompt: int, settings: SampleConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Codes [B, n, N] and, with ``--rerank``, the log-likelihood of the prompt for each [B, n]."""
     from tqdm import tqdm
@@ -135,10 +150,11 @@ def _draw(
             seed=args.seed,
             max_batch=args.max_batch,
             image_prefix=prefix,
+            first_prompt=first_prompt,
             progress=progress,
         )
-    if args.rerank is None:
-        return ids, None
+    if args.rerank is None or not prompts:
+        return ids[:, : args.num_images], None
     scores = pipeline.score(ids, prompts, max_batch=args.max_batch)
     best = best_of(scores, args.num_images)
     return ids.gather(1, best[:, :, None].expand(-1, -1, ids.shape[2])), scores.gather(1, best)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vilg import __version__, log
+from megatron_vilg.config.world import read_world
 from megatron_vilg.errors import VilgError
+from megatron_vilg.parallel.slurm import adopt_slurm_ranks
 
 EXIT_ERROR = 2
 """A mistake that the message explains, argparse's own included."""
@@ -53,7 +55,13 @@ VERBS: tuple[Verb, ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 only on full success, 2 on any error a message explains."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    log.configure(is_main_rank=os.environ.get("RANK", "0") == "0")
+    try:
+        adopt_slurm_ranks()
+        world = read_world()
+    except VilgError as error:
+        print(f"vilg: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    log.configure(rank=world.rank, size=world.size)
     verb = _find_verb(arguments)
     parser = _build_parser(verb)
     if verb is not None and verb.has_overrides:

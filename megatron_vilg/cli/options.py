@@ -36,14 +36,18 @@ def load_from_args(args: argparse.Namespace) -> Loaded:
     return load_with_origins(args.preset, args.config, args.overrides)
 
 
-def run_config_from_args(args: argparse.Namespace) -> RunConfig:
+def run_config_from_args(args: argparse.Namespace, *, is_joint: bool = False) -> RunConfig:
     """The configuration of a verb that is about to work: loaded, checked with all rules, its origins logged.
+
+    Args:
+        args: what the parser read.
+        is_joint: whether all processes of a launcher work on one model together, so that the layout must fit them.
 
     Raises:
         ConfigError: unknown names, wrong values, or combinations that cannot run.
     """
     loaded = load_from_args(args)
-    require(loaded.run, world_size=read_world().size)
+    require(loaded.run, world_size=read_world().size if is_joint else 1)
     given = sum(origin == COMMAND_LINE for origin in loaded.origins.values())
     parts = ["defaults", f"preset {loaded.run.preset}" if loaded.run.preset else "", str(args.config or "")]
     parts.append(f"{given} from the command line" if given else "")

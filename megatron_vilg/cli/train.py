@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare what is missing, then train; 0 when the run is complete, 3 when a signal stopped it."""
-    config = run_config_from_args(args)
+    config = run_config_from_args(args, is_joint=True)
     from megatron_vilg.cli.samples import SamplePictures
     from megatron_vilg.train.pretrain import pretrain
     from megatron_vilg.train.stages import prepare, timed

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, save_image_tokenizer
-from megatron_vilg.cli.data import parse_worker
 from megatron_vilg.cli.main import main
+from megatron_vilg.cli.shares import Share, chosen_share
 from megatron_vilg.config.schema import ImageTokenizerConfig
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.errors import DataError
+from megatron_vilg.errors import ConfigError
 from megatron_vilg.models.vqgan import VQGAN
 from tests.data.fake_emoji import write_packages
 
@@ -52,12 +52,13 @@ def test_messages_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("text", ["3/3", "a/2", "1", "-1/2", "0/0"])
 def test_wrong_workers(text: str) -> None:
-    with pytest.raises(DataError, match=f"--worker {text}: works INDEX/COUNT"):
-        parse_worker(text)
+    with pytest.raises(ConfigError, match=f"--worker={text}: works auto, or INDEX/COUNT"):
+        chosen_share(text)
 
 
 def test_right_workers() -> None:
-    assert parse_worker("2/8") == (2, 8)
+    assert chosen_share("2/8") == Share(2, 8)
+    assert [list(Share(index, 3).prompts(4)) for index in range(3)] == [[0], [1], [2, 3]]
 
 
 @pytest.mark.parametrize("words", [["data"], ["data", "demo"], ["data", "text-tokenizer"], ["data", "encode"]])

@@ -167,6 +167,9 @@ def test_foreign_and_unwritable_folders_are_refused(
     (tmp_path / "generate.json").write_text("[]")
     assert generate(run_folder, tmp_path, "--prompt", "猫") == 2
     assert "its generate.json is not one of ours" in capsys.readouterr().err
+    (tmp_path / "generate.json").write_text("{")
+    assert generate(run_folder, tmp_path, "--prompt", "猫", "--worker", "0/2") == 2
+    assert "its generate.json is no JSON" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert generate(run_folder, tmp_path / "file" / "out", "--prompt", "猫") == 2
     assert "cannot be written" in capsys.readouterr().err
@@ -179,3 +182,55 @@ def test_parsing_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+def test_workers_draw_what_one_draws(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [word for caption in CAPTIONS for word in ("--prompt", caption)]
+    options = [*prompts, "-n", "2", "--seed", "3", "--rerank", "3"]
+    assert generate(run_folder, tmp_path / "one", *options) == 0
+    out = tmp_path / "shared"
+    for worker in ("2/3", "0/3"):
+        assert generate(run_folder, out, *options, "--worker", worker) == 0
+        assert not (out / "generate.json").exists()
+    assert "other workers are not done" in capsys.readouterr().out
+    assert generate(run_folder, out, *options, "--worker", "1/3") == 0
+    assert "complete" in capsys.readouterr().out
+    one, shared = record(tmp_path / "one"), record(out)
+    assert shared["prompts"] == one["prompts"]
+    for entry in one["prompts"]:
+        for name in entry["files"]:
+            assert np.array_equal(picture(out / name), picture(tmp_path / "one" / name))
+    assert np.array_equal(picture(out / "grid.png"), picture(tmp_path / "one" / "grid.png"))
+
+
+def test_workers_of_an_earlier_call_do_not_count(run_folder: Path, tmp_path: Path) -> None:
+    three = [word for caption in CAPTIONS[:3] for word in ("--prompt", caption)]
+    for worker in ("0/2", "1/2"):
+        assert generate(run_folder, tmp_path, *three, "-n", "2", "--worker", worker) == 0
+    assert len(record(tmp_path)["prompts"]) == 3
+    # Another seed: the part of the other worker is an old one.
+    assert generate(run_folder, tmp_path, *three, "-n", "1", "--seed", "1", "--worker", "1/2") == 0
+    assert not (tmp_path / "generate.json").exists()
+    assert generate(run_folder, tmp_path, *three, "-n", "1", "--seed", "1", "--worker", "0/2") == 0
+    assert record(tmp_path)["seed"] == 1
+    left = sorted(path.name for path in tmp_path.glob("0*.png"))
+    assert left == [f"{number:05d}-00.png" for number in range(3)]
+    # More workers than prompts: the idle ones are part of the call all the same.
+    for worker in range(4):
+        assert generate(run_folder, tmp_path, "--prompt", "猫", "-n", "1", "--worker", f"{worker}/4") == 0
+    assert [entry["prompt"] for entry in record(tmp_path)["prompts"]] == ["猫"]
+    assert sorted(path.name for path in tmp_path.glob("0*.png")) == ["00000-00.png"]
+
+
+def test_ranks_are_workers(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert generate(run_folder, tmp_path, "--prompt", "猫", "--prompt", "树", "-n", "1") == 0
+    assert len(record(tmp_path)["prompts"]) == 2
+
+
+def test_worker_that_is_none(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(run_folder, tmp_path, "--prompt", "猫", "--worker", "4/4") == 2
+    assert "--worker=4/4: works auto, or INDEX/COUNT" in capsys.readouterr().err

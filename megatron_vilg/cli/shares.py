@@ -1,0 +1,146 @@
+"""One call of ``vilg generate`` shared out among workers: which prompts are whose, and how their parts become one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vilg.config.world import read_world
+from megatron_vilg.errors import ConfigError
+from megatron_vilg.log import get_logger
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = get_logger(__name__)
+PARTS = "parts"
+"""Folder with one record per worker; they stay, so that a part can be drawn again."""
+EARLIER = f"{PARTS}/earlier.json"
+"""Where the record of an earlier call waits until the pictures of this one are complete."""
+GRID_PROMPTS = 64
+"""The grid of a shared call shows this many prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Worker ``index`` of ``count``."""
+
+    index: int = 0
+    count: int = 1
+
+    def prompts(self, total: int) -> range:
+        """The numbers of this worker's prompts: neighbours, as many as another has, or one more."""
+        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
+
+    def record(self, out: Path) -> Path:
+        """The file that says what this worker drew."""
+        return out / PARTS / f"{self.index:05d}-of-{self.count:05d}.json"
+
+
+def chosen_share(option: str) -> Share:
+    """``auto`` (one worker per rank of torchrun or srun, else one), or ``INDEX/COUNT``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if option == "auto":
+        world = read_world()
+        return Share(world.rank, world.size)
+    index, _, count = option.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(
+            [f"--worker={option}: works auto, or INDEX/COUNT with the index from 0 to COUNT - 1, for example 0/4"]
+        )
+    return Share(int(index), int(count))
+
+
+def write_share(
+    out: Path,
+    share: Share,
+    prompts: Sequence[str],
+    pixels: Tensor,
+    facts: Sequence[dict[str, Any]],
+    record: dict[str, Any],
+) -> bool:
+    """Write this worker's pictures and, if it is the last one, what belongs to all of them.
+
+    Args:
+        out: folder that all workers see.
+        share: whose prompts these are.
+        prompts: all prompts of the call.
+        pixels: [b, n, 3, S, S] in [-1, 1] of this share's prompts.
+        facts: what else there is to say about each of them.
+        record: settings of the whole call, ``ids_sha256`` of this share.
+
+    Returns:
+        Whether the record of the whole call is there now.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    from megatron_vilg.cli.drawn import write_png_row, write_record
+
+    settings = {key: value for key, value in record.items() if key not in ("ids_sha256", "device")}
+    settings["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    numbers = share.prompts(len(prompts))
+    try:
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        _retire(out, settings)
+        entries = [
+            {"prompt": prompts[number], "files": write_png_row(out, number, row), **fact}
+            for number, row, fact in zip(numbers, pixels, facts, strict=True)
+        ]
+        own = {"settings": settings, "ids_sha256": record["ids_sha256"], "prompts": entries}
+        write_record(share.record(out), own)
+        return _join(out, share.count, settings)
+    except OSError as error:
+        raise ConfigError([f"--out={out}: cannot be written ({error}); name another folder"]) from error
+
+
+def _retire(out: Path, settings: dict[str, Any]) -> None:
+    """Set the record of an earlier call with other settings aside: from now on it would not tell the truth."""
+    from megatron_vilg.cli.drawn import RECORD_FILE
+
+    path = out / RECORD_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ConfigError([f"--out={out}: its {RECORD_FILE} is no JSON ({error}); name another folder"]) from error
+    if not isinstance(record, dict) or any(record.get(key) != value for key, value in settings.items()):
+        with contextlib.suppress(FileNotFoundError):  # another worker was faster
+            os.replace(path, out / EARLIER)
+
+
+def _join(out: Path, count: int, settings: dict[str, Any]) -> bool:
+    """Write the record and the grid of all parts if all are there; several workers may do so, with the same result."""
+    from megatron_vilg.cli.drawn import GRID_FILE, RECORD_FILE, grid_of_files, remove_pictures, write_record
+
+    parts: list[dict[str, Any]] = []
+    for index in range(count):
+        path = Share(index, count).record(out)
+        part = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if part.get("settings") != settings:
+            _log.info("%s: %d of %d parts of this call are there", out, len(parts), count)
+            return False
+        parts.append(part)
+    entries = [entry for part in parts for entry in part["prompts"]]
+    written = {name for entry in entries for name in entry["files"]}
+    for earlier in (EARLIER, RECORD_FILE):
+        remove_pictures(out, but=written, record_file=earlier)
+    for path in (out / PARTS).glob("*-of-*.json"):
+        if not path.name.endswith(f"-of-{count:05d}.json"):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+    grid_of_files(out, entries[:GRID_PROMPTS]).save(out / f"{GRID_FILE}.{os.getpid()}.partial", "PNG")
+    os.replace(out / f"{GRID_FILE}.{os.getpid()}.partial", out / GRID_FILE)
+    whole = settings | {"ids_sha256": [part["ids_sha256"] for part in parts], "prompts": entries}
+    write_record(out / RECORD_FILE, whole)
+    return True

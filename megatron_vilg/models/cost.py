@@ -1,0 +1,171 @@
+"""What a model costs, from its sizes alone: parameters, floating-point operations, bytes kept for the backward pass.
+
+No torch in here, so that ``vilg plan`` answers at once. Each formula has a test that counts the real thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from megatron_vilg.config.schema import ModelConfig
+from megatron_vilg.sequence import Direction, ImageBoundary
+
+NUM_SEGMENTS = 4
+"""Rows of the segment table: source and target of either direction."""
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of ``ViLG(config)``, in the order of its ``named_parameters``."""
+    shapes = dict(_embedding_shapes(config))
+    for layer in range(config.num_layers):
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(config)}
+    width = config.width
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    shapes |= {
+        "heads.text.weight": (config.text_vocab_size, width),
+        "heads.image.weight": (config.image_vocab_size, width),
+    }
+    return shapes
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Values in the whole model."""
+    return sum(prod(shape) for shape in parameter_shapes(config).values())
+
+
+def num_stack_parameters(config: ModelConfig) -> int:
+    """Values in the blocks alone, which is what papers count."""
+    return config.num_layers * sum(prod(shape) for _, shape in _block_shapes(config))
+
+
+def _embedding_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width = config.width
+    yield "embed.text.weight", (config.text_vocab_size, width)
+    yield "embed.image.weight", (config.image_vocab_size, width)
+    yield "embed.boundary.weight", (len(ImageBoundary), width)
+    yield "embed.position.weight", (config.num_text_slots + 2, width)
+    yield "embed.row.weight", (config.image_side, width)
+    yield "embed.column.weight", (config.image_side, width)
+    if config.segment_embedding:
+        yield "embed.segment.weight", (NUM_SEGMENTS, width)
+    if config.codebook_dim:
+        yield "embed.code_projection.weight", (width, config.codebook_dim)
+
+
+def _block_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, hidden = config.width, config.mlp_ratio * config.width
+
+    def norm(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (width,)
+        yield f"{name}.bias", (width,)
+
+    def linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (outputs, inputs)
+        yield f"{name}.bias", (outputs,)
+
+    yield from norm("norm1")
+    yield from linear("attention.q", width, width)
+    yield "attention.k.weight", (width, width)
+    yield from linear("attention.v", width, width)
+    yield from linear("attention.out", width, width)
+    if config.qk_norm:
+        yield "attention.q_norm.weight", (config.head_dim,)
+        yield "attention.k_norm.weight", (config.head_dim,)
+    yield from norm("norm2")
+    yield from linear("mlp.up", width, hidden)
+    yield from linear("mlp.down", hidden, width)
+    if config.sandwich_norm:
+        yield from norm("post_norm1")
+        yield from norm("post_norm2")
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Floating-point operations of the forward pass of one pair (both directions, padding not counted)."""
+
+    linear: int
+    """Matrix products of all blocks."""
+    attention_kept: int
+    """Scores and weighted sums of the pairs of positions that the rules allow."""
+    attention_dense: int
+    """The same if every position looked at every position."""
+    heads: int
+    """Predictions: image tokens over the image vocabulary, text tokens over the text vocabulary."""
+
+    @property
+    def kept(self) -> int:
+        """What the model needs; the numerator of model FLOPs utilisation."""
+        return self.linear + self.attention_kept + self.heads
+
+    @property
+    def dense(self) -> int:
+        """What a model without attention patterns would need."""
+        return self.linear + self.attention_dense + self.heads
+
+
+def forward_flops(config: ModelConfig) -> Flops:
+    """FLOPs of one pair's forward pass; the backward pass takes twice as many."""
+    spec, width = config.spec, config.width
+    matrices = sum(prod(shape) for _, shape in _block_shapes(config) if len(shape) == 2)
+    per_score = 4 * width  # a multiply and an add, for the score and for the weighted sum
+    kept = sum(
+        kept_scores(config, pattern, direction)
+        for pattern in layer_kinds(config.num_layers, config.pattern)
+        for direction in Direction
+    )
+    return Flops(
+        linear=len(Direction) * spec.num_used * 2 * matrices * config.num_layers,
+        attention_kept=kept * per_score,
+        attention_dense=len(Direction) * spec.num_used**2 * config.num_layers * per_score,
+        heads=2
+        * width
+        * (spec.num_image_tokens * config.image_vocab_size + (spec.num_text_slots + 1) * config.text_vocab_size),
+    )
+
+
+def layer_kinds(num_layers: int, pattern: str) -> tuple[str, ...]:
+    """The attention pattern of each layer, as ``ops.rules.layer_patterns`` gives it."""
+    if pattern == "full":
+        return ("full",) * num_layers
+    return (*("column" if i % 4 == 2 else "row" for i in range(1, num_layers)), "conv")
+
+
+@lru_cache(maxsize=64)
+def kept_scores(config: ModelConfig, pattern: str, direction: Direction) -> int:
+    """Pairs (query, key) that the rule of a layer allows in a row whose text slots are all used, padding left out."""
+    spec = config.spec
+    num_image, num_text, source = spec.num_image_tokens, spec.num_text_slots, spec.source_length(direction)
+    near = sum(_near(config, pattern, direction, query) for query in range(num_image))
+    if direction == Direction.TEXT_TO_IMAGE:
+        return source**2 + (source + 1) + num_image * (source + 1) + near
+    boundaries, text = 2 * source, sum(source + 1 + j for j in range(num_text + 1))
+    return boundaries + num_image * 2 + near + text
+
+
+def _near(config: ModelConfig, pattern: str, direction: Direction, query: int) -> int:
+    """Image tokens that image token ``query`` (raster index) sees, itself included."""
+    side, count = config.image_side, config.image_side**2
+    causal = direction == Direction.TEXT_TO_IMAGE
+    if pattern == "full":
+        return query + 1 if causal else count
+    if pattern == "column":
+        return query // side + 1 if causal else side
+    if pattern == "row":
+        if causal:
+            return min(query, side) + 1
+        if config.image_to_text_row == "same_row":
+            return side
+        return min(query, side) + min(count - 1 - query, side) + 1
+    half = config.conv_kernel // 2
+    reach = half * side + half
+    first, last = max(0, query - reach), query if causal else min(count - 1, query + reach)
+    return sum(_in_window(query, key, side, half, wrap=config.conv_wrap) for key in range(first, last + 1))
+
+
+def _in_window(query: int, key: int, side: int, half: int, *, wrap: bool) -> bool:
+    if not wrap:
+        return abs(query // side - key // side) <= half and abs(query % side - key % side) <= half
+    return 2 * half + 1 >= side or (key - query + half * side + half) % side <= 2 * half

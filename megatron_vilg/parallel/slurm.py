@@ -1,0 +1,93 @@
+"""Ranks from SLURM: what ``srun`` says about a task, in the variables that torch's launchers set. No torch in here."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, MutableMapping
+
+from megatron_vilg.errors import ConfigError
+
+FIRST_PORT, NUM_PORTS = 12_000, 18_000
+"""Ports for rank 0 to listen on: below those that systems hand out by themselves."""
+
+
+def adopt_slurm_ranks(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a task that ``srun`` started.
+
+    What is set already stays, so a launcher inside the task (torchrun, one task per node) and users win. Nothing
+    happens in the batch script itself: SLURM numbers it like a task, yet it is alone.
+    """
+    for name, value in slurm_ranks(environ).items():
+        environ.setdefault(name, value)
+
+
+def slurm_ranks(environ: Mapping[str, str], address_of: Callable[[str], str] | None = None) -> dict[str, str]:
+    """The rank variables of a task of a step of several tasks; empty for everything else.
+
+    Args:
+        environ: the environment.
+        address_of: from the name of a node to an address that other nodes reach; None: names where they resolve,
+            else what the controller says.
+
+    Raises:
+        ConfigError: SLURM's variables contradict each other.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ or "SLURM_STEP_ID" not in environ:
+        return {}
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1":
+        return {}
+    rank = environ.get("SLURM_PROCID", "")
+    if not (rank.isdigit() and tasks.isdigit() and int(rank) < int(tasks)):
+        raise ConfigError(
+            [
+                f"SLURM_PROCID={rank or '(not set)'}: is no task of SLURM_STEP_NUM_TASKS={tasks}. "
+                "Works: start the command with srun, or set RANK and WORLD_SIZE"
+            ]
+        )
+    ranks = {"RANK": rank, "WORLD_SIZE": tasks, "LOCAL_RANK": environ.get("SLURM_LOCALID", "0")}
+    if "MASTER_ADDR" not in environ:
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+        ranks["MASTER_ADDR"] = (address_of or node_address)(first_node(nodes)) if nodes else "127.0.0.1"
+    job, step = (_number(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    ranks["MASTER_PORT"] = str(FIRST_PORT + (job * 31 + step) % NUM_PORTS)
+    return ranks
+
+
+def first_node(nodes: str) -> str:
+    """``gpu[007-009,12],cpu1`` -> ``gpu007``: the node of task 0 in SLURM's block and cyclic distributions."""
+    entry = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", entry[0] if entry else nodes)
+
+
+def node_address(node: str) -> str:
+    """The node's name if it resolves here, else the address that SLURM's controller knows it by."""
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
+        return _controller_address(node) or node
+    return node
+
+
+def _controller_address(node: str) -> str:
+    """``NodeAddr`` of a node, or an empty text where ``scontrol`` cannot say."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "node", node, "--oneliner"], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"\bNodeAddr=(\S+)", done.stdout)
+    return found[1] if done.returncode == 0 and found else ""
+
+
+def node_name(environ: Mapping[str, str] = os.environ) -> str:
+    """This node as the launcher calls it, for messages: SLURM's name, else the host name."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0

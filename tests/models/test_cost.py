@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_vilg.config.presets import PRESETS
+from megatron_vilg.models.cost import (
+    forward_flops,
+    kept_scores,
+    layer_kinds,
+    num_parameters,
+    num_stack_parameters,
+    parameter_shapes,
+)
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.rules import AttentionRule, full_length_mask, layer_patterns
+from megatron_vilg.sequence import Direction
+from tests.tiny import tiny_config
+
+VARIANTS = [
+    {},
+    {"qk_norm": False, "segment_embedding": False},
+    {"sandwich_norm": True, "codebook_dim": 4, "num_layers": 3},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_shapes_are_those_of_the_model(changes: dict[str, object]) -> None:
+    config = tiny_config(**changes)
+    with torch.device("meta"):
+        model = ViLG(config)
+    assert list(parameter_shapes(config).items()) == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("name", ["e2e-300m", "paper-10b"])
+def test_large_presets_have_the_size_in_their_name(name: str) -> None:
+    config = dataclasses.replace(PRESETS[name]().resolve(text_vocab_size=18_000).model)
+    with torch.device("meta"):
+        model = ViLG(config)
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert num_stack_parameters(config) == sum(p.numel() for p in model.blocks.parameters())
+    stack = {"e2e-300m": 0.302e9, "paper-10b": 9.66e9}[name]
+    assert num_stack_parameters(config) == pytest.approx(stack, rel=0.002)
+
+
+@pytest.mark.parametrize("side", [4, 6, 12])
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize("changes", [{}, {"conv_wrap": False}, {"image_to_text_row": "window"}])
+def test_kept_scores_are_those_of_the_masks(side: int, direction: Direction, changes: dict[str, object]) -> None:
+    config = tiny_config(image_side=side, conv_kernel=5, **changes)
+    used = config.spec.num_used
+    for pattern in ("full", "row", "column", "conv"):
+        rule = AttentionRule(pattern, config.spec, config.conv_kernel, config.conv_wrap, config.image_to_text_row)
+        mask = full_length_mask(rule, direction, torch.device("cpu"))[:used, :used]
+        assert kept_scores(config, pattern, direction) == int(mask.sum())
+
+
+def test_kinds_of_layers_are_those_of_the_rules() -> None:
+    for count in (1, 2, 3, 8, 48):
+        for pattern in ("paper", "full"):
+            assert layer_kinds(count, pattern) == layer_patterns(count, pattern)
+
+
+def test_flops_are_those_a_profiler_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config(pattern="full")
+    spec = config.spec
+    model = ViLG(config)
+    text = torch.zeros(2, spec.num_text_slots, dtype=torch.int64)
+    image = torch.zeros(2, spec.num_image_tokens, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(text, image, text_len=torch.full((2,), spec.num_text_slots))
+    flops = forward_flops(config)
+    # The profiler counts padding too: positions in matrix products, their squares in attention.
+    padded = spec.length / spec.num_used
+    expected = flops.linear * padded + flops.attention_dense * padded**2 + flops.heads
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+    assert flops.attention_kept < flops.attention_dense
+    assert flops.kept == flops.linear + flops.attention_kept + flops.heads
