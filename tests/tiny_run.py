@@ -10,8 +10,15 @@ from megatron_vilg.checkpoint.image_tokenizer import save_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.config.load import dump_run_config, write_run_folder_config
-from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig, SampleConfig, TextTokenizerConfig
+from megatron_vilg.config.schema import (
+    ImageTokenizerConfig,
+    ReconstructorConfig,
+    RunConfig,
+    SampleConfig,
+    TextTokenizerConfig,
+)
 from megatron_vilg.data.text import train_text_tokenizer
+from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.models.vqgan import VQGAN
 from megatron_vilg.parallel.init import init_weights
@@ -20,7 +27,9 @@ from tests.tiny import tiny_config
 CAPTIONS = ["水彩画的红苹果", "扁平风格的猫", "线描的树，白底", "立体的蓝色汽车", "a red apple"]
 
 
-def write_tiny_run(folder: Path, *, export: bool = True, checkpoint: bool = True) -> RunConfig:
+def write_tiny_run(
+    folder: Path, *, export: bool = True, checkpoint: bool = True, reconstructor: ReconstructorConfig | None = None
+) -> RunConfig:
     """Tokenizers, configuration, and the same generator as export and as checkpoint of step 3."""
     image = ImageTokenizerConfig(
         image_size=16,
@@ -40,9 +49,12 @@ def write_tiny_run(folder: Path, *, export: bool = True, checkpoint: bool = True
         model=tiny_config(text_vocab_size=text.vocab_size, codebook_dim=4, num_text_slots=6),
         image_tokenizer=image,
         sample=SampleConfig(temperature=0.9, top_k=6),
+        reconstructor=reconstructor or ReconstructorConfig(),
     )
     write_run_folder_config(run, folder)
     model = ViLG(run.model)
+    if run.reconstructor.enabled:
+        model.reconstructor = Reconstructor(run.reconstructor, run.model, image)
     init_weights(model, seed=3, std=0.3, num_layers=run.model.num_layers)
     assert model.embed is not None
     model.embed.get_buffer("codebook").copy_(image_tokenizer.codebook)

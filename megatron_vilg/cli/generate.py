@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_vilg.generate.pipeline import Pipeline
 
 _log = get_logger(__name__)
+CODEBOOK, END_TO_END = "codebook", "end-to-end"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,7 +45,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: 0)")
     parser.add_argument("--out", metavar="D", type=Path, required=True, help="folder for the pictures")
     add_sampling_options(parser, default="the section `sample` of the run's configuration", with_guidance=True)
-    parser.add_argument("--decoder", choices=("codebook", "end-to-end"), default="codebook", help="codes to pixels")
+    parser.add_argument(
+        "--decoder",
+        choices=(CODEBOOK, END_TO_END),
+        default=CODEBOOK,
+        help="codes to pixels: the image tokenizer, or the reconstructor that was trained with the generator",
+    )
     parser.add_argument("--max-batch", metavar="N", type=int, help="pictures drawn at a time (default: all)")
     parser.add_argument(
         "--rerank", metavar="K", type=int, help="draw K pictures per prompt, keep the -n that the model captions best"
@@ -68,14 +74,16 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     share = chosen_share(args.worker)
     from megatron_vilg.cli.drawn import write_pictures
-    from megatron_vilg.generate.pipeline import Pipeline
+    from megatron_vilg.generate.pipeline import NO_RECONSTRUCTOR, Pipeline
 
     pipeline = Pipeline.load(args.load, device=chosen_device(args.device), precision=args.precision)
+    if args.decoder == END_TO_END and pipeline.model.reconstructor is None:
+        raise ConfigError([NO_RECONSTRUCTOR])
     settings = sampling_from_args(args, pipeline.config.sample)
     numbers = share.prompts(len(prompts))
     own = prompts[numbers.start : numbers.stop]
     ids, scores = _draw(args, pipeline, own, numbers.start, settings)
-    pixels = pipeline.decode(ids)
+    pixels = pipeline.decode_end_to_end(ids, own) if args.decoder == END_TO_END else pipeline.decode(ids)
     record = _record(args, pipeline, settings) | {
         "ids_sha256": hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
     }
@@ -112,11 +120,6 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _check(args: argparse.Namespace) -> None:
     """Report everything that can be told wrong without the model."""
     problems = problems_of_sampling(args)
-    if args.decoder == "end-to-end":
-        problems.append(
-            "--decoder=end-to-end: needs a generator trained together with a reconstructor, which this version does "
-            "not train yet. Works: codebook"
-        )
     for flag, value in (("-n", args.num_images), ("--max-batch", args.max_batch)):
         if value is not None and value < 1:
             problems.append(f"{flag}={value}: must be at least 1")

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
             ready.cache,
             args.out,
             codebook=ready.image_tokenizer.codebook,
+            image_tokenizer=ready.image_tokenizer,
+            pixels=ready.pixels,
             device=device,
             on_sample=SamplePictures(ready, args.out),
         )

@@ -29,6 +29,7 @@ def check(run: RunConfig, world_size: int = 1) -> list[str]:
         *_check_image_tokenizer(run),
         *_check_image_tokenizer_training(run),
         *_check_training(run),
+        *_check_reconstructor(run),
         *_check_layout(run, world_size),
         *_check_release(run, world_size),
     ]
@@ -141,6 +142,29 @@ def _check_training(run: RunConfig) -> Iterable[str]:
         yield _problem("data.target_view_probability", run.data.target_view_probability, rule, "0, or more views")
     if not run.sample.top_p:
         yield _problem("sample.top_p", run.sample.top_p, "would keep no token at all", "above 0, up to 1")
+
+
+def _check_reconstructor(run: RunConfig) -> Iterable[str]:
+    options, section = run.reconstructor, "reconstructor"
+    if not options.enabled:
+        return
+    if run.data.target_view_probability:
+        rule = "a reconstructor learns the pictures themselves, not shifted copies (reconstructor.enabled=true)"
+        yield _problem("data.target_view_probability", run.data.target_view_probability, rule, [0])
+    if options.loss == "logit_laplace" and run.image_tokenizer.kind != "dvae":
+        rule = "needs the decoder of a dVAE, which says how sure it is (image_tokenizer.kind=vqgan)"
+        yield _problem(f"{section}.loss", options.loss, rule, "auto, l1")
+    if options.warmup_steps >= run.train.num_steps:
+        rule = f"must be below train.num_steps={run.train.num_steps}"
+        yield _problem(f"{section}.warmup_steps", options.warmup_steps, rule, f"0 to {run.train.num_steps - 1}")
+    if options.critic_weight and options.critic_start_step >= run.train.num_steps:
+        rule = f"the critic would never start within train.num_steps={run.train.num_steps}"
+        works = f"0 to {run.train.num_steps - 1}, or {section}.critic_weight=0"
+        yield _problem(f"{section}.critic_start_step", options.critic_start_step, rule, works)
+    if options.critic_weight and run.image_tokenizer.image_size < CRITIC_PIXELS:
+        rule = f"the critic needs pictures of at least {CRITIC_PIXELS} pixels (image_tokenizer.image_size)"
+        yield _problem(f"{section}.critic_weight", options.critic_weight, rule, [0])
+    yield from _below_one(f"{section}.ema_decay", options.ema_decay)
 
 
 def _check_layout(run: RunConfig, world_size: int) -> Iterable[str]:

@@ -269,6 +269,51 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
+class ReconstructorConfig:
+    """The reconstructor that is trained end to end with the generator (paper sections 3.1.3 and 5)."""
+
+    enabled: bool = False
+    """Train a decoder on the generator's hidden states, together with it."""
+    weight: NonNegative = 1.0
+    """Weight of the reconstruction loss beside the generation loss; both are means (paper: equal weights)."""
+    state: Literal["input", "prediction"] = "input"
+    """Which hidden state belongs to image token k: the one whose input it is, or the one that predicts it."""
+    detach: bool = False
+    """Keep the reconstruction loss from reaching the generator."""
+    decoder_start: Literal["tokenizer", "scratch"] = "tokenizer"
+    """Where the decoder starts: from the image tokenizer's, or at random weights."""
+    mapping_width: Count = 0
+    """Hidden size of the mapping from states to vectors. 0: ``model.width``."""
+    loss: Literal["auto", "l1", "logit_laplace"] = "auto"
+    """Pixel loss. ``auto``: the tokenizer's own, logit-Laplace for a dVAE and absolute error for a VQGAN."""
+    edge_weight: NonNegative = 0.0
+    """Weight of the mean absolute error of neighbouring pixels' differences."""
+    perceptual_weight: NonNegative = 0.0
+    """Weight of the distance in the features of ``image_tokenizer_train.perceptual_network``."""
+    warmup_steps: Count = 0
+    """First steps in which only the mapping learns, to hit the codebook rows, and the generator stands still. For a
+    generator that is already trained."""
+    lr_share: Positive = 1.0
+    """Learning rate of mapping and decoder, as a share of ``optim.lr`` and its schedule."""
+    grad_clip: Positive = 1.0
+    """Largest gradient norm of mapping and decoder; the generator has ``optim.grad_clip``."""
+    ema_decay: Fraction = 0.0
+    """Decay per step of averaged weights, which are what is exported. 0: off."""
+    critic_weight: NonNegative = 0.0
+    """Weight of the PatchGAN critic; 0: no critic."""
+    critic_adaptive_weight: bool = True
+    """Scale the critic by the ratio of gradient norms at the decoder's last layer (VQGAN equation 7)."""
+    critic_start_step: Count = 20_000
+    """The critic never starts before this step ..."""
+    critic_gate: Positive = 0.1
+    """... nor before the moving average of the pixel error (0 to 1) is below this."""
+    critic_lr: Positive = 1e-4
+    """Learning rate of the critic."""
+    critic_channels: PositiveInt = 64
+    """Channels of the critic's first layer."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_strict)
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
@@ -392,6 +437,8 @@ class RunConfig:
     """Data."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """Loss."""
+    reconstructor: ReconstructorConfig = dataclasses.field(default_factory=ReconstructorConfig)
+    """End-to-end reconstructor."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """Optimizer."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

@@ -29,6 +29,8 @@ class PairBatch:
     """int64 [P, N]: codes that text-to-image predicts."""
     sample_ids: Tensor
     """int64 [P]: number of each pair in its data set; for reports of bad samples and resume checks."""
+    pixels: Tensor | None = None
+    """uint8 [P, 3, S, S]: the true pictures, in end-to-end runs only."""
 
     def __len__(self) -> int:
         return self.text_ids.shape[0]
@@ -45,6 +47,7 @@ class PairBatch:
             image_ids=self.image_ids[start:stop],
             target_image_ids=self.target_image_ids[start:stop],
             sample_ids=self.sample_ids[start:stop],
+            pixels=None if self.pixels is None else self.pixels[start:stop],
         )
 
     def to(self, device: torch.device | str) -> PairBatch:
@@ -55,6 +58,7 @@ class PairBatch:
             image_ids=self.image_ids.to(device),
             target_image_ids=self.target_image_ids.to(device),
             sample_ids=self.sample_ids.to(device),
+            pixels=None if self.pixels is None else self.pixels.to(device),
         )
 
 

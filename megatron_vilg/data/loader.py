@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_vilg.config.schema import DataConfig
 from megatron_vilg.data.batch import PairBatch
+from megatron_vilg.data.pair_pixels import PixelCache, SplitPixels
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import DataError
 from megatron_vilg.sequence import Direction, StreamSpec
@@ -25,7 +26,14 @@ class PairLoader:
     """
 
     def __init__(
-        self, cache: TokenCache, split: str, data: DataConfig, spec: StreamSpec, batch_size: int, seed: int
+        self,
+        cache: TokenCache,
+        split: str,
+        data: DataConfig,
+        spec: StreamSpec,
+        batch_size: int,
+        seed: int,
+        pixels: PixelCache | None = None,
     ) -> None:
         settings = cache.settings
         here = (settings["num_text_slots"], settings["grid_side"])
@@ -39,6 +47,7 @@ class PairLoader:
             raise DataError(f"token cache {str(cache.folder)!r}: split {split!r} is empty")
         self._data, self._batch_size, self._seed = data, batch_size, seed
         self._num_codes = int(settings["codebook_size"])
+        self._pixels = None if pixels is None else pixels.split(split)
 
     def __len__(self) -> int:
         """Pairs in the split."""
@@ -88,6 +97,7 @@ class PairLoader:
             ),
             target=target,
             pairs=pairs,
+            pixels=self._pixels,
         )
 
     def clean_batch(self, indices: Tensor | np.ndarray | list[int]) -> PairBatch:
@@ -98,7 +108,7 @@ class PairLoader:
         zeros = np.zeros(len(pairs), np.int64)
         ids, lengths = self._tokens.captions(pairs, zeros)
         images = self._tokens.images(pairs, zeros)
-        return _pair_batch((ids, ids), (lengths, lengths), (images, images), images, pairs)
+        return _pair_batch((ids, ids), (lengths, lengths), (images, images), images, pairs, self._pixels)
 
     def _view(self, draw: np.ndarray, choice: np.ndarray, probability: float) -> np.ndarray:
         """View numbers, 0 (the picture itself) where no copy is drawn."""
@@ -150,6 +160,7 @@ def _pair_batch(
     image_ids: tuple[np.ndarray, np.ndarray],
     target: np.ndarray,
     pairs: np.ndarray,
+    pixels: SplitPixels | None,
 ) -> PairBatch:
     """Stack the two rows of each pair, text-to-image first (the order of ``Direction``), and widen to int64."""
 
@@ -162,4 +173,5 @@ def _pair_batch(
         image_ids=rows(image_ids),
         target_image_ids=torch.from_numpy(target.astype(np.int64)),
         sample_ids=torch.from_numpy(pairs),
+        pixels=None if pixels is None else torch.from_numpy(pixels.read(pairs)),
     )

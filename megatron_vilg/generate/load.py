@@ -18,6 +18,7 @@ from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import CheckpointError, ConfigError, DataError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import choose_implementation
 
@@ -132,6 +133,8 @@ def _load_model(source: Path, config: RunConfig, device: torch.device) -> ViLG:
     log.info("attention over whole rows: %s (%s); decoding: one cache per pattern", implementation, reason)
     with torch.device("meta"):
         model = ViLG(config.model, implementation)
+        if config.reconstructor.enabled:
+            model.reconstructor = Reconstructor(config.reconstructor, config.model, config.image_tokenizer)
     model.to_empty(device=device)
     if (source / WEIGHTS_NAME).is_file():
         _, state = load_model_folder(source)

@@ -15,9 +15,10 @@ from torch import Tensor
 from megatron_vilg.config.schema import RunConfig, SampleConfig
 from megatron_vilg.data.images import load_pixels, to_image
 from megatron_vilg.data.text import TextTokenizer
-from megatron_vilg.errors import DataError
+from megatron_vilg.errors import ConfigError, DataError
 from megatron_vilg.generate import rerank
 from megatron_vilg.generate.caption import GREEDY, caption_ids
+from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.load import load_parts
 from megatron_vilg.generate.text_to_image import Progress, draw_ids
 from megatron_vilg.log import get_logger
@@ -30,6 +31,10 @@ Picture = Image.Image | Path | str
 """A picture, or the path of one."""
 Precision = Literal["fp32", "bf16"]
 
+NO_RECONSTRUCTOR = (
+    "--decoder=end-to-end: this generator was trained without a reconstructor. Works: codebook, or a run that was "
+    "trained with reconstructor.enabled=true"
+)
 _DECODE_BATCH = 64
 """Pictures that pass the image tokenizer at a time."""
 
@@ -155,6 +160,33 @@ class Pipeline:
         size = self.image_tokenizer.config.image_size
         pixels = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self.device)
         return pixels.clamp(-1.0, 1.0).unflatten(0, ids.shape[:-1])
+
+    @torch.no_grad()
+    def decode_end_to_end(self, ids: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Codes [B, n, N] of B prompts through the hidden states: pixels float32 [B, n, 3, S, S] in [-1, 1].
+
+        The states are those of the last block when prompt and codes are read once more, all codes at once. That is
+        what drawing saw, and one state more: drawing never feeds the last code. With guidance it is the rows with
+        prompt that are read. True codes (``encode_images``) are decoded in the same way.
+
+        Raises:
+            ConfigError: the generator was trained without a reconstructor.
+        """
+        reconstructor = self.model.reconstructor
+        if reconstructor is None:
+            raise ConfigError([NO_RECONSTRUCTOR])
+        text_ids, text_len = self.encode_prompts(prompts, warn=False)
+        each = ids.shape[1]
+        text_ids, text_len = (x.repeat_interleave(each, dim=0) for x in (text_ids, text_len))
+        flat = ids.flatten(0, 1).to(self.device)
+        parts = []
+        with inference(self.model), self._arithmetic():
+            for rows in torch.arange(len(flat), device=self.device).split(_DECODE_BATCH):
+                states = self.model.gold_states(text_ids[rows], flat[rows], text_len[rows])
+                parts.append(reconstructor.decode(states))
+        size = self.image_tokenizer.config.image_size
+        pixels = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self.device)
+        return pixels.clamp(-1.0, 1.0).unflatten(0, ids.shape[:2])
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Picture]) -> Tensor:

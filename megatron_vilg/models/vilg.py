@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vilg.config.schema import LossConfig, ModelConfig
 from megatron_vilg.models.layers import Block
+from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.ops.attention import Implementation, Prepared, prepare
 from megatron_vilg.ops.cross_entropy import linear_cross_entropy
 from megatron_vilg.ops.rules import AttentionRule, Pattern, layer_patterns
@@ -138,6 +139,8 @@ class ViLG(nn.Module):
         self.spec = config.spec
         self.implementation = implementation
         self.recompute = False
+        self.reconstructor: Reconstructor | None = None
+        """Attached by end-to-end runs (``models.reconstructor``); lives on the last pipeline stage."""
         self.embed: StreamEmbed | None = StreamEmbed(config)
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.num_layers)})
         self.norm: nn.LayerNorm | None = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -193,6 +196,7 @@ class ViLG(nn.Module):
         text_len: Tensor,
         targets: Tensor | None = None,
         loss: LossConfig | None = None,
+        pixels: Tensor | None = None,
     ) -> Any:
         """Both directions of P pairs; row ``r`` of 2P has direction ``r % 2``.
 
@@ -202,6 +206,7 @@ class ViLG(nn.Module):
             text_len: int64 [2P].
             targets: int64 [P, N + L + 1] from ``build_targets``; the last stage then returns sums, not logits.
             loss: z-loss and smoothing of those sums.
+            pixels: uint8 [P, 3, S, S], with targets: the reconstructor's figures [P, 3] follow as a third result.
 
         Returns:
             Hidden [2P, T, D], but on the last stage: (image logits [P, N, V_image], text logits [P, L + 1, V_text]),
@@ -221,4 +226,27 @@ class ViLG(nn.Module):
         if targets is None:
             return self.heads["image"](image), self.heads["text"](text)
         split = self.spec.num_image_tokens
-        return self.heads["image"](image, targets[:, :split], loss), self.heads["text"](text, targets[:, split:], loss)
+        image_sums = self.heads["image"](image, targets[:, :split], loss)
+        text_sums = self.heads["text"](text, targets[:, split:], loss)
+        if pixels is None:
+            return image_sums, text_sums
+        assert self.reconstructor is not None, "pixels are for a model with a reconstructor"
+        figures = self.reconstructor(self.image_states(x[0::2]), pixels, targets[:, :split])
+        return image_sums, text_sums, figures
+
+    def image_states(self, x: Tensor) -> Tensor:
+        """The last block's outputs of text-to-image rows [P, T, D] that belong to the image tokens: [P, N, D].
+
+        By default those whose *input* is token k. They have seen it, and every reading of the paper in which true
+        codes are decoded better end to end needs that (its Table 7); ``reconstructor.state`` has the other reading.
+        """
+        assert self.reconstructor is not None
+        if self.reconstructor.config.state == "prediction":
+            return x[:, self.spec.target_slice(Direction.TEXT_TO_IMAGE)]
+        return x[:, self.spec.image_slice(Direction.TEXT_TO_IMAGE)]
+
+    def gold_states(self, text_ids: Tensor, image_ids: Tensor, text_len: Tensor) -> Tensor:
+        """``image_states`` when the codes [P, N] are given, captions [P, L] before them. Needs the whole model."""
+        assert self.embed is not None
+        x = self.embed(text_ids, image_ids, Direction.TEXT_TO_IMAGE)
+        return self.image_states(self.run_blocks(x, text_len, Direction.TEXT_TO_IMAGE))

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight")
 """Projections that end in a residual sum; they start smaller by ``sqrt(2 * num_layers)`` (GPT-2, CogView)."""
 
+FAN_IN_PART = "reconstructor."
+"""Part whose weights keep the size of what passes them: N(0, 1 / fan-in)."""
+
 
 def normal_values(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
     """N(0, std) for one parameter, always whole and on the CPU: float32 of ``shape``."""
@@ -28,4 +31,6 @@ def init_weights(model: nn.Module, *, seed: int, std: float, num_layers: int) ->
             parameter.fill_(1.0 if is_gain else 0.0)
             continue
         scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
+        if name.startswith(FAN_IN_PART):
+            scale = parameter[0].numel() ** -0.5
         parameter.copy_(normal_values(name, tuple(parameter.shape), seed, scale))

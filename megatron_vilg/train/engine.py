@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,8 @@ class StepResult:
     """Before clipping; 0 for an evaluation step."""
     skipped: Tensor
     """1 if the step was not finite and changed nothing."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else this engine has to report, by metric name."""
 
 
 class Engine(Protocol):
@@ -157,8 +159,3 @@ class NativeEngine:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical names (those of ``ViLG``) and whole tensors."""
         yield from self.model.state_dict().items()
-
-
-def build_engine(run: RunConfig, device: torch.device | str = "cpu", codebook: Tensor | None = None) -> Engine:
-    """The engine that ``train.engine`` names."""
-    return NativeEngine(run, device, codebook)

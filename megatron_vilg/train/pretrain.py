@@ -15,11 +15,14 @@ from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.data.loader import PairLoader
+from megatron_vilg.data.pair_pixels import PixelCache
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import TrainingError
 from megatron_vilg.log import get_logger
+from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.train.engine import Engine, StepResult, build_engine
+from megatron_vilg.train.end_to_end import EndToEndEngine
+from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
 from megatron_vilg.train.metrics import MetricWriter
 from megatron_vilg.train.optim import learning_rate
 from megatron_vilg.train.signals import StopSignals
@@ -36,6 +39,8 @@ def pretrain(
     out: Path,
     *,
     codebook: Tensor | None = None,
+    image_tokenizer: AnyTokenizer | None = None,
+    pixels: PixelCache | None = None,
     device: torch.device | str = "cpu",
     on_sample: SampleHook | None = None,
 ) -> bool:
@@ -48,6 +53,7 @@ def pretrain(
         cache: encoded pairs; the split ``train`` is learned, the other splits are measured.
         out: run folder; ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``export/`` are written there.
         codebook: float32 [K, C], needed when ``model.codebook_dim`` is not 0.
+        image_tokenizer, pixels: needed with ``reconstructor.enabled``.
         device: where to train.
         on_sample: draws pictures and captions while training.
 
@@ -56,10 +62,10 @@ def pretrain(
     """
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
-    engine = build_engine(run, device, codebook)
-    loader = loader_of(run, cache, "train")
+    engine = build_engine(run, device, codebook, image_tokenizer)
+    loader = loader_of(run, cache, "train", pixels)
     measured = [split for split, pairs in cache.splits.items() if split != "train" and pairs and run.train.eval_every]
-    held_out = {split: loader_of(run, cache, split) for split in measured}
+    held_out = {split: loader_of(run, cache, split, pixels) for split in measured}
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint)
     identity = manifest_of(run, cache)
     resume_latest(engine, checkpointer, identity)
@@ -92,9 +98,23 @@ def pretrain(
     return True
 
 
-def loader_of(run: RunConfig, cache: TokenCache, split: str) -> PairLoader:
+def build_engine(
+    run: RunConfig,
+    device: torch.device | str = "cpu",
+    codebook: Tensor | None = None,
+    image_tokenizer: AnyTokenizer | None = None,
+) -> Engine:
+    """The engine that the configuration asks for; ``reconstructor.enabled`` needs the image tokenizer."""
+    if not run.reconstructor.enabled:
+        return NativeEngine(run, device, codebook)
+    if image_tokenizer is None:
+        raise ValueError("reconstructor.enabled: the engine needs the image tokenizer")
+    return EndToEndEngine(run, device, image_tokenizer)
+
+
+def loader_of(run: RunConfig, cache: TokenCache, split: str, pixels: PixelCache | None = None) -> PairLoader:
     """Batches of one split, in the order that the run's seed gives."""
-    return PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed)
+    return PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed, pixels)
 
 
 def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
@@ -149,6 +169,7 @@ def evaluate(engine: Engine, loaders: dict[str, PairLoader], num_pairs: int) -> 
         result = engine.eval_step(loader.clean_batch(list(range(min(num_pairs, len(loader))))))
         values[f"{split}/text_to_image(nats/token)"] = float(result.image_ce)
         values[f"{split}/image_to_text(nats/token)"] = float(result.text_ce)
+        values |= {f"{split}/{name}": float(value) for name, value in result.extra.items()}
     return values
 
 
@@ -192,13 +213,15 @@ class StepWindow:
         def mean(name: str) -> float:
             return float(torch.stack([getattr(r, name) for r in results]).mean()) if results else float("nan")
 
+        names = dict.fromkeys(name for r in results for name in r.extra)
+        extra = {name: float(torch.stack([r.extra[name] for r in results if name in r.extra]).mean()) for name in names}
         return {
             "loss/total": mean("loss"),
             "loss/text_to_image(nats/token)": mean("image_ce"),
             "loss/image_to_text(nats/token)": mean("text_ce"),
             "grad_norm": mean("grad_norm"),
             "step/skipped": float(self._skipped),
-        }
+        } | extra
 
     def _complaint(self) -> str:
         samples = sorted(set(self._row))

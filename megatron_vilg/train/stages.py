@@ -22,6 +22,7 @@ from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_
 from megatron_vilg.config.check import require
 from megatron_vilg.config.load import write_run_folder_config
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.data.pair_pixels import PixelCache, write_pixel_cache
 from megatron_vilg.data.pixels import read_train_and_held_out
 from megatron_vilg.data.records import find_records, read_records
 from megatron_vilg.data.text import TextTokenizer, train_text_tokenizer
@@ -30,7 +31,7 @@ from megatron_vilg.data.token_files import MANIFEST_FILE as CACHE_MANIFEST
 from megatron_vilg.data.token_writer import write_token_cache
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
-from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.train.vqgan import train_image_tokenizer
 
 log = get_logger(__name__)
@@ -38,6 +39,7 @@ SECONDS = "seconds.json"
 TEXT_TOKENIZER = "text_tokenizer"
 IMAGE_TOKENIZER = "image_tokenizer"
 TOKENS = "tokens"
+PIXELS = "pixels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,9 @@ class Prepared:
     """Resolved: every size is known."""
     cache: TokenCache
     text_tokenizer: TextTokenizer
-    image_tokenizer: ImageTokenizer
+    image_tokenizer: AnyTokenizer
+    pixels: PixelCache | None = None
+    """The pictures themselves, for end-to-end runs."""
 
 
 def prepare(
@@ -105,7 +109,21 @@ def prepare(
                 return None
     images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
     cache = _token_cache(run, data, out, text, images, is_cache=is_cache)
-    return Prepared(run, cache, text, images)
+    pixels = _pixels(run, data, out, cache, is_cache=is_cache) if run.reconstructor.enabled else None
+    return Prepared(run, cache, text, images, pixels)
+
+
+def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, *, is_cache: bool) -> PixelCache:
+    if is_cache:
+        raise ConfigError(
+            [
+                f"--data={data}: is a token cache, which holds no pixels; reconstructor.enabled=true needs the pairs "
+                "themselves. Works: the folder, .jsonl or shards that the cache was made from"
+            ]
+        )
+    with timed(out, PIXELS):
+        records = find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size)
+        return write_pixel_cache(out / PIXELS, cache, records)
 
 
 def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
@@ -127,7 +145,7 @@ def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
 
 
 def _token_cache(
-    run: RunConfig, data: Path, out: Path, text: TextTokenizer, images: ImageTokenizer, *, is_cache: bool
+    run: RunConfig, data: Path, out: Path, text: TextTokenizer, images: AnyTokenizer, *, is_cache: bool
 ) -> TokenCache:
     image_hash = image_tokenizer_hash(out / IMAGE_TOKENIZER)
     expect = {

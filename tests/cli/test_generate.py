@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_vilg.cli.main import main
+from megatron_vilg.config.schema import ReconstructorConfig
 from megatron_vilg.evaluate import canvas
 from tests.tiny_run import CAPTIONS, write_tiny_run
 
@@ -118,7 +119,6 @@ def test_cut_prompts_are_warned_about_once_and_recorded(
         (["--prompt", "猫", "--max-batch", "0"], "--max-batch=0: must be at least 1"),
         (["--prompt", "猫", "--rerank", "3"], "--rerank=3: must be at least -n=4"),
         (["--prompt", "猫", "--keep-rows", "3"], "--image-prefix and --keep-rows belong together"),
-        (["--prompt", "猫", "--decoder", "end-to-end"], "--decoder=end-to-end: needs a generator trained together"),
         ([], "no prompt given; works: --prompt"),
         (["--prompt-file", "absent.txt"], "--prompt-file=absent.txt: cannot be read as UTF-8 text"),
         (["--prompt", "猫", "--device", "abacus"], "--device=abacus: torch cannot use it"),
@@ -234,3 +234,24 @@ def test_ranks_are_workers(run_folder: Path, tmp_path: Path, monkeypatch: pytest
 def test_worker_that_is_none(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(run_folder, tmp_path, "--prompt", "猫", "--worker", "4/4") == 2
     assert "--worker=4/4: works auto, or INDEX/COUNT" in capsys.readouterr().err
+
+
+def test_end_to_end_decoder_draws_the_same_codes_into_other_pictures(run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "joint"
+    write_tiny_run(folder, checkpoint=False, reconstructor=ReconstructorConfig(enabled=True))
+    options = ["--prompt", CAPTIONS[0], "-n", "2", "--seed", "3"]
+    assert generate(folder, tmp_path / "codebook", *options) == 0
+    assert generate(folder, tmp_path / "joint-pictures", *options, "--decoder", "end-to-end") == 0
+    codebook, joint = (record(tmp_path / name) for name in ("codebook", "joint-pictures"))
+    assert codebook["ids_sha256"] == joint["ids_sha256"]
+    assert (codebook["decoder"], joint["decoder"]) == ("codebook", "end-to-end")
+    pictures = [picture(tmp_path / name / "00000-01.png") for name in ("codebook", "joint-pictures")]
+    assert pictures[0].shape == pictures[1].shape and not np.array_equal(*pictures)
+
+
+def test_end_to_end_decoder_needs_a_reconstructor(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(run_folder, tmp_path / "out", "--prompt", "猫", "--decoder", "end-to-end") == 2
+    assert "was trained without a reconstructor. Works: codebook" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
