@@ -64,13 +64,11 @@ def pretrain(
         torch.set_num_threads(run.train.num_threads)
     engine = build_engine(run, device, codebook, image_tokenizer)
     loader = loader_of(run, cache, "train", pixels)
-    measured = [split for split, pairs in cache.splits.items() if split != "train" and pairs and run.train.eval_every]
-    held_out = {split: loader_of(run, cache, split, pixels) for split in measured}
+    held_out = held_out_loaders(run, cache, pixels)
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint)
     identity = manifest_of(run, cache)
     resume_latest(engine, checkpointer, identity)
     first = engine.step
-    tokens_per_step = 2 * run.train.batch_size * run.model.spec.num_used
     window = StepWindow(run.train.max_skipped_in_row)
     with StopSignals() as stop, MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=first) as writer:
         while engine.step < run.train.num_steps and not stop.requested:
@@ -78,7 +76,7 @@ def pretrain(
                 batch = loader.batch(engine.step)
             result = engine.train_step(batch)
             step = engine.step
-            writer.count(items=len(batch), tokens=tokens_per_step)
+            writer.count(items=len(batch), tokens=2 * len(batch) * run.model.spec.num_used)
             window.add(batch.sample_ids, result)
             measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
             if writer.due(step) or measure:
@@ -115,6 +113,12 @@ def build_engine(
 def loader_of(run: RunConfig, cache: TokenCache, split: str, pixels: PixelCache | None = None) -> PairLoader:
     """Batches of one split, in the order that the run's seed gives."""
     return PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed, pixels)
+
+
+def held_out_loaders(run: RunConfig, cache: TokenCache, pixels: PixelCache | None) -> dict[str, PairLoader]:
+    """Batches of every other split that has pairs; none if nothing is to be measured."""
+    measured = [split for split, pairs in cache.splits.items() if split != "train" and pairs and run.train.eval_every]
+    return {split: loader_of(run, cache, split, pixels) for split in measured}
 
 
 def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
