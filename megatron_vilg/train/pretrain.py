@@ -51,26 +51,26 @@ def pretrain(
     Args:
         run: resolved configuration.
         cache: encoded pairs; the split ``train`` is learned, the other splits are measured.
-        out: run folder; ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``export/`` are written there.
+        out: run folder, for ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``export/``.
         codebook: float32 [K, C], needed when ``model.codebook_dim`` is not 0.
         image_tokenizer, pixels: needed with ``reconstructor.enabled``.
-        device: where to train.
         on_sample: draws pictures and captions while training.
 
     Returns:
-        True when the run is complete, False when a signal stopped it (the step is saved).
+        Whether the run is complete; False: a signal stopped it, the step is saved.
     """
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
     engine = build_engine(run, device, codebook, image_tokenizer)
-    loader = loader_of(run, cache, "train", pixels)
-    held_out = held_out_loaders(run, cache, pixels)
+    loader, held_out = loader_of(run, cache, "train", pixels), held_out_loaders(run, cache, pixels)
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint)
     identity = manifest_of(run, cache)
     resume_latest(engine, checkpointer, identity)
-    first = engine.step
     window = StepWindow(run.train.max_skipped_in_row)
-    with StopSignals() as stop, MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=first) as writer:
+    with (
+        StopSignals() as stop,
+        MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=engine.step) as writer,
+    ):
         while engine.step < run.train.num_steps and not stop.requested:
             with writer.loading():
                 batch = loader.batch(engine.step)
@@ -90,10 +90,9 @@ def pretrain(
                 checkpointer.save(step, engine.state_dict(), at_step(identity, run, step))
     if stop.received is not None:
         log.info("stopped by %s after step %d; the same command goes on from there", stop.received.name, engine.step)
-    if engine.step < run.train.num_steps:
-        return False
-    export(engine, run, out, identity)
-    return True
+    if engine.step == run.train.num_steps:
+        export(engine, run, out, identity)
+    return engine.step == run.train.num_steps
 
 
 def build_engine(
