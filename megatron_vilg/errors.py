@@ -34,5 +34,9 @@ class MissingPackageError(VilgError):
     """An optional package that the chosen option needs is not installed."""
 
 
+class LostRankError(VilgError):
+    """Other processes of the job have failed or are gone, so this one cannot go on."""
+
+
 class TrainingError(VilgError):
     """Training cannot go on, for example after too many non-finite steps in a row."""

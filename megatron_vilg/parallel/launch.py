@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +16,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_vilg.config.world import World
-from megatron_vilg.errors import ConfigError
+from megatron_vilg.errors import ConfigError, LostRankError
 from megatron_vilg.log import get_logger
+from megatron_vilg.parallel.slurm import node_name
+from megatron_vilg.parallel.watch import Heartbeat
 
 log = get_logger(__name__)
 Value = TypeVar("Value")
 _POLL = timedelta(seconds=30)
+_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out|Broken pipe", re.IGNORECASE)
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +72,77 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
 
     Raises:
         ConfigError: the launcher gave no address to meet at.
+        LostRankError: other processes failed or are gone; with their ranks and nodes.
     """
     if world.size == 1:
         yield Job(world, None)
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise ConfigError([f"{name}: not set, so {world.size} processes cannot meet. Works: torchrun sets it."])
+            raise ConfigError([f"{name}: not set, so {world.size} processes cannot meet. Works: torchrun or srun."])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, size = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    store = _meet(world, timeout)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
+        rank=world.rank,
+        world_size=world.size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        yield Job(world, dist.PrefixStore("notes", store))
-    finally:
+    with Heartbeat(world, dist.PrefixStore("beats", store).clone(), place()) as beat:  # type: ignore[attr-defined]
+        try:
+            yield Job(world, dist.PrefixStore("notes", store))
+        except Exception as error:
+            if is_lost_connection(error):
+                _report_lost(world, beat, error)
+            beat.note_failure(error)
+            raise
         dist.destroy_process_group()
+
+
+def _report_lost(world: World, beat: Heartbeat, error: Exception) -> None:
+    """Raise ``LostRankError`` if other ranks are gone. The group stays: taking it down would wait for them."""
+    # Launchers end the other ranks as soon as one has failed; the report must come first.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if missing := beat.missing():
+        shown = "; ".join(missing[:_MOST_NAMED])
+        more = f"; and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"{shown}{more}. Noticed by rank {world.rank} ({place()}): {first_line}"
+        raise LostRankError(message) from error
+
+
+def place() -> str:
+    """Where this process runs, for messages."""
+    return f"node {node_name()}, process {os.getpid()}"
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exception says that another process did not answer, rather than what is wrong with this one."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+
+
+def _meet(world: World, timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR and MASTER_PORT.
+
+    torchrun gives every restart the same store, in which gloo would find the addresses of the dead group. On one node
+    the count of restarts tells them apart; agents on several nodes count for themselves.
+    """
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return dist.PrefixStore(f"attempt-{restarts}", store)
+    if shares_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and world.is_main:
+        log.warning(
+            "torchrun on several nodes with --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, "
+            "or processes may not find each other after a restart"
+        )
+    return store
 
 
 def device_of(world: World, device: torch.device) -> torch.device:
@@ -99,6 +154,13 @@ def device_of(world: World, device: torch.device) -> torch.device:
     if device.type != "cuda" or world.size == 1:
         return device
     count = torch.cuda.device_count()
+    if count == 1 and has_own_gpu():
+        return torch.device("cuda", 0)
     if world.local_rank >= count:
         raise ConfigError([f"LOCAL_RANK={world.local_rank}: this machine has {count} GPUs. Works: 0 to {count - 1}."])
     return torch.device("cuda", world.local_rank)
+
+
+def has_own_gpu() -> bool:
+    """Whether srun shows each task another GPU (``--gpus-per-task``)."""
+    return "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
