@@ -7,6 +7,7 @@ and copies of what generating needs besides, such as the tokenizers.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_vilg.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def save_model_folder(
@@ -77,6 +79,11 @@ def save_model_folder(
     return folder
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether there is a model folder, be it of one file of weights or of several."""
+    return (folder / WEIGHTS_NAME).is_file() or (folder / f"{WEIGHTS_NAME}.index.json").is_file()
+
+
 def load_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a model folder after checking every file against its manifest.
 
@@ -87,11 +94,14 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         CheckpointError: the folder is missing, incomplete or damaged.
     """
     manifest = read_sound_manifest(folder)
-    missing = [name for name in (WEIGHTS_NAME, CONFIG_NAME) if name not in manifest.files]
+    weights = [name for name in manifest.files if _WEIGHTS.fullmatch(name)]
+    missing = [
+        name for name, there in ((WEIGHTS_NAME, weights), (CONFIG_NAME, CONFIG_NAME in manifest.files)) if not there
+    ]
     if missing:
         raise CheckpointError(f"{folder}: no model folder, its manifest lists no {' and no '.join(missing)}")
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        return config, load_file(folder / WEIGHTS_NAME)
+        return config, {name: tensor for file in weights for name, tensor in load_file(folder / file).items()}
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error

@@ -41,6 +41,17 @@ class FileEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One tensor of a folder, as a whole, whatever parts it is stored in."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """Name of the element type, for example ``float32``."""
+    cut: int | None = None
+    """Dimension along which ranks hold parts of it; None: each rank that has it holds all of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """Identity, progress and content of a folder. Mappings hold plain JSON values."""
 
@@ -66,6 +77,12 @@ class Manifest:
     """Plain numbers of the training loop that are no tensors, such as skipped steps."""
     versions: Mapping[str, str] = field(default_factory=current_versions)
     """Package versions that wrote the folder; only a record."""
+    format: str = ""
+    """How tensors are stored: ``canonical``, ``ranks``; empty where only one form is possible."""
+    source: Mapping[str, str] = field(default_factory=dict)
+    """What the folder was converted from; only a record."""
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    """Every tensor by full name, where a tool wrote the folder."""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     """Every other file by its relative path; filled in by :func:`write_manifest`."""
     format_version: int = FORMAT_VERSION
@@ -107,16 +124,22 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEntry] | None = None) -> Manifest:
     """Complete a folder: list its files in ``manifest`` and write ``manifest.json``.
+
+    Args:
+        folder: everything but the manifest is there already.
+        manifest: its ``files`` are replaced.
+        known: files whose size and digest were read from the disk already.
 
     Returns:
         The manifest with ``files`` filled in.
     """
+    known = known or {}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(PARTIAL))
     files = {
-        path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
-        for path in paths
+        name: known[name] if name in known else FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
+        for path, name in ((path, path.relative_to(folder).as_posix()) for path in paths)
         if path != folder / FILE_NAME
     }
     manifest = dataclasses.replace(manifest, files=files)
@@ -149,7 +172,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: content does not match its own digest; it was changed or is damaged")
     try:
         files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
-        return Manifest(files=files, **content)
+        tensors = {
+            name: TensorEntry(shape=tuple(entry["shape"]), dtype=entry["dtype"], cut=entry["cut"])
+            for name, entry in content.pop("tensors", {}).items()
+        }
+        return Manifest(files=files, tensors=tensors, **content)
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: fields do not fit format_version {FORMAT_VERSION} ({error})") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vilg.checkpoint.export import WEIGHTS_NAME, load_model_folder
+from megatron_vilg.checkpoint.export import WEIGHTS_NAME, holds_weights, load_model_folder
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
@@ -79,7 +79,7 @@ def find_weights(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; name a run folder (`vilg train --out RUN`) or an exported one")
     for folder in (path, path / EXPORT_FOLDER):
-        if (folder / WEIGHTS_NAME).is_file():
+        if holds_weights(folder):
             return folder
     newest = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).latest()
     if newest is None:
@@ -136,7 +136,7 @@ def _load_model(source: Path, config: RunConfig, device: torch.device) -> ViLG:
         if config.reconstructor.enabled:
             model.reconstructor = Reconstructor(config.reconstructor, config.model, config.image_tokenizer)
     model.to_empty(device=device)
-    if (source / WEIGHTS_NAME).is_file():
+    if holds_weights(source):
         _, state = load_model_folder(source)
         try:
             model.load_state_dict(state)

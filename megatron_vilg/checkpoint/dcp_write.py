@@ -1,0 +1,136 @@
+"""Write a training checkpoint from any source of whole tensors: one tensor in memory at a time, no process group."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megatron_vilg.checkpoint.dcp_folder import DcpSource
+from megatron_vilg.checkpoint.manifest import Manifest, current_versions, write_manifest
+from megatron_vilg.checkpoint.new_folder import Background, new_folder
+from megatron_vilg.checkpoint.tensors import OPTIMIZER, TensorSource, count_not_finite, part_of, pieces
+from megatron_vilg.checkpoint.transfer import Options, equal_bits
+from megatron_vilg.errors import CheckpointError
+
+
+class LazyPlanner(dcp.DefaultSavePlanner):
+    """Plans with tensors that have a shape only, and reads each when it is written."""
+
+    def __init__(self, source: TensorSource, options: Options) -> None:
+        super().__init__()
+        self.source, self.options = source, options
+        self.total = sum(info.num_bytes for info in source.tensors.values())
+        self.done = 0
+        self.bad: list[str] = []
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The tensor of that name, read from the source."""
+        info = self.source.tensors[index.fqn]
+        whole = torch.empty((info.num_rows, *info.row_shape), dtype=info.dtype)
+        not_finite = 0
+        for start, stop in pieces(info):
+            rows = self.source.rows(index.fqn, start, stop)
+            not_finite += count_not_finite(rows)
+            whole[start:stop] = rows
+            self.done += rows.numel() * rows.dtype.itemsize
+            if self.options.progress is not None:
+                self.options.progress("writing", self.done, self.total)
+        if not_finite:
+            self.bad.append(f"{index.fqn} ({not_finite} of {info.numel} values)")
+        return whole.reshape(info.shape)
+
+
+def write_training_checkpoint(
+    source: TensorSource, folder: Path, names: Sequence[str], options: Options | None = None
+) -> Manifest:
+    """Write a checkpoint folder that the trainer loads in any layout.
+
+    Args:
+        source: whole tensors with a manifest.
+        folder: ``.../checkpoints/step-00001000``, of the manifest's step; must not exist.
+        names: the tensors to write.
+        options: tolerance and progress; nothing is converted.
+
+    Raises:
+        CheckpointError: as :func:`checkpoint.reshape.merge`.
+    """
+    options = options or Options()
+    if source.manifest is None:
+        raise CheckpointError(f"{source.path}: has no manifest that says what it is")
+    manifest = dataclasses.replace(
+        source.manifest,
+        format="",
+        layout={},
+        source={"name": source.path.resolve().name, "format": source.format},
+        tensors={},
+        versions=current_versions(),
+        files={},
+    )
+    size = sum(source.tensors[name].num_bytes for name in names)
+    with new_folder(folder, size) as partial:
+        background = Background(partial)
+        try:
+            background.check_source(source.path, source.manifest)
+            _save(source, names, partial, options)
+            background.finish(source.path)
+        finally:
+            background.close()
+        manifest = write_manifest(partial, manifest)
+        _require_equal(source, partial, names, options)
+    return manifest
+
+
+def _save(source: TensorSource, names: Sequence[str], partial: Path, options: Options) -> None:
+    planner = LazyPlanner(source, options)
+    # A file per tensor: torch keeps all tensors of a file in memory until it is closed.
+    writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, sync_files=True)
+    state: dict[str, Any] = {}
+    for name in names:
+        info = source.tensors[name]
+        part, _, rest = name.partition(".")
+        inner = state.setdefault(part, {})
+        if part.endswith(OPTIMIZER):
+            slot, _, rest = rest.partition(".")
+            inner = inner.setdefault(slot, {})
+        inner[rest] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        cause = next((cause for cause, _ in error.failures.values()), error)
+        if isinstance(cause, CheckpointError | OSError) or not isinstance(cause, Exception):
+            raise cause from error
+        raise CheckpointError(f"{partial}: cannot be written ({cause!r})") from error
+    if planner.bad and not options.allow_non_finite:
+        raise CheckpointError(f"{source.path}: values that are not finite: {', '.join(planner.bad[:8])}")
+
+
+def _require_equal(source: TensorSource, partial: Path, names: Sequence[str], options: Options) -> None:
+    """Read the checkpoint back and compare it with the source bit by bit."""
+    done, total = 0, sum(source.tensors[name].num_bytes for name in names)
+    with DcpSource(partial) as result:
+        if dict(result.tensors) != {name: source.tensors[name] for name in names}:
+            raise CheckpointError(f"{partial}: names or shapes are not those of {source.path}")
+        for name in names:
+            for start, stop in pieces(source.tensors[name]):
+                rows: Tensor = source.rows(name, start, stop)
+                if not equal_bits(rows, result.rows(name, start, stop)):
+                    raise CheckpointError(f"{partial}: values of {name} differ from {source.path}")
+                done += rows.numel() * rows.dtype.itemsize
+                if options.progress is not None:
+                    options.progress("comparing", done, total)
+
+
+def has_optimizer(names: Sequence[str]) -> bool:
+    """Whether the trainer can go on from these tensors, rather than start anew with these weights."""
+    return any(part_of(name) == OPTIMIZER for name in names)

@@ -1,0 +1,104 @@
+"""A new folder that is either complete and verified, or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, sync, sync_tree, with_suffix
+from megatron_vilg.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, find_damage, sha256_of
+from megatron_vilg.errors import CheckpointError
+
+SPARE_BYTES = 64 << 20
+"""Space that must be left on the disk besides what is written."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the bytes done and the bytes in all."""
+
+
+@contextmanager
+def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
+    """Write into ``NAME.partial``, which becomes ``final`` when the block ends without an error.
+
+    Args:
+        final: must not exist; what an interrupted run left beside it is removed.
+        num_bytes: what will be written, to refuse beforehand where the disk has less.
+
+    Raises:
+        CheckpointError: ``final`` exists, the disk is too small, or writing failed. Then nothing is left.
+    """
+    if final.exists():
+        raise CheckpointError(f"--save-dir={final}: exists already, nothing is overwritten. Works: a new name")
+    partial = with_suffix(final, PARTIAL)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            remove(partial)
+        free = shutil.disk_usage(final.parent).free
+        if free < num_bytes + SPARE_BYTES:
+            raise CheckpointError(
+                f"--save-dir={final}: needs {gigabytes(num_bytes)}, the disk has {gigabytes(free)} free. "
+                "Works: another disk, or free space first"
+            )
+        partial.mkdir()
+        yield partial
+        sync_tree(partial)
+        publish(partial, final)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final}: cannot be written ({error.strerror or error}). Nothing was left behind; free space or choose "
+            "another folder, then run the same command again"
+        ) from error
+    finally:
+        if partial.exists():
+            remove(partial)
+
+
+def gigabytes(num_bytes: int) -> str:
+    """A size for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+class Background:
+    """Work that costs a processor but no decision: digests of files that are complete, damage of the source."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(max_workers=2)
+        self._digests: dict[str, Future[FileEntry]] = {}
+        self._source: Future[list[str]] | None = None
+
+    def digest(self, path: Path) -> None:
+        """Force a finished file to the disk and compute its digest by reading it again."""
+        self._digests[path.relative_to(self.folder).as_posix()] = self._pool.submit(_entry, path)
+
+    def check_source(self, folder: Path, manifest: Manifest | None) -> None:
+        """Compare the source's files with its manifest, if it has one."""
+        if manifest is not None and (folder / FILE_NAME).is_file():
+            self._source = self._pool.submit(find_damage, folder, manifest)
+
+    def finish(self, source: Path) -> dict[str, FileEntry]:
+        """Wait for everything.
+
+        Raises:
+            CheckpointError: the source is damaged.
+        """
+        damage = self._source.result() if self._source is not None else []
+        if damage:
+            raise CheckpointError(f"{source}: damaged: {'; '.join(damage)}")
+        return {name: future.result() for name, future in self._digests.items()}
+
+    def close(self) -> None:
+        """Drop what has not started."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _entry(path: Path) -> FileEntry:
+    sync(path)
+    return FileEntry(size=os.stat(path).st_size, sha256=sha256_of(path))

@@ -1,0 +1,214 @@
+"""Merge any checkpoint into whole tensors, and cut whole tensors for any layout: on the CPU, no process group."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vilg.checkpoint.canonical import (
+    FILE_BYTES,
+    FORMAT,
+    CanonicalSource,
+    dtype_name,
+    plan_files,
+    write_indices,
+)
+from megatron_vilg.checkpoint.layout import Layout, check_layout, cut_of
+from megatron_vilg.checkpoint.manifest import Manifest, TensorEntry, current_versions, write_manifest
+from megatron_vilg.checkpoint.new_folder import Background, new_folder
+from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
+from megatron_vilg.checkpoint.rank_folder import RankSource
+from megatron_vilg.checkpoint.sources import CONFIG_NAME, companions
+from megatron_vilg.checkpoint.tensors import MODEL, TensorInfo, TensorSource, in_order, parameter_of, part_of
+from megatron_vilg.checkpoint.transfer import Files, Options, converted, require_equal, write_files
+from megatron_vilg.errors import CheckpointError
+
+Opener = Callable[[Path, Manifest], TensorSource]
+
+
+def chosen_names(source: TensorSource, *, optimizer: bool) -> list[str]:
+    """Full names of the tensors to copy, in the order of files.
+
+    Raises:
+        CheckpointError: there are no weights, or no optimizer state although it was asked for.
+    """
+    names = [name for name in in_order(source.tensors) if optimizer or part_of(name) == MODEL]
+    if not any(part_of(name) == MODEL for name in names):
+        raise CheckpointError(f"{source.path}: no weights in it")
+    if optimizer and all(part_of(name) == MODEL for name in names):
+        raise CheckpointError(f"{source.path}: holds weights only, no optimizer state. Works: without --optimizer")
+    return names
+
+
+def merge(
+    source: TensorSource,
+    folder: Path,
+    *,
+    optimizer: bool = False,
+    options: Options | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> Manifest:
+    """Write whole tensors under canonical names, with configuration and tokenizers where they lie beside the source.
+
+    Args:
+        source: any checkpoint with a manifest.
+        folder: must not exist.
+        optimizer: whether everything besides the weights is written too.
+        options: conversion, tolerance, progress.
+        file_bytes: largest file.
+
+    Raises:
+        CheckpointError: the source is damaged or incomplete, or writing failed. Then ``folder`` is not there.
+    """
+    options = options or Options()
+    names = chosen_names(source, optimizer=optimizer)
+    files, plan = canonical_files(source.tensors, names, options, file_bytes)
+    config, extra = companions(source)
+
+    def finish(partial: Path) -> None:
+        write_indices(partial, plan, {name: converted(name, source.tensors[name], options) for name in names})
+
+    manifest = derived_manifest(source, names, options, format=FORMAT, layout={})
+    return write_folder(source, folder, files, names, manifest, CanonicalSource, options, config, extra, finish)
+
+
+def canonical_files(
+    tensors: Mapping[str, TensorInfo], names: Sequence[str], options: Options, file_bytes: int = FILE_BYTES
+) -> tuple[Files, dict[str, list[str]]]:
+    """What each canonical file will hold; needs shapes only."""
+    stored = {name: converted(name, tensors[name], options) for name in names}
+    plan = plan_files(names, stored, file_bytes)
+    files = Files()
+    for file, content in plan.items():
+        for name in content:
+            files.add(file, name, stored[name])
+    return files, plan
+
+
+def shard(
+    source: TensorSource,
+    folder: Path,
+    tensor: int,
+    pipeline: int,
+    *,
+    optimizer: bool = False,
+    options: Options | None = None,
+) -> Manifest:
+    """Write one folder for each rank of a tensor x pipeline layout.
+
+    Raises:
+        CheckpointError: the layout cannot hold the model, the source is damaged, or writing failed. Then ``folder``
+            is not there.
+    """
+    options = options or Options()
+    if source.manifest is None:
+        raise CheckpointError(f"{source.path}: has no manifest that says what model it is; merge or convert it first")
+    names = chosen_names(source, optimizer=optimizer)
+    layout, cuts = rank_layout(source.manifest, source.tensors, names, tensor, pipeline)
+    files = rank_files(source.tensors, names, layout, cuts, options)
+    config, extra = companions(source)
+    manifest = derived_manifest(source, names, options, format=RANKS, layout=dataclasses.asdict(layout), cuts=cuts)
+    return write_folder(source, folder, files, names, manifest, RankSource, options, config, extra)
+
+
+def rank_layout(
+    manifest: Manifest, tensors: Mapping[str, TensorInfo], names: Sequence[str], tensor: int, pipeline: int
+) -> tuple[Layout, dict[str, int]]:
+    """The layout of a model for so many ranks, and where each tensor that is cut is cut.
+
+    Raises:
+        CheckpointError: such a layout cannot hold the model, or the manifest describes no generator.
+    """
+    model = manifest.model
+    if "num_layers" not in model or "num_heads" not in model:
+        raise CheckpointError(f"holds {manifest.kind!r}, which has no layers to share out; generators have")
+    layout = Layout(tensor, pipeline, int(model["num_layers"]))
+    found = {name: cut_of(name, tensors[name], tensors.get(f"{MODEL}.{parameter_of(name)}")) for name in names}
+    cuts = {name: dim for name, dim in found.items() if dim is not None}
+    check_layout(layout, int(model["num_heads"]), tensors, cuts)
+    return layout, cuts
+
+
+def rank_files(
+    tensors: Mapping[str, TensorInfo], names: Sequence[str], layout: Layout, cuts: Mapping[str, int], options: Options
+) -> Files:
+    """What each rank's files will hold; needs shapes only."""
+    files = Files()
+    for name in names:
+        info = converted(name, tensors[name], options)
+        stage = layout.stage_of(name)
+        for rank, part in enumerate(layout.parts(name, info, cuts.get(name))):
+            files.add(f"{layout.folder(rank, stage)}/{part_of(name)}.safetensors", name, info, part)
+    return files
+
+
+def derived_manifest(
+    source: TensorSource,
+    names: Sequence[str],
+    options: Options,
+    *,
+    format: str,
+    layout: Mapping[str, int],
+    cuts: Mapping[str, int] | None = None,
+) -> Manifest:
+    """The manifest of a copy of ``source``, without its files."""
+    cuts = cuts or {}
+    stored = {name: converted(name, source.tensors[name], options) for name in names}
+    base = source.manifest or Manifest(kind="unknown")
+    return dataclasses.replace(
+        base,
+        layout=layout,
+        format=format,
+        source={"name": source.path.resolve().name, "format": source.format, **dict(base.versions)},
+        tensors={
+            name: TensorEntry(shape=info.shape, dtype=dtype_name(info), cut=cuts.get(name))
+            for name, info in stored.items()
+        },
+        versions=current_versions(),
+        files={},
+    )
+
+
+def write_folder(
+    source: TensorSource,
+    folder: Path,
+    files: Files,
+    names: Sequence[str],
+    manifest: Manifest,
+    opener: Opener,
+    options: Options,
+    config: Mapping[str, Any],
+    extra: Mapping[str, Path],
+    finish: Callable[[Path], None] | None = None,
+) -> Manifest:
+    """Write, read back, compare, complete with the manifest, rename.
+
+    Raises:
+        CheckpointError: something is wrong with the source, the disk or the result. Then ``folder`` is not there.
+    """
+    more = sum(file.stat().st_size for path in extra.values() for file in path.rglob("*") if file.is_file())
+    with new_folder(folder, files.num_bytes + more) as partial:
+        background = Background(partial)
+        try:
+            background.check_source(source.path, source.manifest)
+            write_files(
+                source, files, partial, background, options, {"kind": manifest.kind, "step": str(manifest.step)}
+            )
+            text = json.dumps(config, ensure_ascii=False, indent=1)
+            (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+            for name, path in extra.items():
+                shutil.copytree(path, partial / name)
+            if finish is not None:
+                finish(partial)
+            with opener(partial, manifest) as result:
+                require_equal(source, result, names, options)
+            if problems := source.verify():
+                raise CheckpointError(f"{source.path}: damaged: {'; '.join(problems)}")
+            known = background.finish(source.path)
+        finally:
+            background.close()
+        return write_manifest(partial, manifest, known)

@@ -1,0 +1,116 @@
+"""Which format a folder is in, and what of a run lies beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vilg.checkpoint.canonical import CanonicalSource, FileSource
+from megatron_vilg.checkpoint.dcp_folder import METADATA, DcpSource
+from megatron_vilg.checkpoint.files import sha256_of
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_manifest
+from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
+from megatron_vilg.checkpoint.rank_folder import RankSource
+from megatron_vilg.checkpoint.tensors import TensorSource
+from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.errors import CheckpointError
+
+CONFIG_NAME = "config.json"
+CHECKPOINT_FOLDER = "checkpoints"
+TOKENIZERS = {"text_tokenizer": "spm.model", "image_tokenizer": "model.safetensors"}
+"""Folder of each tokenizer in a run, and the file in it whose digest manifests state."""
+
+
+def open_source(path: Path) -> TensorSource:
+    """Open tensors in whatever of our formats they are; a run folder stands for its newest sound checkpoint.
+
+    Raises:
+        CheckpointError: there is nothing of the kind, or it is incomplete or damaged; says what was looked for.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        return FileSource(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    if (path / CHECKPOINT_FOLDER).is_dir():
+        newest = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).latest()
+        if newest is None:
+            raise CheckpointError(f"{path / CHECKPOINT_FOLDER}: no complete checkpoint in it")
+        return DcpSource(newest)
+    if (path / METADATA).is_file():
+        return DcpSource(path)
+    if (path / FILE_NAME).is_file():
+        return RankSource(path) if read_manifest(path).format == RANKS else CanonicalSource(path)
+    if any(path.glob("mp_rank_*_*")) or any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path}: has no {FILE_NAME}, so it is not complete; write it again")
+    raise CheckpointError(
+        f"{path}: no tensors found. Looked for a run folder ({CHECKPOINT_FOLDER}/step-*), a checkpoint ({METADATA}), "
+        f"a folder of ranks (mp_rank_*_*), a canonical folder (*.safetensors with {FILE_NAME})"
+    )
+
+
+def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]]:
+    """The configuration that belongs to some weights, and the tokenizers that lie beside them.
+
+    Returns:
+        The content of ``config.json`` (of the manifest alone, where there is no such file), and each tokenizer folder
+        that was found, by name.
+
+    Raises:
+        CheckpointError: the configuration or a tokenizer beside the weights is not the one they were made with.
+    """
+    manifest = source.manifest
+    assert manifest is not None, "a source without manifest has no companions"
+    folders = _folders_of(source.path)
+    config: Mapping[str, Any] = {}
+    for folder in folders:
+        if (folder / CONFIG_NAME).is_file():
+            config = _read_config(folder / CONFIG_NAME, manifest)
+            break
+    if not config:
+        config = manifest.model if manifest.kind == "image-tokenizer" else {"model": dict(manifest.model)}
+    found = {}
+    for name, file in TOKENIZERS.items():
+        beside = next((folder / name for folder in folders if (folder / name).is_dir()), None)
+        if beside is not None and manifest.kind != "image-tokenizer":
+            _check_tokenizer(beside / file, manifest.tokenizers.get(name))
+            found[name] = beside
+    return config, found
+
+
+def _folders_of(path: Path) -> list[Path]:
+    """Where a run keeps what belongs to its weights: beside them, or above their folder of checkpoints."""
+    path = path.resolve()
+    above = [path.parent.parent] if path.parent.name == CHECKPOINT_FOLDER else []
+    return [path, *above, *([path.parent] if path.name == "export" else [])]
+
+
+def _read_config(path: Path, manifest: Manifest) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    model = content if manifest.kind == "image-tokenizer" else content.get("model", {})
+    differing = [
+        f"{key}: {manifest.model[key]!r} in the manifest, {model[key]!r} in {CONFIG_NAME}"
+        for key in sorted(manifest.model.keys() & model.keys())
+        if json.loads(json.dumps(manifest.model[key])) != model[key]
+    ]
+    if differing:
+        raise CheckpointError(f"{path}: is not the configuration of these weights\n  " + "\n  ".join(differing))
+    return content
+
+
+def _check_tokenizer(file: Path, expected: str | None) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is missing, the tokenizer is incomplete")
+    if expected is None:
+        return
+    found = sha256_of(file)
+    if found != expected:
+        raise CheckpointError(
+            f"{file}: is not the tokenizer of these weights (SHA-256 {found}, their manifest says {expected}). "
+            "Put the right one there, or move the wrong one away"
+        )

@@ -1,0 +1,209 @@
+"""Is a folder what it says it is, and does it hold the same as another one?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage
+from megatron_vilg.checkpoint.new_folder import Progress
+from megatron_vilg.checkpoint.tensors import (
+    MODEL,
+    OPTIMIZER,
+    TensorInfo,
+    TensorSource,
+    count_not_finite,
+    in_order,
+    parameter_of,
+    part_of,
+    pieces,
+    read_whole,
+)
+from megatron_vilg.checkpoint.transfer import equal_bits
+from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig
+from megatron_vilg.errors import CheckpointError
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.models.vqgan import VQGAN
+from megatron_vilg.sequence import Direction
+
+GENERATOR, IMAGE_TOKENIZER = "pretrain", "image-tokenizer"
+_COARSE = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
+"""How far outputs of weights rounded to a type may be off, as a share of the largest output."""
+
+
+def problems_of(source: TensorSource, progress: Progress | None = None) -> list[str]:
+    """Digests of the files, names, shapes and number of tensors, values that are not finite, copies that differ.
+
+    Returns:
+        One line per problem; empty when the folder is sound.
+    """
+    problems: list[str] = []
+    manifest = source.manifest
+    if manifest is not None:
+        if (source.path / FILE_NAME).is_file():
+            problems += find_damage(source.path, manifest)
+        problems += _wrong_names(manifest, source.tensors)
+    if problems:
+        return problems
+    done, total = 0, sum(info.num_bytes for info in source.tensors.values())
+    for name in in_order(source.tensors):
+        info, bad = source.tensors[name], 0
+        for start, stop in pieces(info):
+            rows = source.rows(name, start, stop)
+            bad += count_not_finite(rows)
+            done += rows.numel() * rows.dtype.itemsize
+            if progress is not None:
+                progress("reading", done, total)
+        if bad:
+            problems.append(f"{name}: {bad} of {info.numel} values are not finite")
+    return problems + source.verify()
+
+
+def expected_weights(manifest: Manifest) -> dict[str, tuple[int, ...]] | None:
+    """Shape of every weight by name, as the configuration in the manifest implies; None for other kinds.
+
+    Raises:
+        CheckpointError: the configuration does not fit this version of the package.
+    """
+    try:
+        with torch.device("meta"):
+            model = _build(manifest)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the manifest's configuration does not fit this version of the package: {error}"
+        ) from error
+    return None if model is None else {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _build(manifest: Manifest) -> nn.Module | None:
+    values = dict(manifest.model)
+    if manifest.kind == GENERATOR and values:
+        return ViLG(TypeAdapter(ModelConfig).validate_python(values))
+    if manifest.kind == IMAGE_TOKENIZER:
+        return VQGAN(TypeAdapter(ImageTokenizerConfig).validate_python(values))
+    return None
+
+
+def _wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Weights against the configuration, optimizer state against the weights."""
+    problems = []
+    expected = expected_weights(manifest)
+    weights = {name.partition(".")[2]: info for name, info in tensors.items() if part_of(name) == MODEL}
+    if expected is not None:
+        for name in sorted(expected.keys() | weights.keys()):
+            if name not in weights:
+                problems.append(f"{name}: missing")
+            elif name not in expected:
+                problems.append(f"{name}: not part of this model")
+            elif weights[name].shape != expected[name]:
+                problems.append(f"{name}: has shape {list(weights[name].shape)}, expected {list(expected[name])}")
+    slots = {name.split(".")[1] for name in tensors if part_of(name) == OPTIMIZER}
+    state = {
+        (name.split(".")[1], parameter_of(name)): info for name, info in tensors.items() if part_of(name) == OPTIMIZER
+    }
+    for slot, parameter in sorted(state):
+        if parameter not in weights:
+            problems.append(f"optimizer.{slot}.{parameter}: there is no such weight")
+    trained = {parameter for _, parameter in state}
+    problems += [f"optimizer.{s}.{p}: missing" for s in sorted(slots) for p in sorted(trained) if (s, p) not in state]
+    return problems
+
+
+def differences(one: TensorSource, other: TensorSource, progress: Progress | None = None) -> list[str]:
+    """Tensors of ``one`` beside those of ``other``: bit by bit, or rounded where the element types differ.
+
+    Parts that only one of them has at all, such as optimizer state, are not compared.
+
+    Returns:
+        One line per tensor that is missing or differs; empty when they hold the same.
+    """
+    parts = {part_of(name) for name in one.tensors} & {part_of(name) for name in other.tensors}
+    names = sorted(name for name in one.tensors.keys() | other.tensors.keys() if part_of(name) in parts)
+    problems, done, total = [], 0, sum(one.tensors[name].num_bytes for name in names if name in one.tensors)
+    if not names:
+        return [f"{one.path} and {other.path} have no part in common"]
+    for name in names:
+        mine, theirs = one.tensors.get(name), other.tensors.get(name)
+        if mine is None or theirs is None:
+            problems.append(f"{name}: only in {(other if mine is None else one).path}")
+            continue
+        if mine.shape != theirs.shape:
+            problems.append(f"{name}: shape {list(mine.shape)} and {list(theirs.shape)}")
+        elif (largest := _largest_difference(one, other, name)) is not None:
+            problems.append(f"{name}: values differ by up to {largest:.3g}")
+        done += mine.num_bytes
+        if progress is not None:
+            progress("comparing", done, total)
+    return problems
+
+
+def _largest_difference(one: TensorSource, other: TensorSource, name: str) -> float | None:
+    """None where values are the same, in the coarser of the two types."""
+    dtypes = [source.tensors[name].dtype for source in (one, other)]
+    coarse = min(dtypes, key=lambda dtype: dtype.itemsize)
+    largest = None
+    for start, stop in pieces(one.tensors[name]):
+        mine, theirs = (source.rows(name, start, stop).to(coarse) for source in (one, other))
+        if not equal_bits(mine, theirs):
+            difference = float((mine.double() - theirs.double()).abs().max())
+            largest = max(largest or 0.0, difference)
+    return largest
+
+
+def output_difference(one: TensorSource, other: TensorSource) -> tuple[float, float]:
+    """Run both models on the same random input.
+
+    Needs memory for one model at a time.
+
+    Returns:
+        Largest difference of the outputs (logits of both directions, or pixels), and the largest that rounding to
+        the coarser element type explains: 0 for equal types.
+
+    Raises:
+        CheckpointError: there is no generator and no image tokenizer in it, or the two are of different kinds.
+    """
+    outputs = [_outputs(source) for source in (one, other)]
+    if [x.shape for x in outputs[0]] != [x.shape for x in outputs[1]]:
+        raise CheckpointError(f"{one.path} and {other.path}: outputs have different shapes, the models differ")
+    largest = max(float((a - b).abs().max()) for a, b in zip(*outputs, strict=True))
+    scale = max(float(a.abs().max()) for a in outputs[0])
+    dtypes = {info.dtype for source in (one, other) for name, info in source.tensors.items() if part_of(name) == MODEL}
+    return largest, scale * max((_COARSE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+
+
+@torch.no_grad()
+def _outputs(source: TensorSource) -> list[Tensor]:
+    manifest = source.manifest
+    model = None if manifest is None else _build(manifest)
+    if model is None:
+        raise CheckpointError(f"{source.path}: holds no generator and no image tokenizer that could be run")
+    names = [name for name in source.tensors if part_of(name) == MODEL]
+    model.load_state_dict({name.partition(".")[2]: read_whole(source, name) for name in names})
+    run: Callable[[nn.Module, torch.Generator], list[Tensor]] = _logits if isinstance(model, ViLG) else _pixels
+    return run(model.eval(), torch.Generator().manual_seed(0))
+
+
+def _logits(model: nn.Module, generator: torch.Generator) -> list[Tensor]:
+    assert isinstance(model, ViLG)
+    config = model.config
+    text = torch.randint(6, config.text_vocab_size, (2, config.num_text_slots), generator=generator)
+    codes = torch.randint(config.image_vocab_size, (2, config.spec.num_image_tokens), generator=generator)
+    lengths = torch.full((2,), config.num_text_slots)
+    return [model.logits(text, codes, lengths, direction) for direction in Direction]
+
+
+def _pixels(model: nn.Module, generator: torch.Generator) -> list[Tensor]:
+    assert isinstance(model, VQGAN)
+    ids = torch.randint(model.config.codebook_size, (1, model.config.grid_side**2), generator=generator)
+    return [model.decode(model.lookup(ids))]
+
+
+def require_sound(problems: list[str], what: Path | str) -> None:
+    """Raise with all problems, the first thirty in full."""
+    if problems:
+        more = [f"and {len(problems) - 30} more"] if len(problems) > 30 else []
+        raise CheckpointError(f"{what}: {len(problems)} problems\n  " + "\n  ".join([*problems[:30], *more]))

@@ -1,0 +1,278 @@
+"""``vilg checkpoint``: merge, shard, convert, inspect and verify checkpoints, on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vilg.errors import CheckpointError, ConfigError
+from megatron_vilg.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron_vilg.checkpoint.new_folder import Progress
+    from megatron_vilg.checkpoint.tensors import TensorSource
+    from megatron_vilg.checkpoint.transfer import Options
+
+_log = get_logger(__name__)
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_LOAD_HELP = "run folder (its newest checkpoint), checkpoint, canonical folder, per-rank folders or DeepSpeed folder"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb and its sub-verbs; ``subparsers`` is what ``ArgumentParser.add_subparsers`` returns."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "checkpoint",
+        help="merge, shard, convert, inspect and verify checkpoints",
+        description="Change the form of checkpoints on the CPU, one piece of a tensor at a time. What is written is "
+        "read back and compared before it gets its name; nothing is ever overwritten.",
+        epilog="example: vilg checkpoint merge --load-dir runs/big --save-dir runs/big-merged",
+    )
+    verbs = parser.add_subparsers(dest="checkpoint_verb", metavar="WHAT", required=True)
+    _add_merge(verbs)
+    _add_shard(verbs)
+    _add_inspect(verbs)
+    _add_verify(verbs)
+
+
+def _add_merge(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "merge",
+        help="any checkpoint to whole tensors in safetensors files",
+        description="Write whole tensors under their canonical names, with configuration and tokenizers where they "
+        "lie beside the source: a folder that `vilg generate --load` reads.",
+        epilog="example: vilg checkpoint merge --load-dir runs/big --save-dir runs/big-merged --optimizer",
+    )
+    _add_folders(parser)
+    parser.add_argument("--optimizer", action="store_true", help="optimizer state too, to go on training from")
+    _add_writing(parser)
+    parser.set_defaults(run=run_merge)
+
+
+def _add_shard(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "shard",
+        help="whole tensors to per-rank files, or to a checkpoint for the trainer",
+        description="Write mp_rank_TT_PPP/ for each rank of a tensor x pipeline layout; with --to dcp a run folder "
+        "that `vilg train --out` resumes in any layout. `merge` of the result gives the same bytes again.",
+        epilog="examples: vilg checkpoint shard --load-dir runs/big --save-dir runs/big-2x2 "
+        "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2; "
+        "vilg checkpoint shard --load-dir runs/big-merged --save-dir runs/again --to dcp --optimizer",
+    )
+    _add_folders(parser)
+    parser.add_argument("--target-tensor-parallel-size", metavar="T", type=int, help="ranks that share a layer")
+    parser.add_argument("--target-pipeline-parallel-size", metavar="P", type=int, help="ranks that share the layers")
+    parser.add_argument("--to", choices=("ranks", "dcp"), default="ranks", help="form of the result (default: ranks)")
+    parser.add_argument("--optimizer", action="store_true", help="optimizer state too")
+    _add_writing(parser)
+    parser.set_defaults(run=run_shard)
+
+
+def _add_inspect(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "inspect",
+        help="what is in a checkpoint",
+        description="Print what a checkpoint is, its tensors with shapes, types and sizes, one tensor's statistics, or "
+        "how it differs from another one. With --preset: what a model would be, computed without any weights.",
+        epilog="examples: vilg checkpoint inspect runs/demo; vilg checkpoint inspect runs/demo --tensor norm.weight; "
+        "vilg checkpoint inspect --preset paper-10b --target-tensor-parallel-size 8 --target-pipeline-parallel-size 4",
+    )
+    parser.add_argument("path", metavar="D", type=Path, nargs="?", help=_LOAD_HELP)
+    parser.add_argument("--compare", metavar="E", type=Path, help="also say how D differs from E")
+    parser.add_argument("--tensor", metavar="NAME", help="statistics of one tensor")
+    parser.add_argument("--all", action="store_true", help="a line for each tensor; layers alike share one otherwise")
+    parser.add_argument("--json", metavar="F", type=Path, help="also write what is printed as plain data")
+    parser.add_argument("--preset", metavar="NAME", help="instead of D: a model that need not exist")
+    parser.add_argument("--target-tensor-parallel-size", metavar="T", type=int, help="with --preset: plan its ranks")
+    parser.add_argument("--target-pipeline-parallel-size", metavar="P", type=int, help="with --preset: plan its ranks")
+    parser.set_defaults(run=run_inspect)
+
+
+def _add_verify(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "verify",
+        help="prove that a checkpoint is sound, or holds the same as another",
+        description="Check digests of files, names, shapes and counts of tensors, and that values are finite; with "
+        "--against, that both hold the same bits (or the same after rounding, where the types differ). The exit code "
+        "is 0 only if everything holds.",
+        epilog="example: vilg checkpoint verify runs/big-merged --against runs/big --logits",
+    )
+    parser.add_argument("path", metavar="D", type=Path, help=_LOAD_HELP)
+    parser.add_argument("--against", metavar="E", type=Path, help="another one that should hold the same")
+    parser.add_argument("--logits", action="store_true", help="with --against: run both models on the same input")
+    parser.set_defaults(run=run_verify)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--load-dir", metavar="D", type=Path, required=True, help=_LOAD_HELP)
+    parser.add_argument("--save-dir", metavar="E", type=Path, required=True, help="new folder; must not exist")
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="element type of the weights (default: as they are)")
+    parser.add_argument("--allow-non-finite", action="store_true", help="let NaN and infinite values pass")
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Write whole tensors."""
+    from megatron_vilg.checkpoint.reshape import merge
+    from megatron_vilg.checkpoint.sources import open_source
+
+    with open_source(args.load_dir) as source, _options(args) as options:
+        _log.info("source: %s, %s", source.path, source.format)
+        manifest = merge(source, args.save_dir, optimizer=args.optimizer, options=options)
+    _done(args.save_dir, len(manifest.tensors), source)
+    return 0
+
+
+def run_shard(args: argparse.Namespace) -> int:
+    """Write per-rank files or a training checkpoint."""
+    from megatron_vilg.checkpoint.reshape import shard
+    from megatron_vilg.checkpoint.run_folder import write_run_folder
+    from megatron_vilg.checkpoint.sources import open_source
+
+    sizes = (args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
+    problems = []
+    if args.to == "ranks" and None in sizes:
+        problems.append(
+            "--target-tensor-parallel-size and --target-pipeline-parallel-size: per-rank files need both. Works: 2 and "
+            "2, for example, or --to dcp, which fits every layout"
+        )
+    if args.to == "dcp" and sizes != (None, None):
+        problems.append("--to=dcp: a training checkpoint fits every layout. Works: without --target-... sizes")
+    if args.to == "dcp" and args.dtype:
+        problems.append("--dtype: the trainer keeps weights in fp32. Works: without it, or --to ranks")
+    if problems:
+        raise ConfigError(problems)
+    with open_source(args.load_dir) as source, _options(args) as options:
+        _log.info("source: %s, %s", source.path, source.format)
+        if args.to == "dcp":
+            count = write_run_folder(source, args.save_dir, optimizer=args.optimizer, options=options)
+        else:
+            manifest = shard(source, args.save_dir, *sizes, optimizer=args.optimizer, options=options)
+            count = len(manifest.tensors)
+    _done(args.save_dir, count, source)
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Print what is there."""
+    from megatron_vilg.checkpoint.describe import (
+        facts,
+        find_tensor,
+        head_lines,
+        manifest_differences,
+        statistics,
+        tensor_facts,
+        tree_lines,
+    )
+    from megatron_vilg.checkpoint.sources import open_source
+    from megatron_vilg.checkpoint.verify import differences
+
+    if (args.path is None) == (args.preset is None):
+        raise ConfigError(["give either a folder D or --preset NAME"])
+    if args.preset is not None:
+        return _inspect_preset(args)
+    with open_source(args.path) as source:
+        found: dict[str, Any] = facts(source)
+        lines = list(head_lines(source))
+        if args.tensor is not None:
+            found["statistics"] = statistics(source, find_tensor(source, args.tensor))
+            lines += ["", *(f"{key:11} {value}" for key, value in found["statistics"].items())]
+        elif args.compare is None:
+            found["tensors"] = tensor_facts(source.tensors)
+            lines += ["", *tree_lines(source.tensors, fold=not args.all)]
+        if args.compare is not None:
+            with open_source(args.compare) as other, _progress() as progress:
+                found["manifest_differences"] = manifest_differences(source, other)
+                found["tensor_differences"] = differences(source, other, progress)
+            lines += ["", f"beside {args.compare}:", *(found["manifest_differences"] or ["same facts"])]
+            lines += found["tensor_differences"] or ["same tensors, same values"]
+    _print(lines, found, args.json)
+    return 0
+
+
+def _inspect_preset(args: argparse.Namespace) -> int:
+    """The canonical manifest and, for a layout, each rank's files, from sizes alone."""
+    from megatron_vilg.checkpoint.plan_sizes import planned
+    from megatron_vilg.config.load import load_run_config
+
+    sizes = (args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
+    if (None in sizes) != (sizes == (None, None)):
+        raise ConfigError(["--target-tensor-parallel-size and --target-pipeline-parallel-size: give both or neither"])
+    lines, found = planned(load_run_config(args.preset), sizes, fold=not args.all)
+    _print(lines, found, args.json)
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Check; raises with every problem."""
+    from megatron_vilg.checkpoint.sources import open_source
+    from megatron_vilg.checkpoint.verify import differences, output_difference, problems_of, require_sound
+
+    if args.logits and args.against is None:
+        raise ConfigError(["--logits: compares two models. Works: with --against E"])
+    with open_source(args.path) as source, _progress() as progress:
+        require_sound(problems_of(source, progress), source.path)
+        print(f"{source.path}: sound; {len(source.tensors)} tensors, {source.format}")
+        if args.against is None:
+            return 0
+        with open_source(args.against) as other:
+            require_sound(problems_of(other, progress), other.path)
+            require_sound(differences(source, other, progress), f"{args.path} against {args.against}")
+            print(f"{args.path} and {args.against} hold the same values")
+            if args.logits:
+                largest, allowed = output_difference(source, other)
+                if not largest <= allowed:
+                    raise CheckpointError(f"outputs differ by up to {largest:.3g}; rounding explains {allowed:.3g}")
+                print(f"outputs of both models differ by at most {largest:.3g} (rounding explains {allowed:.3g})")
+    return 0
+
+
+def _print(lines: list[str], found: dict[str, Any], file: Path | None) -> None:
+    print("\n".join(lines))
+    if file is not None:
+        from megatron_vilg.checkpoint.files import write_text
+
+        write_text(file, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+
+def _done(folder: Path, count: int, source: TensorSource) -> None:
+    print(f"{folder}: {count} tensors, read back and equal to {source.path}")
+
+
+@contextmanager
+def _options(args: argparse.Namespace) -> Iterator[Options]:
+    """Conversion, tolerance, and a progress bar."""
+    import torch
+
+    from megatron_vilg.checkpoint.transfer import Options
+
+    dtype = getattr(torch, _DTYPES[args.dtype]) if args.dtype else None
+    with _progress() as progress:
+        yield Options(dtype, args.allow_non_finite, progress)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar of bytes for what is being done; a new one when that changes."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in bars or done < bars[what].n:
+            for bar in bars.values():
+                bar.close()
+            bars.clear()
+            bars[what] = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None)
+        bars[what].update(done - bars[what].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()

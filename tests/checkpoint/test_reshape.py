@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from megatron_vilg.checkpoint import tensors
+from megatron_vilg.checkpoint.export import load_model_folder
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import FILE_NAME, read_sound_manifest
+from megatron_vilg.checkpoint.reshape import merge, shard
+from megatron_vilg.checkpoint.run_folder import write_run_folder
+from megatron_vilg.checkpoint.sources import open_source
+from megatron_vilg.checkpoint.transfer import Options
+from megatron_vilg.config.schema import CheckpointConfig, ModelConfig
+from megatron_vilg.errors import CheckpointError
+from tests.checkpoint.ckpt_source import (
+    STEP,
+    assert_same,
+    manifest_for,
+    memory_source,
+    nested,
+    random_values,
+    write_checkpoint,
+)
+from tests.tiny import tiny_config
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[ModelConfig, list[tuple[int, int]]]:
+    """A small model, and two tensor x pipeline layouts that fit it."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    layers = draw(st.integers(1, 5))
+    config = tiny_config(
+        num_layers=layers,
+        num_heads=heads,
+        width=4 * heads * draw(st.sampled_from([1, 2])),
+        text_vocab_size=draw(st.integers(7, 30)),
+        image_vocab_size=draw(st.integers(3, 20)),
+        qk_norm=draw(st.booleans()),
+        sandwich_norm=draw(st.booleans()),
+        codebook_dim=draw(st.sampled_from([0, 3])),
+        segment_embedding=draw(st.booleans()),
+    )
+    pairs = [
+        (draw(st.sampled_from([t for t in (1, 2, 4) if heads % t == 0])), draw(st.integers(1, layers)))
+        for _ in range(2)
+    ]
+    return config, pairs
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=layouts(), optimizer=st.booleans(), piece=st.sampled_from([1, 64, 4 << 20]))
+def test_any_way_through_the_formats_is_the_identity(tmp_path_factory, case, optimizer: bool, piece: int) -> None:
+    config, pairs = case
+    folder = tmp_path_factory.mktemp("way")
+    source = memory_source(config, optimizer=optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "PIECE_BYTES", piece)
+        shard(source, folder / "a", *pairs[0], optimizer=optimizer)
+        with open_source(folder / "a") as ranks:
+            shard(ranks, folder / "b", *pairs[1], optimizer=optimizer)
+        with open_source(folder / "b") as ranks:
+            write_run_folder(ranks, folder / "c", optimizer=optimizer)
+        with open_source(folder / "c") as checkpoint:
+            manifest = merge(checkpoint, folder / "d", optimizer=optimizer, file_bytes=2000)
+    for name in "abcd":
+        with open_source(folder / name) as found:
+            assert_same(found, source.values)
+    assert (manifest.step, manifest.samples_seen) == (STEP, 70)
+    assert manifest.model == dataclasses.asdict(config)
+
+
+def test_the_trainer_loads_what_shard_wrote(tmp_path: Path) -> None:
+    source = memory_source()
+    write_run_folder(source, tmp_path / "run", optimizer=True)
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointConfig())
+    path = checkpointer.latest()
+    assert path is not None and path.name == "step-00000007"
+    state = nested({name: torch.zeros_like(value) for name, value in source.values.items()})
+    loaded = checkpointer.load(path, state, expected=manifest_for(tiny_config()))
+    assert loaded.samples_seen == 70
+    for name, value in nested(source.values)["model"].items():
+        assert torch.equal(state["model"][name], value)  # type: ignore[arg-type]
+
+
+def test_ranks_hold_their_cut_and_padding_never_reaches_the_canonical_file(tmp_path: Path) -> None:
+    source = memory_source()
+    manifest = shard(source, tmp_path / "ranks", 2, 3)
+    assert manifest.layout == {"tensor": 2, "pipeline": 3, "num_layers": 4}
+    first = load_file(tmp_path / "ranks" / "mp_rank_01_000" / "model.safetensors")
+    last = load_file(tmp_path / "ranks" / "mp_rank_01_002" / "model.safetensors")
+    table = source.values["model.embed.text.weight"]
+    assert table.shape == (23, 16)
+    assert torch.equal(first["embed.text.weight"], torch.cat([table[12:], torch.zeros(1, 16)]))
+    assert torch.equal(first["blocks.1.mlp.down.weight"], source.values["model.blocks.1.mlp.down.weight"][:, 32:])
+    assert torch.equal(first["blocks.0.attention.q.bias"], source.values["model.blocks.0.attention.q.bias"][8:])
+    assert "blocks.3.mlp.up.weight" in last and "norm.weight" in last and "heads.image.weight" in last
+    assert "blocks.3.mlp.up.weight" not in first and "norm.weight" not in first
+    assert not (tmp_path / "ranks" / "mp_rank_00_000" / "optimizer.safetensors").exists()
+    with open_source(tmp_path / "ranks") as ranks:
+        merge(ranks, tmp_path / "whole")
+    assert load_file(tmp_path / "whole" / "model.safetensors")["embed.text.weight"].shape == (23, 16)
+
+
+def test_merge_of_a_checkpoint_is_a_folder_to_generate_from(tmp_path: Path) -> None:
+    source = memory_source()
+    write_checkpoint(tmp_path, source)
+    with open_source(tmp_path) as checkpoint:
+        merge(checkpoint, tmp_path / "small", file_bytes=4000)
+    folder = tmp_path / "small"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {p.name for p in folder.glob("model-*.safetensors")}
+    assert len(index["weight_map"]) == sum(name.startswith("model.") for name in source.values)
+    config, weights = load_model_folder(folder)
+    assert config["model"]["width"] == 16
+    assert torch.equal(weights["norm.weight"], source.values["model.norm.weight"])
+    assert read_sound_manifest(folder).tensors["model.norm.weight"].shape == (16,)
+
+
+def test_weights_are_rounded_and_optimizer_state_is_not(tmp_path: Path) -> None:
+    source = memory_source()
+    merge(source, tmp_path / "half", optimizer=True, options=Options(dtype=torch.bfloat16))
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    state = load_file(tmp_path / "half" / "optimizer.safetensors")
+    assert torch.equal(weights["norm.bias"], source.values["model.norm.bias"].bfloat16())
+    assert torch.equal(state["exp_avg.norm.bias"], source.values["optimizer.exp_avg.norm.bias"])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "words"),
+    [
+        (3, 1, r"--target-tensor-parallel-size=3: must divide the 2 attention heads. Works: 1, 2"),
+        (0, 1, r"--target-tensor-parallel-size=0"),
+        (1, 5, r"--target-pipeline-parallel-size=5: must leave each stage a layer. Works: 1 to 4"),
+    ],
+)
+def test_layouts_that_cannot_hold_the_model_are_refused(tmp_path: Path, tensor: int, pipeline: int, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        shard(memory_source(), tmp_path / "ranks", tensor, pipeline)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_are_not_finite_stop_a_merge_unless_asked_for(tmp_path: Path) -> None:
+    source = memory_source()
+    source.values["model.norm.weight"][3] = float("nan")
+    with pytest.raises(CheckpointError, match=r"not finite: model.norm.weight \(1 of 16 values\).*--allow-non-finite"):
+        merge(source, tmp_path / "whole")
+    assert not list(tmp_path.iterdir())
+    merge(source, tmp_path / "whole", options=Options(allow_non_finite=True))
+
+
+def test_a_value_too_large_for_half_precision_is_named(tmp_path: Path) -> None:
+    source = memory_source()
+    source.values["model.norm.weight"][0] = 1e6
+    with pytest.raises(CheckpointError, match=r"not finite as torch.float16: model.norm.weight .*--dtype=bf16"):
+        merge(source, tmp_path / "whole", options=Options(dtype=torch.float16))
+    merge(source, tmp_path / "whole", options=Options(dtype=torch.bfloat16))
+
+
+def test_nothing_is_overwritten_and_leftovers_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / "whole.partial").mkdir()
+    (tmp_path / "whole.partial" / "model.safetensors").write_bytes(b"half")
+    merge(memory_source(), tmp_path / "whole")
+    before = (tmp_path / "whole" / FILE_NAME).read_bytes()
+    with pytest.raises(CheckpointError, match=r"--save-dir=.*whole: exists already, nothing is overwritten"):
+        merge(memory_source(seed=1), tmp_path / "whole")
+    assert (tmp_path / "whole" / FILE_NAME).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_optimizer_state_that_is_not_there_is_not_invented(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds weights only, no optimizer state"):
+        merge(memory_source(optimizer=False), tmp_path / "whole", optimizer=True)
+
+
+def test_random_values_are_all_different() -> None:
+    values = random_values(tiny_config())
+    assert torch.cat([v.flatten() for n, v in values.items() if "step" not in n]).unique().numel() > 20_000
