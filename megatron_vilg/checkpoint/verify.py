@@ -26,8 +26,9 @@ from megatron_vilg.checkpoint.tensors import (
 from megatron_vilg.checkpoint.transfer import equal_bits
 from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig
 from megatron_vilg.errors import CheckpointError
+from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.models.tokenizers import build_image_tokenizer
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.models.vqgan import VQGAN
 from megatron_vilg.sequence import Direction
 
 GENERATOR, IMAGE_TOKENIZER = "pretrain", "image-tokenizer"
@@ -84,7 +85,7 @@ def _build(manifest: Manifest) -> nn.Module | None:
     if manifest.kind == GENERATOR and values:
         return ViLG(TypeAdapter(ModelConfig).validate_python(values))
     if manifest.kind == IMAGE_TOKENIZER:
-        return VQGAN(TypeAdapter(ImageTokenizerConfig).validate_python(values))
+        return build_image_tokenizer(TypeAdapter(ImageTokenizerConfig).validate_python(values))
     return None
 
 
@@ -197,7 +198,7 @@ def _logits(model: nn.Module, generator: torch.Generator) -> list[Tensor]:
 
 
 def _pixels(model: nn.Module, generator: torch.Generator) -> list[Tensor]:
-    assert isinstance(model, VQGAN)
+    assert not isinstance(model, ViLG) and isinstance(model, ImageTokenizer)
     ids = torch.randint(model.config.codebook_size, (1, model.config.grid_side**2), generator=generator)
     return [model.decode(model.lookup(ids))]
 
