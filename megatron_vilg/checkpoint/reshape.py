@@ -22,7 +22,7 @@ from megatron_vilg.checkpoint.manifest import Manifest, TensorEntry, current_ver
 from megatron_vilg.checkpoint.new_folder import Background, new_folder
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
-from megatron_vilg.checkpoint.sources import CONFIG_NAME, companions
+from megatron_vilg.checkpoint.sources import CONFIG_NAME, IMAGE_TOKENIZER, TOKENIZERS, companions
 from megatron_vilg.checkpoint.tensors import MODEL, TensorInfo, TensorSource, in_order, parameter_of, part_of
 from megatron_vilg.checkpoint.transfer import Files, Options, converted, require_equal, write_files
 from megatron_vilg.errors import CheckpointError
@@ -74,6 +74,35 @@ def merge(
 
     manifest = derived_manifest(source, names, options, format=FORMAT, layout={})
     return write_folder(source, folder, files, names, manifest, CanonicalSource, options, config, extra, finish)
+
+
+ONE_FILE = 1 << 62
+"""More bytes than any model has: everything in one file."""
+
+
+def convert(source: TensorSource, folder: Path, to: str, *, optimizer: bool = False, options: Options) -> Manifest:
+    """Write a folder to share.
+
+    Args:
+        source: a generator or an image tokenizer in any form, with a manifest.
+        folder: must not exist.
+        to: ``vilg``, as :func:`merge`; ``safetensors``: all weights in one file, which carries the configuration in
+            its header; ``pretrained``: weights, configuration and both tokenizers, all that drawing needs.
+        optimizer: with ``vilg``, whether everything besides the weights is written too.
+        options: conversion, tolerance, progress.
+
+    Raises:
+        CheckpointError: as :func:`merge`, or a tokenizer is missing for ``pretrained``.
+    """
+    if to == "pretrained" and source.manifest is not None and source.manifest.kind != IMAGE_TOKENIZER:
+        _, found = companions(source)
+        if missing := [name for name in TOKENIZERS if name not in found]:
+            raise CheckpointError(
+                f"{source.path}: no {' and no '.join(missing)} beside it, and without them nobody can draw. "
+                "Works: copy them there from the run, or --to vilg"
+            )
+    file_bytes = ONE_FILE if to == "safetensors" else FILE_BYTES
+    return merge(source, folder, optimizer=optimizer and to == "vilg", options=options, file_bytes=file_bytes)
 
 
 def canonical_files(
@@ -195,10 +224,9 @@ def write_folder(
         background = Background(partial)
         try:
             background.check_source(source.path, source.manifest)
-            write_files(
-                source, files, partial, background, options, {"kind": manifest.kind, "step": str(manifest.step)}
-            )
             text = json.dumps(config, ensure_ascii=False, indent=1)
+            metadata = {"kind": manifest.kind, "step": str(manifest.step), "config": text}
+            write_files(source, files, partial, background, options, metadata)
             (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
             for name, path in extra.items():
                 shutil.copytree(path, partial / name)

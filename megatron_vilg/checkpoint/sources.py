@@ -19,6 +19,7 @@ from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
+IMAGE_TOKENIZER = "image-tokenizer"
 CHECKPOINT_FOLDER = "checkpoints"
 TOKENIZERS = {"text_tokenizer": "spm.model", "image_tokenizer": "model.safetensors"}
 """Folder of each tokenizer in a run, and the file in it whose digest manifests state."""
@@ -63,18 +64,18 @@ def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]
     """
     manifest = source.manifest
     assert manifest is not None, "a source without manifest has no companions"
+    if manifest.kind == IMAGE_TOKENIZER:
+        return manifest.model, {}
     folders = _folders_of(source.path)
-    config: Mapping[str, Any] = {}
+    config: Mapping[str, Any] = {"model": dict(manifest.model)}
     for folder in folders:
         if (folder / CONFIG_NAME).is_file():
             config = _read_config(folder / CONFIG_NAME, manifest)
             break
-    if not config:
-        config = manifest.model if manifest.kind == "image-tokenizer" else {"model": dict(manifest.model)}
     found = {}
     for name, file in TOKENIZERS.items():
         beside = next((folder / name for folder in folders if (folder / name).is_dir()), None)
-        if beside is not None and manifest.kind != "image-tokenizer":
+        if beside is not None:
             _check_tokenizer(beside / file, manifest.tokenizers.get(name))
             found[name] = beside
     return config, found
@@ -92,7 +93,7 @@ def _read_config(path: Path, manifest: Manifest) -> Mapping[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    model = content if manifest.kind == "image-tokenizer" else content.get("model", {})
+    model = content.get("model", {})
     differing = [
         f"{key}: {manifest.model[key]!r} in the manifest, {model[key]!r} in {CONFIG_NAME}"
         for key in sorted(manifest.model.keys() & model.keys())

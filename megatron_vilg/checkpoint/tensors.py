@@ -110,6 +110,22 @@ class TensorSource:
         self.close()
 
 
+class DictSource(TensorSource):
+    """Tensors in memory, by full name."""
+
+    format = "tensors in memory"
+
+    def __init__(self, values: Mapping[str, Tensor], manifest: Manifest | None, path: Path) -> None:
+        super().__init__(path)
+        self.values, self.manifest = values, manifest
+        self.tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in values.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See :meth:`TensorSource.rows`."""
+        value = self.values[name]
+        return (value if value.ndim else value.reshape(1))[start:stop].contiguous()
+
+
 def pieces(info: TensorInfo) -> Iterator[tuple[int, int]]:
     """Row ranges of at most :data:`PIECE_BYTES` each that together are the tensor."""
     row_bytes = info.row_numel * info.dtype.itemsize

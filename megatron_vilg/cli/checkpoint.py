@@ -34,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
     verbs = parser.add_subparsers(dest="checkpoint_verb", metavar="WHAT", required=True)
     _add_merge(verbs)
     _add_shard(verbs)
+    _add_convert(verbs)
     _add_inspect(verbs)
     _add_verify(verbs)
 
@@ -69,6 +70,33 @@ def _add_shard(verbs: Any) -> None:
     parser.add_argument("--optimizer", action="store_true", help="optimizer state too")
     _add_writing(parser)
     parser.set_defaults(run=run_shard)
+
+
+def _add_convert(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "convert",
+        help="foreign weights to ours, or ours to a folder to share",
+        description="Read image tokenizers of taming-transformers (VQ and Gumbel, with their yaml), LlamaGen and "
+        "DALL-E, checkpoints of DeepSpeed, or our own in any form. Foreign files are read as data; nothing in them is "
+        "executed.",
+        epilog="examples: vilg checkpoint convert --from taming --to vilg --load-dir vqgan_imagenet_f16_1024 "
+        "--save-dir runs/mine/image_tokenizer; vilg checkpoint convert --from vilg --to pretrained "
+        "--load-dir runs/demo --save-dir share --dtype bf16",
+    )
+    sources = ("taming", "llamagen", "dalle", "deepspeed", "vilg")
+    parser.add_argument("--from", dest="origin", choices=sources, required=True, help="what D is")
+    parser.add_argument(
+        "--to",
+        choices=("vilg", "safetensors", "pretrained"),
+        required=True,
+        help="canonical folder; one file; weights, configuration and tokenizers together",
+    )
+    _add_folders(parser)
+    parser.add_argument("--config", metavar="FILE", type=Path, help="taming: its yaml, where D has none or several")
+    parser.add_argument("--image-size", metavar="S", type=int, help="image tokenizers: pixels a side (default: theirs)")
+    parser.add_argument("--optimizer", action="store_true", help="with --to vilg: optimizer state too")
+    _add_writing(parser)
+    parser.set_defaults(run=run_convert)
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -155,6 +183,36 @@ def run_shard(args: argparse.Namespace) -> int:
             manifest = shard(source, args.save_dir, *sizes, optimizer=args.optimizer, options=options)
             count = len(manifest.tensors)
     _done(args.save_dir, count, source)
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Read what others wrote, or ours; write a folder."""
+    from megatron_vilg.checkpoint.foreign import read_dalle, read_llamagen, read_taming
+    from megatron_vilg.checkpoint.reshape import convert
+    from megatron_vilg.checkpoint.sources import open_source
+
+    problems = []
+    if args.origin in ("vilg", "deepspeed") and args.image_size is not None:
+        problems.append(f"--image-size: --from {args.origin} knows its sizes. Works: without it")
+    if args.origin != "taming" and args.config is not None:
+        problems.append(f"--config: --from {args.origin} needs none. Works: without it")
+    if args.optimizer and (args.to != "vilg" or args.origin not in ("vilg", "deepspeed")):
+        problems.append("--optimizer: only checkpoints of ours have its state. Works: --from vilg|deepspeed --to vilg")
+    if problems:
+        raise ConfigError(problems)
+    if args.origin == "taming":
+        source: TensorSource = read_taming(args.load_dir, args.config, args.image_size)
+    elif args.origin == "llamagen":
+        source = read_llamagen(args.load_dir, args.image_size)
+    elif args.origin == "dalle":
+        source = read_dalle(args.load_dir, args.image_size)
+    else:
+        source = open_source(args.load_dir)
+    with source, _options(args) as options:
+        _log.info("source: %s, %s", source.path, source.format)
+        manifest = convert(source, args.save_dir, args.to, optimizer=args.optimizer, options=options)
+    _done(args.save_dir, len(manifest.tensors), source)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.sequence import TextToken
 
@@ -26,7 +26,7 @@ def check(run: RunConfig, world_size: int = 1) -> list[str]:
     return [
         *_check_model(run),
         *_check_text(run),
-        *_check_image_tokenizer(run),
+        *_check_image_tokenizer(run.image_tokenizer),
         *_check_image_tokenizer_training(run),
         *_check_training(run),
         *_check_reconstructor(run),
@@ -84,8 +84,12 @@ def _check_text(run: RunConfig) -> Iterable[str]:
         yield _problem("model.num_text_slots", run.model.num_text_slots, rule, f"at most {MAX_VOCABULARY}")
 
 
-def _check_image_tokenizer(run: RunConfig) -> Iterable[str]:
-    tokenizer = run.image_tokenizer
+def check_image_tokenizer(tokenizer: ImageTokenizerConfig) -> list[str]:
+    """All broken rules of an image tokenizer's architecture."""
+    return list(_check_image_tokenizer(tokenizer))
+
+
+def _check_image_tokenizer(tokenizer: ImageTokenizerConfig) -> Iterable[str]:
     if tokenizer.image_size % tokenizer.downsample:
         below = tokenizer.image_size // tokenizer.downsample * tokenizer.downsample
         near = [size for size in (below, below + tokenizer.downsample) if size]
@@ -95,6 +99,12 @@ def _check_image_tokenizer(run: RunConfig) -> Iterable[str]:
     if tokenizer.kind == "vqgan" and any(width % tokenizer.norm_groups for width in widths):
         rule = f"must divide the channels of every level, {widths}"
         yield _problem("image_tokenizer.norm_groups", tokenizer.norm_groups, rule, _divisors(math.gcd(*widths)))
+    levels = len(tokenizer.channel_multipliers)
+    if max(tokenizer.attention_levels, default=0) >= levels:
+        rule = f"there are {levels} levels, as many as image_tokenizer.channel_multipliers"
+        yield _problem(
+            "image_tokenizer.attention_levels", list(tokenizer.attention_levels), rule, f"some of 0 to {levels - 1}"
+        )
     if tokenizer.codebook_size > MAX_VOCABULARY:
         rule = "ids are kept in 16 bits"
         yield _problem("image_tokenizer.codebook_size", tokenizer.codebook_size, rule, f"at most {MAX_VOCABULARY}")

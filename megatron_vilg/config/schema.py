@@ -120,6 +120,12 @@ class ImageTokenizerConfig:
     """Residual blocks per level; a VQGAN's decoder has one more, as in taming-transformers."""
     bottom_attention: bool = True
     """Self-attention at the lowest resolution."""
+    attention_levels: tuple[Count, ...] = ()
+    """Levels, counted from 0, with self-attention behind each residual block too (``attn_resolutions`` of
+    taming-transformers)."""
+    latent_channels: Count = 0
+    """Channels between the networks and 1x1 convolutions to and from the codes (``z_channels`` of
+    taming-transformers). 0: the encoder ends in one 1x1 convolution, the decoder begins with one of 3x3."""
     norm_groups: PositiveInt = 32
     """Groups of each GroupNorm; must divide every level's channels. On CPU 16 or more channels a group are fast."""
     codebook_size: PositiveInt = 8192
@@ -128,10 +134,15 @@ class ImageTokenizerConfig:
     """Numbers per code; 8 to 32 keep a VQGAN's codebook alive (ViT-VQGAN table 4, LlamaGen); DALL-E's dVAE has 128."""
     l2_normalise: bool = True
     """Compare directions only: codes and encoder outputs have length 1."""
+    code_choice: Literal["nearest", "logits"] = "nearest"
+    """Which code a vector becomes: the nearest, or the likeliest of a linear classifier (Gumbel models of
+    taming-transformers, which can be imported, not trained here)."""
     codebook_update: Literal["ema", "gradient"] = "ema"
     """How codes follow the encoder: moving averages, or the codebook loss of VQ-VAE."""
     ema_decay: Fraction = 0.97
     """Decay of those moving averages, per step."""
+    squeeze_input: bool = False
+    """dVAE: the encoder sees pixels mapped to [0.1, 0.9], as DALL-E's published weights expect."""
     commitment_weight: NonNegative = 0.25
     """Weight of the loss that keeps encoder outputs near their code."""
     dead_code_threshold: NonNegative = 0.05

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_vilg.config.schema import ImageTokenizerConfig
-from megatron_vilg.models.pixel_losses import logit_laplace_pixels
+from megatron_vilg.models.pixel_losses import logit_laplace_pixels, squeezed
 
 _REVIVED_NOISE = 0.1
 """How far a revived code starts from the code it splits, as a share of that code's size."""
@@ -136,6 +136,8 @@ class DVAE(nn.Module):
         size = self.config.image_size
         if tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}; this tokenizer reads [B, 3, {size}, {size}]")
+        if self.config.squeeze_input:
+            pixels = squeezed(pixels)
         grid: Tensor = self.encoder(pixels.contiguous(memory_format=torch.channels_last))
         return grid.flatten(2).transpose(1, 2).float()
 

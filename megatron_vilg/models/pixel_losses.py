@@ -52,7 +52,7 @@ def logit_laplace(parameters: Tensor, target: Tensor) -> Tensor:
     """
     mu, ln_scale = parameters.float().chunk(2, dim=1)
     ln_scale = ln_scale.clamp(min=LN_SCALE_FLOOR)
-    x = _squeezed(target.float())
+    x = squeezed(target.float())
     distance = (torch.logit(x) - mu).abs() * torch.exp(-ln_scale)
     return (distance + ln_scale + math.log(2.0) + (x * (1.0 - x)).log()).flatten(1).mean(1)
 
@@ -63,5 +63,6 @@ def logit_laplace_pixels(parameters: Tensor) -> Tensor:
     return (torch.sigmoid(mu) - _MARGIN) * (2.0 / (1.0 - 2.0 * _MARGIN)) - 1.0
 
 
-def _squeezed(pixels: Tensor) -> Tensor:
+def squeezed(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] mapped to [0.1, 0.9]."""
     return (1.0 - 2.0 * _MARGIN) * (pixels + 1.0) * 0.5 + _MARGIN

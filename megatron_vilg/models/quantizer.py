@@ -67,6 +67,7 @@ class VectorQuantizer(nn.Module):
             self.code = nn.Parameter(code)
         else:
             self.register_buffer("code", code)
+        self.logits = nn.Linear(config.codebook_dim, config.codebook_size) if config.code_choice == "logits" else None
         self.register_buffer("ema_sum", code.detach().clone())
         self.register_buffer("ema_count", torch.ones(config.codebook_size))
 
@@ -91,6 +92,14 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(vectors.device.type, enabled=False):
             found = [(part @ codebook.t() + offset.to(part.device)).argmax(1) for part in vectors.split(rows)]
         return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=vectors.device)
+
+    @torch.no_grad()
+    def choose(self, vectors: Tensor) -> Tensor:
+        """Prepared vectors [M, C] to the ids int64 [M] of their codes, as ``code_choice`` says."""
+        if self.logits is None:
+            return self.nearest(vectors)
+        rows = max(1, _MAX_SCORES // self.config.codebook_size)
+        return torch.cat([self.logits(part).argmax(1) for part in vectors.split(rows)])
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Ids of any shape to float32 [..., C]."""

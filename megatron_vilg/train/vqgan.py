@@ -16,7 +16,7 @@ from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.config.schema import CheckpointConfig, RunConfig
 from megatron_vilg.data.images import to_image
-from megatron_vilg.errors import CheckpointError, TrainingError
+from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.quantizer import codebook_use
 from megatron_vilg.models.tokenizers import AnyTokenizer
@@ -124,6 +124,9 @@ def train_image_tokenizer(
     """
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
+    if run.image_tokenizer.code_choice != "nearest":
+        rule = "such a tokenizer can be imported (vilg checkpoint convert), not trained here"
+        raise ConfigError([f"image_tokenizer.code_choice={run.image_tokenizer.code_choice}: {rule}. Works: nearest."])
     options = run.image_tokenizer_train
     pixels = PixelsInMemory(source, run) if isinstance(source, Tensor) else source
     held_out = held_out[:MAX_EVALUATED]

@@ -11,27 +11,12 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest
-from megatron_vilg.checkpoint.tensors import TensorInfo, TensorSource, read_whole
+from megatron_vilg.checkpoint.tensors import DictSource, TensorSource, read_whole
 from megatron_vilg.config.schema import CheckpointConfig, ModelConfig
 from megatron_vilg.models.vilg import ViLG
 from tests.tiny import tiny_config
 
 STEP = 7
-
-
-class MemorySource(TensorSource):
-    """Tensors in memory."""
-
-    format = "memory"
-
-    def __init__(self, values: Mapping[str, Tensor], manifest: Manifest | None, path: Path = Path("memory")) -> None:
-        super().__init__(path)
-        self.values, self.manifest = values, manifest
-        self.tensors = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in values.items()}
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        value = self.values[name]
-        return (value if value.ndim else value.reshape(1))[start:stop].contiguous()
 
 
 def random_values(config: ModelConfig, *, optimizer: bool = True, seed: int = 0) -> dict[str, Tensor]:
@@ -58,9 +43,9 @@ def manifest_for(config: ModelConfig) -> Manifest:
     )
 
 
-def memory_source(config: ModelConfig | None = None, *, optimizer: bool = True, seed: int = 0) -> MemorySource:
+def memory_source(config: ModelConfig | None = None, *, optimizer: bool = True, seed: int = 0) -> DictSource:
     config = config or tiny_config()
-    return MemorySource(random_values(config, optimizer=optimizer, seed=seed), manifest_for(config))
+    return DictSource(random_values(config, optimizer=optimizer, seed=seed), manifest_for(config), Path("memory"))
 
 
 def nested(values: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
@@ -78,7 +63,7 @@ def nested(values: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
     return state
 
 
-def write_checkpoint(folder: Path, source: MemorySource) -> Path:
+def write_checkpoint(folder: Path, source: DictSource) -> Path:
     """``folder/checkpoints/step-00000007`` as the trainer writes it."""
     assert source.manifest is not None
     return Checkpointer(folder / "checkpoints", CheckpointConfig()).save(STEP, nested(source.values), source.manifest)
