@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -58,7 +59,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]
             if pipe.poll(0.01):
                 del waiting[rank]
                 try:
-                    answers[rank] = pipe.recv()
+                    answers[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     answers[rank] = (False, "died without a word")
                 if not answers[rank][0]:
@@ -75,8 +76,8 @@ def _rank_main(
             "gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size,
             timeout=timedelta(seconds=60),
         )  # fmt: skip
-        answer.send((True, function(*args)))
+        answer.send_bytes(pickle.dumps((True, function(*args))))
     except BaseException:  # noqa: BLE001 - whatever it was, the parent reports it
-        answer.send((False, traceback.format_exc()))
+        answer.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         os._exit(0)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,23 +26,31 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_vilg.checkpoint.files import PARTIAL, REPLACED, publish, recover, remove, sync, with_suffix
 from megatron_vilg.checkpoint.manifest import Manifest, read_sound_manifest, write_manifest
 from megatron_vilg.config.schema import CheckpointConfig
-from megatron_vilg.errors import CheckpointError
+from megatron_vilg.errors import CheckpointError, VilgError
 from megatron_vilg.log import get_logger
+from megatron_vilg.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
+Value = TypeVar("Value")
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpointer:
-    """Checkpoints of one run, written by one process.
+    """Checkpoints of one run. On several ranks all make the same calls: each writes its shards, the main one the rest.
 
-    A state is a nested dict with string keys and tensors as leaves. ``save`` may be killed at any moment: the newest
-    complete checkpoint stays loadable.
+    A state is a nested dict with string keys and tensors as leaves; ranks may hold different names, and shards of
+    tensors (DTensor). ``save`` may be killed at any moment: the newest complete checkpoint stays loadable.
+
+    Args:
+        folder: where; on several machines a shared one.
+        config: when to save and what to keep.
+        mesh: the grid of ranks; None for one process.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, mesh: Mesh | None = None) -> None:
         self.folder = folder
         self.config = config
+        self._mesh = mesh or Mesh(torch.device("cpu"))
         self._damaged: set[int] = set()
 
     def path(self, step: int) -> Path:
@@ -72,26 +81,47 @@ class Checkpointer:
         final = self.path(step)
         partial = with_suffix(final, PARTIAL)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._clean()
+            self._on_main(self._clean)
             with _one_process():
-                dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial, sync_files=True), no_dist=True)
-            sync(partial)
-            write_manifest(partial, manifest)
-            publish(partial, final)
-            self._damaged.discard(step)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if partial.exists():
+                writer = dcp.FileSystemWriter(partial, sync_files=True)
+                dcp.save(dict(state), storage_writer=writer, no_dist=not self._mesh.is_distributed)
+            self._on_main(lambda: self._publish(partial, final, manifest))
+        except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
+            if self._mesh.is_main and partial.exists():
                 remove(partial)
             raise CheckpointError(
                 f"{final}: cannot be written ({_reason(error)}). Free space or choose another folder; "
                 f"checkpoints that stay: {', '.join(f'step-{s:08d}' for s in self.steps()) or 'none'}"
             ) from error
-        self._retain()
         return final
+
+    def _publish(self, partial: Path, final: Path, manifest: Manifest) -> None:
+        sync(partial)
+        write_manifest(partial, manifest)
+        publish(partial, final)
+        self._damaged.discard(manifest.step)
+        self._retain()
+
+    def _on_main(self, work: Callable[[], Value]) -> Value:
+        """Do it on the main rank, for all; its result, or its error, comes to every rank."""
+        if not self._mesh.is_distributed:
+            return work()
+        answer: tuple[str, Any] = ("", None)
+        if self._mesh.is_main:
+            try:
+                answer = ("", work())
+            except (OSError, RuntimeError, VilgError) as error:
+                answer = (f"{type(error).__name__}: {error}", None)
+        failure, result = self._mesh.from_main(answer)
+        if failure:
+            raise CheckpointError(f"rank 0: {failure}")
+        return result
 
     def latest(self) -> Path | None:
         """The newest complete and undamaged checkpoint, or None; warns about each damaged one it passes over."""
+        return self._on_main(self._latest)
+
+    def _latest(self) -> Path | None:
         self._recover()
         for step in reversed(self.steps()):
             path = self.path(step)
@@ -119,27 +149,33 @@ class Checkpointer:
             CheckpointError: the checkpoint is incomplete, damaged, or of another configuration, or names, shapes or
                 dtypes differ from ``state``; then nothing was changed.
         """
-        manifest = read_sound_manifest(path)
+        manifest = self._on_main(lambda: read_sound_manifest(path))
         if expected is not None:
             manifest.compare(expected, where=path)
         flat = _flatten(state)
         try:
             reader = dcp.FileSystemReader(path)
-            problems = list(_mismatches(flat, reader.read_metadata().state_dict_metadata))
+            problems = list(_mismatches(flat, reader.read_metadata().state_dict_metadata, self._all_names(flat)))
+            problems = sorted({problem for found in self._mesh.gather(problems) for problem in found})
             if problems:
                 raise CheckpointError(f"{path}: does not fit\n" + "\n".join(f"  {p}" for p in problems))
             with _one_process():
-                dcp.load(dict(flat), storage_reader=reader, no_dist=True)
+                dcp.load(dict(flat), storage_reader=reader, no_dist=not self._mesh.is_distributed)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
         return manifest
+
+    def _all_names(self, flat: Mapping[str, Tensor]) -> set[str]:
+        """Names of tensors that any rank holds."""
+        return {name for names in self._mesh.gather(sorted(flat)) for name in names}
 
     def _recover(self) -> None:
         for aside in sorted(self.folder.glob(f"step-*{REPLACED}")):
             recover(aside.with_name(aside.name.removesuffix(REPLACED)))
 
     def _clean(self) -> None:
-        """Remove what killed processes left."""
+        """Make the folder, and remove what killed processes left in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._recover()
         for leftover in self.folder.glob(f"step-*{PARTIAL}"):
             remove(leftover)
@@ -189,11 +225,11 @@ def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def _mismatches(flat: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Iterator[str]:
+def _mismatches(flat: Mapping[str, Tensor], stored: Mapping[str, Any], expected: set[str]) -> Iterator[str]:
     """One line per tensor whose name, shape or dtype differs between state and checkpoint."""
     for name in sorted(flat.keys() - stored.keys()):
         yield f"{name}: missing in the checkpoint"
-    for name in sorted(stored.keys() - flat.keys()):
+    for name in sorted(stored.keys() - expected):
         yield f"{name}: in the checkpoint, but not expected"
     for name in sorted(flat.keys() & stored.keys()):
         entry, tensor = stored[name], flat[name]

@@ -47,7 +47,7 @@ def run_config_from_args(args: argparse.Namespace, *, is_joint: bool = False) ->
         ConfigError: unknown names, wrong values, or combinations that cannot run.
     """
     loaded = load_from_args(args)
-    require(loaded.run, world_size=read_world().size if is_joint else 1)
+    require(loaded.run, world_size=read_world().size if is_joint else None)
     given = sum(origin == COMMAND_LINE for origin in loaded.origins.values())
     parts = ["defaults", f"preset {loaded.run.preset}" if loaded.run.preset else "", str(args.config or "")]
     parts.append(f"{given} from the command line" if given else "")

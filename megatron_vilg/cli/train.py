@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
+from megatron_vilg.config.world import read_world
 
 STOPPED = 130
 """Exit code of a run that a signal stopped after saving; the same command goes on."""
@@ -35,29 +37,37 @@ def run(args: argparse.Namespace) -> int:
     """Prepare what is missing, then train; 0 when the run is complete, 3 when a signal stopped it."""
     config = run_config_from_args(args, is_joint=True)
     from megatron_vilg.cli.samples import SamplePictures
+    from megatron_vilg.parallel.launch import device_of, joined
+    from megatron_vilg.parallel.mesh import build_mesh
     from megatron_vilg.train.pretrain import pretrain
     from megatron_vilg.train.stages import prepare, timed
 
-    device = chosen_device(args.device)
-    ready = prepare(
-        config,
-        args.data,
-        args.out,
-        text_tokenizer=args.text_tokenizer,
-        image_tokenizer=args.image_tokenizer,
-        device=device,
-    )
-    if ready is None:
-        return STOPPED
-    with timed(args.out, "train"):
-        complete = pretrain(
-            ready.run,
-            ready.cache,
-            args.out,
-            codebook=ready.image_tokenizer.codebook,
-            image_tokenizer=ready.image_tokenizer,
-            pixels=ready.pixels,
-            device=device,
-            on_sample=SamplePictures(ready, args.out),
+    world = read_world()
+    device = device_of(world, chosen_device(args.device))
+    with joined(world, device, config.parallel.timeout_seconds) as job:
+        ready = job.main_first(
+            "prepared",
+            lambda: prepare(
+                config,
+                args.data,
+                args.out,
+                text_tokenizer=args.text_tokenizer,
+                image_tokenizer=args.image_tokenizer,
+                device=device,
+                world=world,
+            ),
         )
+        if ready is None:
+            return STOPPED
+        with timed(args.out, "train") if world.is_main else nullcontext():
+            complete = pretrain(
+                ready.run,
+                ready.cache,
+                args.out,
+                codebook=ready.image_tokenizer.codebook,
+                image_tokenizer=ready.image_tokenizer,
+                pixels=ready.pixels,
+                mesh=build_mesh(ready.run.parallel, device),
+                on_sample=SamplePictures(ready, args.out),
+            )
     return 0 if complete else STOPPED

@@ -20,8 +20,11 @@ NUM_BYTE_PIECES = 256
 """Pieces that SentencePiece's byte fallback always takes."""
 
 
-def check(run: RunConfig, world_size: int = 1) -> list[str]:
-    """All broken rules of a configuration for ``world_size`` processes; empty when it can run."""
+def check(run: RunConfig, world_size: int | None = 1) -> list[str]:
+    """All broken rules of a configuration for ``world_size`` processes; empty when it can run.
+
+    With None it is not asked whether the layout fits any number of processes.
+    """
     run = run.resolve()
     return [
         *_check_model(run),
@@ -31,11 +34,10 @@ def check(run: RunConfig, world_size: int = 1) -> list[str]:
         *_check_training(run),
         *_check_reconstructor(run),
         *_check_layout(run, world_size),
-        *_check_release(run, world_size),
     ]
 
 
-def require(run: RunConfig, world_size: int = 1) -> None:
+def require(run: RunConfig, world_size: int | None = 1) -> None:
     """Raise ``ConfigError`` with all broken rules, if there are any."""
     if problems := check(run, world_size):
         raise ConfigError(problems)
@@ -177,15 +179,62 @@ def _check_reconstructor(run: RunConfig) -> Iterable[str]:
     yield from _below_one(f"{section}.ema_decay", options.ema_decay)
 
 
-def _check_layout(run: RunConfig, world_size: int) -> Iterable[str]:
+def _check_layout(run: RunConfig, world_size: int | None) -> Iterable[str]:
+    yield from _check_tensor(run)
+    yield from _check_pipeline(run)
+    if world_size is None:
+        return
+    yield from _check_grid(run, world_size)
+    if run.reconstructor.enabled and world_size > 1:
+        rule = f"end-to-end training works on one process so far, there are {world_size}"
+        yield _problem("reconstructor.enabled", True, rule, "false, or one process")
+    if run.parallel.cpu_offload and world_size == 1:
+        rule = "is for sharded weights, and there is one process"
+        yield _problem("parallel.cpu_offload", True, rule, "false, or more processes")
+
+
+def _check_tensor(run: RunConfig) -> Iterable[str]:
     parallel, model = run.parallel, run.model
-    if model.num_heads % parallel.tensor or model.spec.length % parallel.tensor:
-        works = [n for n in _divisors(model.num_heads) if model.spec.length % n == 0]
-        rule = f"must divide model.num_heads={model.num_heads} and the row length {model.spec.length}"
+    sizes = {
+        "model.num_heads": model.num_heads,
+        "the row length": model.spec.length,
+        "model.image_vocab_size": model.image_vocab_size,
+        "model.text_vocab_size": model.text_vocab_size,
+    }
+    if broken := {name: size for name, size in sizes.items() if size % parallel.tensor}:
+        works = [n for n in _divisors(model.num_heads) if all(size % n == 0 for size in sizes.values())]
+        rule = "must divide " + " and ".join(f"{name}={size}" for name, size in broken.items())
         yield _problem("parallel.tensor", parallel.tensor, rule, works)
-    if parallel.pipeline > model.num_layers:
-        rule = f"must not exceed model.num_layers={model.num_layers}"
-        yield _problem("parallel.pipeline", parallel.pipeline, rule, f"1 to {model.num_layers}")
+    if parallel.tensor > 1 and model.dropout:
+        rule = f"with parallel.tensor={parallel.tensor} ranks would drop different values of what they share"
+        yield _problem("model.dropout", model.dropout, rule, "0, or parallel.tensor=1")
+
+
+def _check_pipeline(run: RunConfig) -> Iterable[str]:
+    parallel, layers = run.parallel, run.model.num_layers
+    if parallel.pipeline > layers:
+        rule = f"must not exceed model.num_layers={layers}"
+        yield _problem("parallel.pipeline", parallel.pipeline, rule, f"1 to {layers}")
+        return
+    most = layers // parallel.pipeline
+    if parallel.schedule == "interleaved":
+        if parallel.pipeline == 1:
+            yield _problem("parallel.schedule", parallel.schedule, "needs parallel.pipeline of 2 and more", "1f1b")
+        elif parallel.stages_per_rank == 1 or parallel.stages_per_rank > most:
+            rule = f"schedule=interleaved needs 2 and more, in all at most model.num_layers={layers}"
+            works = f"2 to {most}" if most >= 2 else "parallel.schedule=1f1b and 1"
+            yield _problem("parallel.stages_per_rank", parallel.stages_per_rank, rule, works)
+        if parallel.num_microbatches % parallel.pipeline:
+            rule = f"schedule=interleaved goes in rounds of parallel.pipeline={parallel.pipeline}"
+            above = -(-parallel.num_microbatches // parallel.pipeline) * parallel.pipeline
+            yield _problem("parallel.num_microbatches", parallel.num_microbatches, rule, [above, 2 * above])
+    elif parallel.stages_per_rank > 1:
+        rule = "only schedule=interleaved has more than one stage on a rank"
+        yield _problem("parallel.stages_per_rank", parallel.stages_per_rank, rule, [1])
+
+
+def _check_grid(run: RunConfig, world_size: int) -> Iterable[str]:
+    parallel = run.parallel
     if parallel.shard < -1 or parallel.shard == 0:
         yield _problem(
             "parallel.shard", parallel.shard, "is no number of ranks", "-1 (all that is left), or 1 and more"
@@ -213,17 +262,6 @@ def _check_layout(run: RunConfig, world_size: int) -> Iterable[str]:
         below = run.train.batch_size // pieces * pieces
         works = [size for size in (below, below + pieces) if size]
         yield _problem("train.batch_size", run.train.batch_size, rule, works)
-
-
-def _check_release(run: RunConfig, world_size: int) -> Iterable[str]:
-    """What the schema can say and this release cannot do yet."""
-    for name in ("tensor", "pipeline", "replica"):
-        value = getattr(run.parallel, name)
-        if value != 1:
-            yield _problem(f"parallel.{name}", value, "this release trains on one process", [1])
-    if world_size != 1:
-        rule = "this release trains on one process"
-        yield f"{world_size} processes: {rule}. Works: start it once, without torchrun or with --nproc-per-node 1."
 
 
 def _decays(path: str, betas: tuple[float, float]) -> Iterable[str]:

@@ -353,17 +353,28 @@ class ParallelConfig:
     """How ranks share the work."""
 
     tensor: PositiveInt = 1
-    """Ranks that share one layer."""
+    """Ranks that share one layer; between layers each holds a part of every row's positions."""
     pipeline: PositiveInt = 1
     """Ranks in the pipeline."""
+    stages_per_rank: PositiveInt = 1
+    """Pieces of the model on each rank of the pipeline; more than 1 needs ``schedule=interleaved``."""
+    schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    """Order of forward and backward passes in a pipeline. ``interleaved``: shorter idle times, more messages."""
     replica: PositiveInt = 1
     """Copies of the sharded weights (HSDP)."""
     shard: int = -1
     """Ranks that share weights, gradients and optimizer state. -1: all that is left."""
+    zero: Literal[1, 2, 3] = 3
+    """What each rank keeps whole between micro-batches: 1 weights and gradients, 2 weights, 3 nothing."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and optimizer state in main memory, and update there."""
     num_microbatches: PositiveInt = 1
-    """Pieces a batch is cut into; gradients are accumulated over them."""
-    recompute: Literal["none", "block"] = "none"
-    """``block``: keep only each block's input and compute the rest again in the backward pass."""
+    """Pieces each rank's batch is cut into; gradients are accumulated over them."""
+    recompute: Literal["none", "block", "selective"] = "none"
+    """What is computed again in the backward pass instead of kept: ``block``: all but each block's input;
+    ``selective``: only scores and softmax of each layer, the part whose memory grows fastest."""
+    timeout_seconds: PositiveInt = 600
+    """How long a process waits for another one in a collective before the job fails."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
@@ -402,6 +413,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: Count = 0
     """Checkpoints at multiples of this step count are kept for good. 0: none."""
+    async_save: bool = False
+    """Copy weights to main memory, go on training, and write the files meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

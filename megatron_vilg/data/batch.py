@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,24 +42,24 @@ class PairBatch:
 
     def slice(self, start: int, stop: int) -> PairBatch:
         """The pairs ``start`` to ``stop`` (a micro-batch)."""
-        return PairBatch(
-            text_ids=self.text_ids[start:stop],
-            text_len=self.text_len[start:stop],
-            image_ids=self.image_ids[start:stop],
-            target_image_ids=self.target_image_ids[start:stop],
-            sample_ids=self.sample_ids[start:stop],
-            pixels=None if self.pixels is None else self.pixels[start:stop],
-        )
+        return self._each(lambda x: x[start:stop])
+
+    def take(self, numbers: Tensor) -> PairBatch:
+        """The pairs with these places in the batch: int64 [n]."""
+        return self._each(lambda x: x[numbers])
 
     def to(self, device: torch.device | str) -> PairBatch:
         """A copy on another device."""
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
         return PairBatch(
-            text_ids=self.text_ids.to(device),
-            text_len=self.text_len.to(device),
-            image_ids=self.image_ids.to(device),
-            target_image_ids=self.target_image_ids.to(device),
-            sample_ids=self.sample_ids.to(device),
-            pixels=None if self.pixels is None else self.pixels.to(device),
+            text_ids=change(self.text_ids),
+            text_len=change(self.text_len),
+            image_ids=change(self.image_ids),
+            target_image_ids=change(self.target_image_ids),
+            sample_ids=change(self.sample_ids),
+            pixels=None if self.pixels is None else change(self.pixels),
         )
 
 

@@ -34,7 +34,23 @@ class PairLoader:
         batch_size: int,
         seed: int,
         pixels: PixelCache | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        """Open a split.
+
+        Args:
+            cache: encoded pairs.
+            split: its name.
+            data: what is randomly changed.
+            spec: row layout of the run, which must be that of the cache.
+            batch_size: pairs per step over all shares; must divide by their number.
+            seed: order and changes.
+            share: (number, count): ``batch`` gives this one of ``count`` equal parts of each step's pairs. What is
+                drawn for a pair does not depend on it.
+
+        Raises:
+            DataError: the split is empty, or the cache was written for other sizes.
+        """
         settings = cache.settings
         here = (settings["num_text_slots"], settings["grid_side"])
         if here != (spec.num_text_slots, spec.image_side):
@@ -46,6 +62,7 @@ class PairLoader:
         if len(self._tokens) == 0:
             raise DataError(f"token cache {str(cache.folder)!r}: split {split!r} is empty")
         self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._own = slice(share[0] * batch_size // share[1], (share[0] + 1) * batch_size // share[1])
         self._num_codes = int(settings["codebook_size"])
         self._pixels = None if pixels is None else pixels.split(split)
 
@@ -62,7 +79,7 @@ class PairLoader:
         return self.samples_consumed(step) / len(self)
 
     def sample_ids(self, step: int) -> np.ndarray:
-        """Numbers of the pairs of a step: int64 [P]."""
+        """Numbers of the pairs of a step, over all shares: int64 [batch_size]."""
         position = np.arange(self._batch_size, dtype=np.int64) + self.samples_consumed(step)
         epoch, offset = position // len(self), position % len(self)
         ids = np.empty_like(position)
@@ -72,11 +89,13 @@ class PairLoader:
         return ids
 
     def batch(self, step: int) -> PairBatch:
-        """The batch of a training step, with all random changes of ``DataConfig`` (P = batch_size pairs)."""
-        data, tokens, count = self._data, self._tokens, self._batch_size
-        pairs = self.sample_ids(step)
+        """This share of a training step's batch, with all random changes of ``DataConfig``."""
+        data, tokens = self._data, self._tokens
+        pairs = self.sample_ids(step)[self._own]
+        count = len(pairs)
         rng = np.random.Generator(np.random.PCG64(_key(self._seed, _CHANGES, step)))
-        draw = rng.random((7, count))  # all decisions at once: an option never moves the draws of another
+        # All decisions of all shares at once: neither an option nor a share moves the draws of another.
+        draw = rng.random((7, self._batch_size))[:, self._own]
 
         num_alternates = tokens.num_captions(pairs) - 1
         wording = 1 + (draw[1] * num_alternates).astype(np.int64)
@@ -119,8 +138,9 @@ class PairLoader:
         if share == 0.0:
             return ids
         rng = np.random.Generator(np.random.PCG64(_key(self._seed, _NOISE + direction, step)))
-        hit = rng.random(ids.shape, dtype=np.float32) < share
-        return np.where(hit, rng.integers(0, self._num_codes, ids.shape, dtype=np.uint16), ids)
+        shape = (self._batch_size, *ids.shape[1:])
+        hit = rng.random(shape, dtype=np.float32)[self._own] < share
+        return np.where(hit, rng.integers(0, self._num_codes, shape, dtype=np.uint16)[self._own], ids)
 
 
 def permute(position: np.ndarray, size: int, key: np.random.SeedSequence) -> np.ndarray:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_vilg.config.schema import ModelConfig
 from megatron_vilg.ops.attention import Prepared, attend
@@ -16,6 +20,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         width = config.width
         self.head_dim = config.head_dim
+        self.recompute = False
+        """Whether scores and softmax are computed again in the backward pass."""
         self.q = nn.Linear(width, width)
         # A bias on keys shifts all scores of a query alike, which softmax ignores: its gradient would be noise.
         self.k = nn.Linear(width, width, bias=False)
@@ -39,7 +45,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, prepared: Prepared) -> Tensor:
         """Hidden [B, T, D] -> [B, T, D] under the layer's attention rule."""
         q, k, v = self.project(x)
-        return self.out(attend(q.to(v.dtype), k.to(v.dtype), v, prepared).flatten(-2))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if self.recompute and torch.is_grad_enabled():
+            mixed = cast(Tensor, checkpoint(attend, q, k, v, prepared, use_reentrant=False))
+        else:
+            mixed = attend(q, k, v, prepared)
+        return self.out(mixed.flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -71,6 +82,8 @@ class Block(nn.Module):
         self.post_norm1 = norm() if config.sandwich_norm else nn.Identity()
         self.post_norm2 = norm() if config.sandwich_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+        self.recompute = False
+        """Whether all but the input is computed again in the backward pass."""
 
     def add_attention(self, x: Tensor, update: Tensor) -> Tensor:
         """Residual sum behind attention."""
@@ -82,4 +95,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, prepared: Prepared) -> Tensor:
         """Hidden [B, T, D] -> [B, T, D]."""
+        if self.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._forward, x, prepared, use_reentrant=False))
+        return self._forward(x, prepared)
+
+    def _forward(self, x: Tensor, prepared: Prepared) -> Tensor:
         return self.add_mlp(self.add_attention(x, self.attention(self.norm1(x), prepared)))

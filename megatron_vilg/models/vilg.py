@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_vilg.config.schema import LossConfig, ModelConfig
 from megatron_vilg.models.layers import Block
@@ -50,7 +49,8 @@ class StreamEmbed(nn.Module):
         """Codes [B, n] that stand at raster positions ``first .. first + n`` to [B, n, D], without segment."""
         x = self.image(ids)
         if self.code_projection is not None:
-            x = x + self.code_projection(cast(Tensor, self.codebook)[ids])
+            vectors = cast(Tensor, self.codebook)[ids].to(self.code_projection.weight.dtype)
+            x = x + self.code_projection(vectors)
         raster = torch.arange(first, first + ids.shape[1], device=ids.device)
         return x + self.row(raster // self.spec.image_side) + self.column(raster % self.spec.image_side)
 
@@ -106,7 +106,7 @@ class StreamEmbed(nn.Module):
 
     def _finish(self, x: Tensor, direction: Direction, *, is_target: bool) -> Tensor:
         if self.segment is not None:
-            x = x + self.segment.weight[2 * direction + is_target]
+            x = x + self.segment(torch.full((), 2 * direction + is_target, device=x.device))
         if self.gradient_share < 1.0:  # CogView: e <- a * e + (1 - a) * stop_gradient(e)
             x = self.gradient_share * x + (1.0 - self.gradient_share) * x.detach()
         return x
@@ -138,7 +138,6 @@ class ViLG(nn.Module):
         self.config = config
         self.spec = config.spec
         self.implementation = implementation
-        self.recompute = False
         self.reconstructor: Reconstructor | None = None
         """Attached by end-to-end runs (``models.reconstructor``); lives on the last pipeline stage."""
         self.embed: StreamEmbed | None = StreamEmbed(config)
@@ -170,10 +169,7 @@ class ViLG(nn.Module):
             pattern = self.patterns[int(name)]
             if pattern not in ready:
                 ready[pattern] = prepare(self.rule(pattern), text_len, self.implementation, direction, dtype)
-            if self.recompute and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(block, x, ready[pattern], use_reentrant=False))
-            else:
-                x = block(x, ready[pattern])
+            x = block(x, ready[pattern])
         return x
 
     def hidden(self, text_ids: Tensor, image_ids: Tensor, text_len: Tensor, direction: Direction) -> Tensor:

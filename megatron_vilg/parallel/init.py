@@ -7,6 +7,9 @@ import zlib
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_vilg.parallel.torch_compat import local_box
 
 RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight")
 """Projections that end in a residual sum; they start smaller by ``sqrt(2 * num_layers)`` (GPT-2, CogView)."""
@@ -24,13 +27,20 @@ def normal_values(name: str, shape: tuple[int, ...], seed: int, std: float) -> T
 
 @torch.no_grad()
 def init_weights(model: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
-    """Fill every parameter in place: matrices and tables normal, norms one, biases zero."""
+    """Fill every parameter in place: matrices and tables normal, norms one, biases zero.
+
+    Of a cut parameter this rank's part is filled; at most one whole parameter exists at a time.
+    """
     for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if parameter.ndim == 1:
             is_gain = name.endswith(".weight")
-            parameter.fill_(1.0 if is_gain else 0.0)
+            local.fill_(1.0 if is_gain else 0.0)
+            continue
+        if local.numel() == 0:
             continue
         scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
         if name.startswith(FAN_IN_PART):
             scale = parameter[0].numel() ** -0.5
-        parameter.copy_(normal_values(name, tuple(parameter.shape), seed, scale))
+        values = normal_values(name, tuple(parameter.shape), seed, scale)
+        local.copy_(values[local_box(parameter)] if isinstance(parameter, DTensor) else values)

@@ -41,6 +41,7 @@ class EndToEndEngine(NativeEngine):
 
     def __init__(self, run: RunConfig, device: torch.device | str, tokenizer: AnyTokenizer) -> None:
         super().__init__(run, device, tokenizer.codebook)
+        self.device = self.mesh.device
         options = run.reconstructor
         part = Reconstructor(options, run.model, run.image_tokenizer)
         named = nn.ModuleDict({"reconstructor": part})  # weights follow from their names in the whole model
@@ -120,8 +121,8 @@ class EndToEndEngine(NativeEngine):
         if batch.pixels is None:
             raise ValueError("an end-to-end run needs batches with pixels; give the loader a PixelCache")
         batch = batch.to(self.device)
-        targets = build_targets(batch, self.model.spec)
-        counts = TokenCounts.of(targets, self.model.spec.num_image_tokens)
+        targets = build_targets(batch, self.run.model.spec)
+        counts = TokenCounts.of(targets, self.run.model.spec.num_image_tokens)
         pieces = self.run.parallel.num_microbatches if backward else 1
         size = -(-len(batch) // pieces)
         totals = torch.zeros(6, device=self.device)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_vilg.config.schema import RunConfig
-from megatron_vilg.data.batch import PairBatch, build_targets
+from megatron_vilg.data.batch import IGNORE, PairBatch, build_targets
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.attention import choose_implementation
+from megatron_vilg.ops.attention import Implementation, choose_implementation
+from megatron_vilg.parallel.clip import clip_gradients
+from megatron_vilg.parallel.gather import whole_tensors
 from megatron_vilg.parallel.init import init_weights
+from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
+from megatron_vilg.parallel.pipeline import HiddenShape, Pipeline, keep_stage, stages_of_rank
+from megatron_vilg.parallel.plan import check_plan
+from megatron_vilg.parallel.recompute import apply_recompute
+from megatron_vilg.parallel.tensor import apply_tensor_parallel
+from megatron_vilg.parallel.zero import apply_zero, before_backward, release_gathered
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
 from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
 
@@ -40,17 +48,17 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """A model, its optimizer and the step that joins them."""
+    """A model, its optimizer and the step that joins them. All ranks make the same calls."""
 
     step: int
-    model: ViLG
+    mesh: Mesh
 
     def train_step(self, batch: PairBatch) -> StepResult:
-        """One optimizer step on a whole batch."""
+        """One optimizer step on this data rank's share of a batch."""
         ...
 
     def eval_step(self, batch: PairBatch) -> StepResult:
-        """Losses without a step."""
+        """Losses of a whole batch, the same on all ranks, without a step."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,51 +70,98 @@ class Engine(Protocol):
         ...
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Canonical names and whole tensors, one at a time."""
+        """Canonical names and whole tensors, one at a time; on other ranks than the main one nothing is yielded."""
+        ...
+
+    def whole_model(self) -> ViLG | None:
+        """The model in one piece on the main rank, to draw samples with; None on the others."""
         ...
 
 
-class NativeEngine:
-    """Plain PyTorch on one device.
+def build_parts(run: RunConfig, mesh: Mesh, codebook: Tensor | None = None) -> list[ViLG]:
+    """This rank's pieces of the model, cut, sharded and filled: one, or one per pipeline stage that it holds.
+
+    Nothing is allocated before all cuts are made, so no rank ever holds more than its part.
 
     Args:
-        run: resolved configuration (``RunConfig.resolve``).
-        device: where the model lives.
+        run: resolved configuration, checked for the number of processes.
+        mesh: the grid of ranks.
+        codebook: float32 [K, C], vectors of the image tokenizer; needed when ``model.codebook_dim`` is not 0.
+    """
+    if run.model.codebook_dim and codebook is None:
+        raise ValueError("model.codebook_dim is set: the engine needs the tokenizer's codebook")
+    implementation, reason = choose_implementation(run.ops.attention, run.model.image_side)
+    log.info("attention: %s (%s)", implementation, reason)
+    parts = cut_parts(run, mesh, implementation)
+    for model in parts:
+        model.to_empty(device="cpu" if run.parallel.cpu_offload else mesh.device)
+        init_weights(model, seed=run.train.seed, std=run.model.init_std, num_layers=run.model.num_layers)
+        if model.embed is not None and run.model.codebook_dim:
+            assert codebook is not None
+            model.embed.register_buffer("codebook", codebook.to(mesh.device, torch.float32, copy=True))
+    return parts
+
+
+def cut_parts(run: RunConfig, mesh: Mesh, implementation: Implementation = "dense") -> list[ViLG]:
+    """This rank's pieces of the model on the meta device: their shapes are known, no memory is taken."""
+    parallel, parts = run.parallel, []
+    for stage in stages_of_rank(parallel, mesh.rank("pp")):
+        with torch.device("meta"):
+            model = ViLG(run.model, implementation)
+        if parallel.tensor > 1:
+            check_plan({name: p.shape for name, p in model.named_parameters()}, parallel.tensor)
+        keep_stage(model, stage, parallel.pipeline * parallel.stages_per_rank)
+        if parallel.tensor > 1:
+            apply_tensor_parallel(model, mesh.axis("tp"))
+        apply_recompute(model, parallel.recompute)
+        if mesh.is_distributed:
+            apply_zero(model, mesh, zero=parallel.zero, precision=run.train.precision, cpu_offload=parallel.cpu_offload)
+        parts.append(model)
+    return parts
+
+
+class NativeEngine:
+    """Plain PyTorch: one process, or a grid of them with FSDP2, DTensor and torch's pipeline schedules.
+
+    Args:
+        run: resolved configuration (``RunConfig.resolve``), checked for the number of processes.
+        mesh: the grid of ranks, or the device of a single process.
         codebook: float32 [K, C], vectors of the image tokenizer; needed when ``model.codebook_dim`` is not 0.
     """
 
-    def __init__(self, run: RunConfig, device: torch.device | str = "cpu", codebook: Tensor | None = None) -> None:
+    def __init__(self, run: RunConfig, mesh: Mesh | torch.device | str = "cpu", codebook: Tensor | None = None) -> None:
         self.run = run
-        self.device = torch.device(device)
+        self.mesh = mesh if isinstance(mesh, Mesh) else Mesh(torch.device(mesh))
         self.step = 0
-        implementation, reason = choose_implementation(run.ops.attention, run.model.image_side)
-        log.info("attention: %s (%s)", implementation, reason)
-        with torch.device("meta"):
-            model = ViLG(run.model, implementation)
-        model.to_empty(device=self.device)
-        init_weights(model, seed=run.train.seed, std=run.model.init_std, num_layers=run.model.num_layers)
-        model.recompute = run.parallel.recompute == "block"
-        if run.model.codebook_dim:
-            if codebook is None:
-                raise ValueError("model.codebook_dim is set: NativeEngine needs the tokenizer's codebook")
-            assert model.embed is not None
-            model.embed.get_buffer("codebook").copy_(codebook)
-        self.model = model
-        self.optimizer = build_optimizer(list(model.named_parameters()), run.optim, self.device)
+        self.parts: Sequence[ViLG] = build_parts(run, self.mesh, codebook)
+        self._counts = TokenCounts(1, 1)
+        self._pipeline = self._build_pipeline() if run.parallel.pipeline > 1 else None
+        self._home = torch.device("cpu") if run.parallel.cpu_offload else self.mesh.device
+        self.optimizer = build_optimizer(self.named_parameters(), run.optim, self._home)
+
+    @property
+    def model(self) -> ViLG:
+        """The only part of a rank that holds one."""
+        assert len(self.parts) == 1
+        return self.parts[0]
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters of this rank's parts under their canonical names."""
+        return [named for part in self.parts for named in part.named_parameters()]
 
     def train_step(self, batch: PairBatch) -> StepResult:
         """Accumulate over micro-batches, clip, step; a step that is not finite changes nothing."""
         run = self.run
-        self.model.train()
-        if run.model.dropout > 0.0:  # masks depend on the step alone, so that a resumed run draws the same ones
-            torch.manual_seed(run.train.seed * 1_000_003 + self.step)
-        totals = self._forward(batch, backward=True)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, run.optim.grad_clip)
+        self._set_mode(training=True)
+        batch = batch.to(self.mesh.device)
+        targets = build_targets(batch, run.model.spec)
+        self._counts = TokenCounts.of(targets, run.model.spec.num_image_tokens).summed(self.mesh)
+        totals = self.mesh.sum(self._run_micro_batches(batch, targets, backward=True), (*DATA_AXES, "pp"))
+        norm = clip_gradients((p for _, p in self.named_parameters()), run.optim.grad_clip, self.mesh)
         skipped = (~torch.isfinite(norm + totals[0])).float()
         set_learning_rate(self.optimizer, learning_rate(self.step, run.optim, run.train.num_steps))
         # The fused kernel leaves everything as it is when this flag is 1, without asking the host.
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skipped.to(self._home)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -115,41 +170,86 @@ class NativeEngine:
     @torch.no_grad()
     def eval_step(self, batch: PairBatch) -> StepResult:
         """Losses of a batch with dropout off."""
-        self.model.eval()
-        totals = self._forward(batch, backward=False)
+        self._set_mode(training=False)
+        batch = batch.to(self.mesh.device)
+        targets = build_targets(batch, self.run.model.spec)
+        self._counts = TokenCounts.of(targets, self.run.model.spec.num_image_tokens)
+        totals = torch.zeros(3, device=self.mesh.device)
+        for numbers, is_real in self._eval_rounds(len(batch)):
+            labels = targets[numbers].masked_fill(~is_real[:, None], IGNORE)
+            totals += self._run_micro_batches(batch.take(numbers), labels, backward=False)
+        release_gathered(self.parts)
+        totals = self.mesh.sum(totals, (*DATA_AXES, "pp"))
         zero = torch.zeros_like(totals[0])
         return StepResult(totals[0], totals[1], totals[2], zero, zero)
 
-    def _forward(self, batch: PairBatch, *, backward: bool) -> Tensor:
-        """Sums of (loss, image_ce, text_ce) over micro-batches: float32 [3]."""
-        batch = batch.to(self.device)
-        targets = build_targets(batch, self.model.spec)
-        counts = TokenCounts.of(targets, self.model.spec.num_image_tokens)
-        pieces = self.run.parallel.num_microbatches if backward else 1
+    def _eval_rounds(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Which of ``count`` pairs this data rank takes in each round, as many as in training, and which of them are
+        no filling: int64 and bool [P]. One process takes all at once."""
+        device, ranks = self.mesh.device, self.mesh.data_size
+        size = self.run.train.batch_size // ranks if self.mesh.is_distributed else count
+        for start in range(0, count, size * ranks):
+            numbers = torch.arange(size, device=device) + start + self.mesh.data_rank * size
+            yield numbers.clamp(max=count - 1), numbers < count
+
+    def _run_micro_batches(self, batch: PairBatch, targets: Tensor, *, backward: bool) -> Tensor:
+        """This rank's share of (loss, image_ce, text_ce): float32 [3], zeros on stages before the last."""
+        run = self.run
+        text_ids, image_ids, text_len = batch.rows()
+        if self._pipeline is not None:
+            options = {"text_len": text_len, "targets": targets}
+            return self._pipeline.step((text_ids, image_ids), options, backward=backward)
+        pieces = run.parallel.num_microbatches if backward else 1
         size = -(-len(batch) // pieces)
-        totals = torch.zeros(3, device=self.device)
+        totals = torch.zeros(3, device=self.mesh.device)
         for start in range(0, len(batch), size):
-            piece = batch.slice(start, start + size)
-            text_ids, image_ids, text_len = piece.rows()
+            pairs, rows = slice(start, start + size), slice(2 * start, 2 * (start + size))
+            if backward and self.mesh.is_distributed:
+                before_backward(self.model, run.parallel.zero, is_last=start + size >= len(batch))
             with self._autocast():
-                image, text = self.model(
-                    text_ids, image_ids, text_len=text_len, targets=targets[start : start + size], loss=self.run.loss
+                result = self.model(
+                    text_ids[rows], image_ids[rows], text_len=text_len[rows], targets=targets[pairs], loss=run.loss
                 )
-            result = weighted_loss(image, text, counts, self.run.loss)
+            loss, numbers = self._loss_of(result)
             if backward:
-                result.loss.backward()
-            totals += torch.stack([result.loss.detach(), result.image_ce, result.text_ce])
+                loss.backward()
+            totals += numbers
         return totals
 
+    def _loss_of(self, result: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Sums of a micro-batch to the loss for its backward pass and (loss, image_ce, text_ce), float32 [3].
+
+        Gradients are averaged over data ranks, but the counts are those of all of them: hence the factor.
+        """
+        image, text = result
+        pair = weighted_loss(image, text, self._counts, self.run.loss)
+        return pair.loss * self.mesh.data_size, torch.stack([pair.loss.detach(), pair.image_ce, pair.text_ce])
+
+    def _set_mode(self, *, training: bool) -> None:
+        for part in self.parts:
+            part.train(training)
+        if training and self.run.model.dropout > 0.0:
+            # Masks depend on step and place alone, so that a resumed run draws the same ones.
+            place = self.mesh.data_rank + 1_009 * self.mesh.rank("pp")
+            torch.manual_seed(self.run.train.seed * 1_000_003 + self.step + 7_368_787 * place)
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        enabled = self.run.train.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        """Of one process; elsewhere gathered weights are bfloat16 already."""
+        enabled = self.run.train.precision == "bf16" and not self.mesh.is_distributed
+        return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=enabled)
+
+    def _build_pipeline(self) -> Pipeline:
+        run, parallel = self.run, self.run.parallel
+        pairs = run.train.batch_size // self.mesh.data_size // parallel.num_microbatches
+        shape = (2 * pairs, run.model.spec.length // parallel.tensor, run.model.width)
+        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+        return Pipeline(self.parts, self.mesh, parallel, HiddenShape(shape, dtype), self._loss_of, run.loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"model": {name: tensor}, "optimizer": {slot: {name: tensor}}}``, the live tensors themselves."""
+        """``{"model": {name: tensor}, "optimizer": {slot: {name: tensor}}}``, the live tensors or shards."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_state(self.optimizer, self.model.named_parameters()),
+            "model": {name: tensor for part in self.parts for name, tensor in part.state_dict().items()},
+            "optimizer": optimizer_state(self.optimizer, self.named_parameters()),
         }
 
     def resume(self, step: int) -> None:
@@ -157,5 +257,20 @@ class NativeEngine:
         self.step = step
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Canonical names (those of ``ViLG``) and whole tensors."""
-        yield from self.model.state_dict().items()
+        """Canonical names (those of ``ViLG``) and whole tensors, one at a time; yields on the main rank only."""
+        with torch.device("meta"):
+            names = {name: (tensor.shape, tensor.dtype) for name, tensor in ViLG(self.run.model).state_dict().items()}
+        yield from whole_tensors(self.state_dict()["model"], names, self.mesh)
+
+    def whole_model(self) -> ViLG | None:
+        """The model in one piece on the main rank, to draw samples with; None on the others."""
+        if not self.mesh.is_distributed:
+            return self.model
+        if not self.mesh.is_main:
+            for _ in self.export():
+                raise AssertionError("only the main rank is given tensors")
+            return None
+        with torch.device("meta"):
+            model = ViLG(self.run.model, self.parts[0].implementation)
+        model.load_state_dict({name: t.to(self.mesh.device) for name, t in self.export()}, assign=True)
+        return model.requires_grad_(False)

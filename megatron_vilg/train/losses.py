@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_vilg.config.schema import LossConfig
 from megatron_vilg.data.batch import IGNORE
+from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,20 @@ class PairLoss:
 class TokenCounts:
     """Predicted tokens of a whole step, over all micro-batches and ranks; what sums are divided by."""
 
-    image: int
-    text: int
+    image: Tensor | int
+    text: Tensor | int
+    """0-dim int64, left on the device."""
 
     @classmethod
     def of(cls, targets: Tensor, num_image_tokens: int) -> TokenCounts:
         """Count labels that are not ``IGNORE`` in int64 [P, N + L + 1]."""
         valid = targets != IGNORE
-        return cls(image=int(valid[:, :num_image_tokens].sum()), text=int(valid[:, num_image_tokens:].sum()))
+        return cls(image=valid[:, :num_image_tokens].sum(), text=valid[:, num_image_tokens:].sum())
+
+    def summed(self, mesh: Mesh) -> TokenCounts:
+        """The counts of all data ranks together."""
+        image, text = mesh.sum(torch.stack([torch.as_tensor(self.image), torch.as_tensor(self.text)]), DATA_AXES)
+        return TokenCounts(image, text)
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -70,16 +77,20 @@ def weighted_loss(
         config: weights and switches.
     """
     if config.normalisation == "token_sum":
-        image_count = text_count = max(1, counts.image + counts.text)
+        image_count = text_count = _at_least_one(counts.image + counts.text)
     else:
-        image_count, text_count = max(1, counts.image), max(1, counts.text)
+        image_count, text_count = _at_least_one(counts.image), _at_least_one(counts.text)
     loss = config.text_to_image_weight * image[0] / image_count
     loss = loss + config.image_to_text_weight * text[0] / text_count
     return PairLoss(
         loss=loss,
-        image_ce=image[1].detach() / max(1, counts.image),
-        text_ce=text[1].detach() / max(1, counts.text),
+        image_ce=image[1].detach() / _at_least_one(counts.image),
+        text_ce=text[1].detach() / _at_least_one(counts.text),
     )
+
+
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
 
 
 def _one_direction(logits: Tensor, labels: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:

@@ -179,6 +179,36 @@ class MetricWriter:
         return "  ".join([f"step {step}/{self._num_steps}", *shown])
 
 
+class SilentWriter:
+    """Stands for ``MetricWriter`` on ranks that do not report."""
+
+    def __init__(self, config: LogConfig, *, num_steps: int) -> None:
+        self.config = config
+        self._num_steps = num_steps
+
+    def __enter__(self) -> SilentWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Nothing is measured."""
+        yield
+
+    def count(self, *, items: int, tokens: int) -> None:
+        """Nothing is counted."""
+
+    def due(self, step: int) -> bool:
+        """As on the rank that reports, because all ranks read their losses together."""
+        return step % self.config.every == 0 or step == self._num_steps
+
+    def log(self, step: int, metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """Nothing is written."""
+        return {}
+
+
 class Meter:
     """Counts since the last reading, and what they mean per second."""
 

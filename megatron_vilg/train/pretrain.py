@@ -21,9 +21,10 @@ from megatron_vilg.errors import TrainingError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel.mesh import Mesh
 from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
-from megatron_vilg.train.metrics import MetricWriter
+from megatron_vilg.train.metrics import MetricWriter, SilentWriter
 from megatron_vilg.train.optim import learning_rate
 from megatron_vilg.train.signals import StopSignals
 
@@ -41,7 +42,7 @@ def pretrain(
     codebook: Tensor | None = None,
     image_tokenizer: AnyTokenizer | None = None,
     pixels: PixelCache | None = None,
-    device: torch.device | str = "cpu",
+    mesh: Mesh | None = None,
     on_sample: SampleHook | None = None,
 ) -> bool:
     """Train until ``train.num_steps``, from the newest checkpoint in ``out`` if there is one.
@@ -54,6 +55,7 @@ def pretrain(
         out: run folder, for ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``export/``.
         codebook: float32 [K, C], needed when ``model.codebook_dim`` is not 0.
         image_tokenizer, pixels: needed with ``reconstructor.enabled``.
+        mesh: the grid of ranks, which all make this call; None: this process alone, on the CPU.
         on_sample: draws pictures and captions while training.
 
     Returns:
@@ -61,22 +63,21 @@ def pretrain(
     """
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
-    engine = build_engine(run, device, codebook, image_tokenizer)
-    loader, held_out = loader_of(run, cache, "train", pixels), held_out_loaders(run, cache, pixels)
-    checkpointer = Checkpointer(out / "checkpoints", run.checkpoint)
+    mesh = mesh or Mesh(torch.device("cpu"))
+    engine = build_engine(run, mesh, codebook, image_tokenizer)
+    loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
+    checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh)
     identity = manifest_of(run, cache)
     resume_latest(engine, checkpointer, identity)
     window = StepWindow(run.train.max_skipped_in_row)
-    with (
-        StopSignals() as stop,
-        MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=engine.step) as writer,
-    ):
-        while engine.step < run.train.num_steps and not stop.requested:
+    must_stop = False
+    with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
+        while engine.step < run.train.num_steps and not must_stop:
             with writer.loading():
                 batch = loader.batch(engine.step)
             result = engine.train_step(batch)
             step = engine.step
-            writer.count(items=len(batch), tokens=2 * len(batch) * run.model.spec.num_used)
+            writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
             window.add(batch.sample_ids, result)
             measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
             if writer.due(step) or measure:
@@ -85,11 +86,15 @@ def pretrain(
                     values |= evaluate(engine, held_out, run.train.eval_pairs)
                 writer.log(step, values)
             if on_sample and run.train.sample_every and step % run.train.sample_every == 0:
-                on_sample(engine.model, step, writer)
-            if step % run.checkpoint.every == 0 or step == run.train.num_steps or stop.requested:
+                model = engine.whole_model()
+                if isinstance(writer, MetricWriter) and model is not None:
+                    on_sample(model, step, writer)
+            must_stop = mesh.any(stop.requested)
+            if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
                 checkpointer.save(step, engine.state_dict(), at_step(identity, run, step))
-    if stop.received is not None:
-        log.info("stopped by %s after step %d; the same command goes on from there", stop.received.name, engine.step)
+    if must_stop:
+        name = stop.received.name if stop.received else "a signal to another rank"
+        log.info("stopped by %s after step %d; the same command goes on from there", name, engine.step)
     if engine.step == run.train.num_steps:
         export(engine, run, out, identity)
     return engine.step == run.train.num_steps
@@ -97,21 +102,31 @@ def pretrain(
 
 def build_engine(
     run: RunConfig,
-    device: torch.device | str = "cpu",
+    mesh: Mesh,
     codebook: Tensor | None = None,
     image_tokenizer: AnyTokenizer | None = None,
 ) -> Engine:
     """The engine that the configuration asks for; ``reconstructor.enabled`` needs the image tokenizer."""
     if not run.reconstructor.enabled:
-        return NativeEngine(run, device, codebook)
+        return NativeEngine(run, mesh, codebook)
     if image_tokenizer is None:
         raise ValueError("reconstructor.enabled: the engine needs the image tokenizer")
-    return EndToEndEngine(run, device, image_tokenizer)
+    return EndToEndEngine(run, mesh.device, image_tokenizer)
 
 
-def loader_of(run: RunConfig, cache: TokenCache, split: str, pixels: PixelCache | None = None) -> PairLoader:
-    """Batches of one split, in the order that the run's seed gives."""
-    return PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed, pixels)
+def open_writer(run: RunConfig, out: Path, mesh: Mesh, start_step: int) -> MetricWriter | SilentWriter:
+    """Metrics are the same on all ranks; the main one writes them."""
+    if not mesh.is_main:
+        return SilentWriter(run.log, num_steps=run.train.num_steps)
+    return MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=start_step, device=mesh.device)
+
+
+def loader_of(
+    run: RunConfig, cache: TokenCache, split: str, pixels: PixelCache | None = None, mesh: Mesh | None = None
+) -> PairLoader:
+    """Batches of one split, in the order that the run's seed gives; this data rank's share of each."""
+    share = (mesh.data_rank, mesh.data_size) if mesh else (0, 1)
+    return PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed, pixels, share)
 
 
 def held_out_loaders(run: RunConfig, cache: TokenCache, pixels: PixelCache | None) -> dict[str, PairLoader]:
@@ -129,7 +144,7 @@ def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
         tokenizers={name: cache.settings[f"{name}_sha256"] for name in ("text_tokenizer", "image_tokenizer")},
         text_vocab_size=run.model.text_vocab_size,
         image_vocab_size=run.model.image_vocab_size,
-        layout={"tensor": run.parallel.tensor, "pipeline": run.parallel.pipeline},
+        layout={name: getattr(run.parallel, name) for name in ("tensor", "pipeline", "replica", "shard", "zero")},
     )
 
 
@@ -152,17 +167,19 @@ def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest
     log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)
 
 
-def export(engine: Engine, run: RunConfig, out: Path, identity: Manifest) -> Path:
+def export(engine: Engine, run: RunConfig, out: Path, identity: Manifest) -> None:
     """Write ``out/export``: weights, configuration and both tokenizers in one folder to generate from."""
+    weights = {name: tensor.to("cpu") for name, tensor in engine.export()}
+    if not engine.mesh.is_main:
+        return
     folder = save_model_folder(
         out / "export",
-        dict(engine.export()),
+        weights,
         dump_run_config(run),
         at_step(identity, run, engine.step),
         extra={name: out / name for name in ("text_tokenizer", "image_tokenizer") if (out / name).is_dir()},
     )
     log.info("exported to %s", folder)
-    return folder
 
 
 def evaluate(engine: Engine, loaders: dict[str, PairLoader], num_pairs: int) -> dict[str, float]:

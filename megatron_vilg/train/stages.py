@@ -22,6 +22,7 @@ from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_
 from megatron_vilg.config.check import require
 from megatron_vilg.config.load import write_run_folder_config
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.config.world import World
 from megatron_vilg.data.pair_pixels import PixelCache, write_pixel_cache
 from megatron_vilg.data.pixels import read_train_and_held_out
 from megatron_vilg.data.records import find_records, read_records
@@ -63,6 +64,7 @@ def prepare(
     text_tokenizer: Path | None = None,
     image_tokenizer: Path | None = None,
     device: torch.device | str = "cpu",
+    world: World | None = None,
 ) -> Prepared | None:
     """Make what is missing in ``out``: configuration, text tokenizer, image tokenizer, token cache.
 
@@ -73,6 +75,7 @@ def prepare(
         text_tokenizer: folder of a trained one to copy instead of training one.
         image_tokenizer: the same for images.
         device: where the image tokenizer is trained and used.
+        world: this process; all but the main one only read, and are called when that one has returned.
 
     Returns:
         None when a signal stopped a stage; the same call goes on.
@@ -81,6 +84,7 @@ def prepare(
         ConfigError: a token cache was given without tokenizers, or sizes do not fit together.
         DataError, CheckpointError: pairs or tokenizers that cannot be read, or a cache of other tokenizers.
     """
+    world = world or World()
     is_cache = (data / CACHE_MANIFEST).is_file() and "settings" in json.loads((data / CACHE_MANIFEST).read_text())
     for name, given in ((TEXT_TOKENIZER, text_tokenizer), (IMAGE_TOKENIZER, image_tokenizer)):
         if given is not None:
@@ -94,21 +98,15 @@ def prepare(
         raise ConfigError(
             [f"model.text_vocab_size={run.model.text_vocab_size}: the text tokenizer has {text.vocab_size}. Works: 0"]
         )
-    require(run)
-    write_run_folder_config(run, out)
-    if not (out / IMAGE_TOKENIZER).is_dir():
-        with timed(out, IMAGE_TOKENIZER):
-            train, held_out = read_train_and_held_out(
-                data,
-                run.image_tokenizer.image_size,
-                max_bad_share=run.data.max_bad_share,
-                val_share=run.data.val_share,
-            )
-            held_out = train if held_out is None else held_out
-            if train_image_tokenizer(run, train, held_out, out / IMAGE_TOKENIZER, device=device) is None:
-                return None
+    require(run, world.size)
+    if world.is_main:
+        write_run_folder_config(run, out)
+        _train_image_tokenizer(run, data, out, device)
+    if not (out / IMAGE_TOKENIZER).is_dir():  # a signal stopped its training
+        return None
     images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
-    cache = _token_cache(run, data, out, text, images, is_cache=is_cache)
+    finished = data if is_cache else None if world.is_main else out / TOKENS
+    cache = _token_cache(run, data, out, text, images, finished)
     pixels = _pixels(run, data, out, cache, is_cache=is_cache) if run.reconstructor.enabled else None
     return Prepared(run, cache, text, images, pixels)
 
@@ -124,6 +122,20 @@ def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, *, is_cach
     with timed(out, PIXELS):
         records = find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size)
         return write_pixel_cache(out / PIXELS, cache, records)
+
+
+def _train_image_tokenizer(run: RunConfig, data: Path, out: Path, device: torch.device | str) -> None:
+    if (out / IMAGE_TOKENIZER).is_dir():
+        return
+    with timed(out, IMAGE_TOKENIZER):
+        train, held_out = read_train_and_held_out(
+            data,
+            run.image_tokenizer.image_size,
+            max_bad_share=run.data.max_bad_share,
+            val_share=run.data.val_share,
+        )
+        held_out = train if held_out is None else held_out
+        train_image_tokenizer(run, train, held_out, out / IMAGE_TOKENIZER, device=device)
 
 
 def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
@@ -145,7 +157,7 @@ def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
 
 
 def _token_cache(
-    run: RunConfig, data: Path, out: Path, text: TextTokenizer, images: AnyTokenizer, *, is_cache: bool
+    run: RunConfig, data: Path, out: Path, text: TextTokenizer, images: AnyTokenizer, finished: Path | None
 ) -> TokenCache:
     image_hash = image_tokenizer_hash(out / IMAGE_TOKENIZER)
     expect = {
@@ -155,8 +167,8 @@ def _token_cache(
         "codebook_size": run.image_tokenizer.codebook_size,
         "grid_side": run.image_tokenizer.grid_side,
     }
-    if is_cache:
-        return TokenCache.open(data, expect=expect)
+    if finished is not None:
+        return TokenCache.open(finished, expect=expect)
     with timed(out, TOKENS):
         codebook = images.codebook
 

@@ -46,6 +46,7 @@ def test_rules_are_checked_before_any_work(parser: argparse.ArgumentParser) -> N
 def test_number_of_processes_comes_from_the_launcher(
     parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="4 processes: this release trains on one process"):
-        run_config_from_args(parser.parse_args(["--preset", "demo"]))
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="does not give the number of processes, 4"):
+        run_config_from_args(parser.parse_args(["--preset", "demo", "parallel.replica=3"]))

@@ -170,7 +170,8 @@ def test_full_attention_has_no_kernel_to_check() -> None:
         (
             ["parallel.tensor=3"],
             3,
-            "parallel.tensor=3: must divide model.num_heads=4 and the row length 80. Works: 1, 2, 4.",
+            "parallel.tensor=3: must divide model.num_heads=4 and the row length=80 and model.image_vocab_size=512. "
+            "Works: 1, 2, 4.",
         ),
         (["parallel.pipeline=5"], 5, "parallel.pipeline=5: must not exceed model.num_layers=4. Works: 1 to 4."),
         (
@@ -185,14 +186,43 @@ def test_full_attention_has_no_kernel_to_check() -> None:
             "parallel.shard=3: tensor x pipeline x replica x shard = 2 x 1 x 1 x 3 does not give the number of "
             "processes, 8. Works: -1, 4.",
         ),
-        (["parallel.tensor=2"], 2, "parallel.tensor=2: this release trains on one process. Works: 1."),
-        (["parallel.pipeline=2"], 2, "parallel.pipeline=2: this release trains on one process. Works: 1."),
-        (["parallel.replica=2"], 2, "parallel.replica=2: this release trains on one process. Works: 1."),
         (
-            [],
+            ["parallel.tensor=2"],
             2,
-            "2 processes: this release trains on one process. Works: start it once, without torchrun or with "
-            "--nproc-per-node 1.",
+            "model.dropout=0.05: with parallel.tensor=2 ranks would drop different values of what they share. "
+            "Works: 0, or parallel.tensor=1.",
+        ),
+        (
+            ["parallel.tensor=2", "model.text_vocab_size=1201"],
+            2,
+            "parallel.tensor=2: must divide model.text_vocab_size=1201. Works: 1.",
+        ),
+        (
+            ["parallel.schedule=interleaved"],
+            1,
+            "parallel.schedule=interleaved: needs parallel.pipeline of 2 and more. Works: 1f1b.",
+        ),
+        (
+            ["parallel.schedule=interleaved", "parallel.pipeline=2", "parallel.stages_per_rank=3"],
+            2,
+            "parallel.stages_per_rank=3: schedule=interleaved needs 2 and more, in all at most model.num_layers=4. "
+            "Works: 2 to 2.",
+        ),
+        (
+            ["parallel.schedule=interleaved", "parallel.pipeline=2", "parallel.num_microbatches=3"],
+            2,
+            "parallel.num_microbatches=3: schedule=interleaved goes in rounds of parallel.pipeline=2. Works: 4, 8.",
+        ),
+        (
+            ["parallel.stages_per_rank=2", "parallel.pipeline=2"],
+            2,
+            "parallel.stages_per_rank=2: only schedule=interleaved has more than one stage on a rank. Works: 1.",
+        ),
+        (
+            ["parallel.cpu_offload=true"],
+            1,
+            "parallel.cpu_offload=True: is for sharded weights, and there is one process. "
+            "Works: false, or more processes.",
         ),
     ],
 )
@@ -205,3 +235,23 @@ def test_require_reports_every_problem_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
         require(run)
     assert str(caught.value).startswith("3 problems in the configuration\n  model.num_heads=5: ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        (["model.dropout=0", "parallel.tensor=2", "parallel.pipeline=2"], 4),
+        (["parallel.replica=2", "parallel.zero=2"], 4),
+        (
+            [
+                "parallel.pipeline=2",
+                "parallel.schedule=interleaved",
+                "parallel.stages_per_rank=2",
+                "parallel.num_microbatches=2",
+            ],
+            2,
+        ),
+    ],
+)
+def test_layouts_that_can_run(overrides: list[str], world_size: int) -> None:
+    assert check(load_run_config("demo", overrides=overrides), world_size) == []

@@ -1,0 +1,108 @@
+"""Where a process stands in the grid of ranks, and the small sums that training needs over its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_vilg.config.schema import ParallelConfig
+
+AXES = ("pp", "replica", "shard", "tp")
+"""Pipeline, copies of the sharded weights, shards, tensor: the last one changes fastest from rank to rank."""
+DATA_AXES = ("replica", "shard")
+"""Axes along which ranks see different pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The grid of ranks, passed around; there are no global groups.
+
+    Without a process group (``root`` None) every axis has size 1 and every sum is the value itself.
+    """
+
+    device: torch.device
+    """The device of this rank."""
+    root: DeviceMesh | None = None
+    """Axes ``AXES``."""
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is a process group."""
+        return self.root is not None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank reports and writes for all."""
+        return self.root is None or dist.get_rank() == 0
+
+    def axis(self, *names: str) -> DeviceMesh:
+        """The part of the grid along these axes that this rank belongs to."""
+        assert self.root is not None, "one process has no mesh"
+        return self.root[names if len(names) > 1 else names[0]]
+
+    def size(self, name: str) -> int:
+        """Ranks along an axis."""
+        return 1 if self.root is None else self.root[name].size()
+
+    def rank(self, name: str) -> int:
+        """This rank's number along an axis."""
+        return 0 if self.root is None else self.root.get_local_rank(name)
+
+    @property
+    def data_size(self) -> int:
+        """Groups of ranks that see different pairs."""
+        return self.size("replica") * self.size("shard")
+
+    @property
+    def data_rank(self) -> int:
+        """The share of each batch that this rank sees."""
+        return self.rank("replica") * self.size("shard") + self.rank("shard")
+
+    def sum(self, value: Tensor, axes: Sequence[str]) -> Tensor:
+        """``value`` summed over all ranks along ``axes``; the same on each of them."""
+        value = value.clone()
+        for name in axes:
+            if self.size(name) > 1:
+                dist.all_reduce(value, group=self.axis(name).get_group())
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank; all ranks must ask."""
+        if self.root is None:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, by rank, on all ranks."""
+        if self.root is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The main rank's picklable value on all ranks."""
+        if self.root is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def build_mesh(parallel: ParallelConfig, device: torch.device | str) -> Mesh:
+    """The grid for the current process group, of whose size ``parallel`` has been checked; or none for one process."""
+    device = torch.device(device)
+    if not dist.is_initialized():
+        return Mesh(device)
+    fixed = parallel.pipeline * parallel.replica * parallel.tensor
+    shard = parallel.shard if parallel.shard > 0 else dist.get_world_size() // fixed
+    shape = (parallel.pipeline, parallel.replica, shard, parallel.tensor)
+    return Mesh(device, init_device_mesh(device.type, shape, mesh_dim_names=AXES))
