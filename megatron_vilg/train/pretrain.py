@@ -86,15 +86,12 @@ def pretrain(
                     values |= evaluate(engine, held_out, run.train.eval_pairs)
                 writer.log(step, values)
             if on_sample and run.train.sample_every and step % run.train.sample_every == 0:
-                model = engine.whole_model()
-                if isinstance(writer, MetricWriter) and model is not None:
-                    on_sample(model, step, writer)
+                draw_samples(engine, writer, on_sample)
             must_stop = mesh.any(stop.requested)
             if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
                 checkpointer.save(step, engine.state_dict(), at_step(identity, run, step))
     if must_stop:
-        name = stop.received.name if stop.received else "a signal to another rank"
-        log.info("stopped by %s after step %d; the same command goes on from there", name, engine.step)
+        log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
     if engine.step == run.train.num_steps:
         export(engine, run, out, identity)
     return engine.step == run.train.num_steps
@@ -112,6 +109,13 @@ def build_engine(
     if image_tokenizer is None:
         raise ValueError("reconstructor.enabled: the engine needs the image tokenizer")
     return EndToEndEngine(run, mesh.device, image_tokenizer)
+
+
+def draw_samples(engine: Engine, writer: MetricWriter | SilentWriter, on_sample: SampleHook) -> None:
+    """Have the main rank draw with the whole model, which all ranks gather for it."""
+    model = engine.whole_model()
+    if isinstance(writer, MetricWriter) and model is not None:
+        on_sample(model, engine.step, writer)
 
 
 def open_writer(run: RunConfig, out: Path, mesh: Mesh, start_step: int) -> MetricWriter | SilentWriter:

@@ -25,6 +25,11 @@ class StopSignals:
         """Whether a signal arrived."""
         return self.received is not None
 
+    @property
+    def name(self) -> str:
+        """Of the signal; another rank may have received it."""
+        return "a signal to another rank" if self.received is None else self.received.name
+
     def __enter__(self) -> StopSignals:
         for number in HANDLED:
             self._former[number] = signal.signal(number, self._note)

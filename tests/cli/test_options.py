@@ -49,4 +49,4 @@ def test_number_of_processes_comes_from_the_launcher(
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="does not give the number of processes, 4"):
-        run_config_from_args(parser.parse_args(["--preset", "demo", "parallel.replica=3"]))
+        run_config_from_args(parser.parse_args(["--preset", "demo", "parallel.replica=3"]), is_joint=True)
