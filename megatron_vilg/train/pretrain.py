@@ -67,10 +67,8 @@ def pretrain(
     engine = build_engine(run, mesh, codebook, image_tokenizer)
     loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh)
-    identity = manifest_of(run, cache)
-    resume_latest(engine, checkpointer, identity)
-    window = StepWindow(run.train.max_skipped_in_row)
-    must_stop = False
+    resume_latest(engine, checkpointer, identity := manifest_of(run, cache))
+    window, must_stop = StepWindow(run.train.max_skipped_in_row), False
     with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
         while engine.step < run.train.num_steps and not must_stop:
             with writer.loading():
@@ -90,11 +88,11 @@ def pretrain(
             must_stop = mesh.any(stop.requested)
             if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
                 checkpointer.save(step, engine.state_dict(), at_step(identity, run, step))
-    if must_stop:
+    if engine.step < run.train.num_steps:
         log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
-    if engine.step == run.train.num_steps:
-        export(engine, run, out, identity)
-    return engine.step == run.train.num_steps
+        return False
+    export(engine, run, out, identity)
+    return True
 
 
 def build_engine(
