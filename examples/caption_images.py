@@ -1,4 +1,4 @@
-"""Caption pictures from Python: greedy, beam search, and how likely the model finds a caption of your own.
+"""Caption pictures from Python: greedy, beam search, the best of 32, and how likely the model finds a caption.
 
 Usage: ``python examples/caption_images.py runs/demo picture.png [PICTURE ...]``
 """
@@ -11,10 +11,15 @@ from megatron_vilg.generate.pipeline import Pipeline
 
 
 def main(run: str, pictures: list[str]) -> None:
-    """Print both captions of each picture and their log-likelihoods."""
+    """Print the captions of each picture and their log-likelihoods."""
     pipeline = Pipeline.load(run)
     ids = pipeline.encode_images(pictures)  # [pictures, codes]: pictures are read once
-    for name, captions in (("greedy", pipeline.caption(ids)), ("beam 5", pipeline.caption(ids, beam=5))):
+    ways = {
+        "greedy": pipeline.caption(ids),
+        "beam 5": pipeline.caption(ids, beam=5),
+        "best of 32": pipeline.caption_of_candidates(ids, 32),  # checked by the direction that draws
+    }
+    for name, captions in ways.items():
         scores = pipeline.caption_log_likelihood(ids, captions)
         for picture, caption, score in zip(pictures, captions, scores.tolist(), strict=True):
             print(f"{picture}\t{name}\t{caption}\t{score:.1f} nats")

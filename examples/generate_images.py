@@ -11,18 +11,16 @@ from pathlib import Path
 
 from megatron_vilg.data.images import to_image
 from megatron_vilg.generate.pipeline import Pipeline
-from megatron_vilg.generate.rerank import best_of
 
 
 def main(run: str, prompts: list[str], out: Path = Path("drawn")) -> None:
-    """Draw eight pictures per prompt, save the two whose prompt the model finds likeliest as their caption."""
+    """Draw eight pictures per prompt, save the two that both directions of the model find likeliest."""
     pipeline = Pipeline.load(run)
-    settings = dataclasses.replace(pipeline.config.sample, guidance=2.0)
-    ids = pipeline.draw_ids(prompts, num_images=8, settings=settings, seed=0)  # [prompts, 8, codes]
-    best = best_of(pipeline.score(ids, prompts), keep=2)
+    settings = dataclasses.replace(pipeline.config.sample, guidance=2.0, rerank=8)
+    ids, _ = pipeline.draw_best_ids(prompts, num_images=2, settings=settings, seed=0)  # [prompts, 2, codes]
     out.mkdir(parents=True, exist_ok=True)
     for row, prompt in enumerate(prompts):
-        for rank, pixels in enumerate(pipeline.decode(ids[row, best[row]])):
+        for rank, pixels in enumerate(pipeline.decode(ids[row])):
             path = out / f"{row}-{rank}.png"
             to_image(pixels).save(path)
             print(f"{path}\t{prompt}")

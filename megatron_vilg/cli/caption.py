@@ -30,6 +30,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--length-penalty", metavar="X", type=float, default=1.0, help="beam search: higher favours longer captions"
     )
+    parser.add_argument(
+        "--candidates",
+        metavar="K",
+        type=int,
+        help="sample K captions and say the one that both directions find likeliest; 0: greedy (default: the model's)",
+    )
     parser.add_argument("--question", metavar="TEXT", help="answer a question about the pictures")
     parser.add_argument("--json", metavar="F", type=Path, help="write a list of {id, caption} there too")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
@@ -47,19 +53,36 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vilg.generate.pipeline import Pipeline
 
     pipeline = Pipeline.load(args.load, device=chosen_device(args.device), precision=args.precision)
-    captions = pipeline.caption(
-        args.images,
-        settings=sampling_from_args(args, GREEDY),
-        beam=args.beam,
-        length_penalty=args.length_penalty,
-        seed=args.seed,
-        max_batch=args.max_batch,
-    )
+    candidates = _candidates(args, pipeline.config.sample.caption_candidates)
+    if candidates:
+        captions = pipeline.caption_of_candidates(args.images, candidates, seed=args.seed, max_batch=args.max_batch)
+    else:
+        captions = pipeline.caption(
+            args.images,
+            settings=sampling_from_args(args, GREEDY),
+            beam=args.beam,
+            length_penalty=args.length_penalty,
+            seed=args.seed,
+            max_batch=args.max_batch,
+        )
     for path, caption in zip(args.images, captions, strict=True):
         print(f"{path}\t{caption}")
     if args.json is not None:
         _write(args.json, [{"id": str(p), "caption": c} for p, c in zip(args.images, captions, strict=True)])
     return 0
+
+
+def _candidates(args: argparse.Namespace, default: int) -> int:
+    """How many captions to sample of each picture; other ways of decoding switch the model's default off."""
+    if args.candidates is not None:
+        return int(args.candidates)
+    return 0 if args.beam > 1 or _sampled(args) else default
+
+
+def _sampled(args: argparse.Namespace) -> list[str]:
+    """The sampling options that were given."""
+    names = ("temperature", "top_k", "top_p")
+    return ["--" + name.replace("_", "-") for name in names if getattr(args, name) is not None]
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -73,10 +96,14 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value in (("--beam", args.beam), ("--max-batch", args.max_batch)):
         if value < 1:
             problems.append(f"{flag}={value}: must be at least 1")
-    sampled = [name for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None]
-    if args.beam > 1 and sampled:
-        names = ", ".join("--" + name.replace("_", "-") for name in sampled)
+    names = ", ".join(_sampled(args))
+    if args.beam > 1 and names:
         problems.append(f"--beam={args.beam}: beam search draws nothing at random, so it has no use for {names}")
+    if args.candidates is not None and args.candidates < 0:
+        problems.append(f"--candidates={args.candidates}: must be at least 0, which is greedy decoding")
+    if args.candidates and (args.beam > 1 or names):
+        other = names or f"--beam={args.beam}"
+        problems.append(f"--candidates={args.candidates}: candidates are sampled at temperature 1; leave out {other}")
     require_none(problems)
 
 

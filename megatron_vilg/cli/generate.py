@@ -53,7 +53,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--max-batch", metavar="N", type=int, help="pictures drawn at a time (default: all)")
     parser.add_argument(
-        "--rerank", metavar="K", type=int, help="draw K pictures per prompt, keep the -n that the model captions best"
+        "--rerank",
+        metavar="K",
+        type=int,
+        help="draw K pictures per prompt, keep the -n that both directions find likeliest; 0: keep all that is drawn",
     )
     parser.add_argument("--image-prefix", metavar="IMG", type=Path, help="complete this picture, with --keep-rows")
     parser.add_argument("--keep-rows", metavar="R", type=int, help="rows of its tokens that are kept, from the top")
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     facts: list[dict[str, Any]] = [{"tokens": n, "tokens_cut": max(0, n - slots)} for n in lengths]
     if scores is not None:
         for fact, row in zip(facts, scores.tolist(), strict=True):
-            fact["caption_log_likelihood"] = row
+            fact["scores"] = row
     drawn = f"{ids.shape[0] * ids.shape[1]} pictures in {args.out}"
     if share.count == 1:
         write_pictures(args.out, own, pixels, facts, record)
@@ -123,7 +126,7 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value in (("-n", args.num_images), ("--max-batch", args.max_batch)):
         if value is not None and value < 1:
             problems.append(f"{flag}={value}: must be at least 1")
-    if args.rerank is not None and args.rerank < args.num_images:
+    if args.rerank and args.rerank < args.num_images:
         problems.append(f"--rerank={args.rerank}: must be at least -n={args.num_images}, the pictures that are kept")
     if (args.image_prefix is None) != (args.keep_rows is None):
         problems.append("--image-prefix and --keep-rows belong together; give both or neither")
@@ -133,12 +136,9 @@ def _check(args: argparse.Namespace) -> None:
 def _draw(
     args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], first_prompt: int, settings: SampleConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Codes [B, n, N] and, with ``--rerank``, the log-likelihood of the prompt for each [B, n]."""
+    """Codes [B, n, N] and, where more were drawn than are kept, the score of each [B, n]."""
     from tqdm import tqdm
 
-    from megatron_vilg.generate.rerank import best_of
-
-    num_images = args.rerank or args.num_images
     prefix = _image_prefix(args, pipeline, len(prompts))
     with tqdm(desc="drawing", unit=" tokens", disable=None) as bar:
 
@@ -146,9 +146,9 @@ def _draw(
             bar.total = total
             bar.update(done - bar.n)
 
-        ids = pipeline.draw_ids(
+        return pipeline.draw_best_ids(
             prompts,
-            num_images=num_images,
+            num_images=args.num_images,
             settings=settings,
             seed=args.seed,
             max_batch=args.max_batch,
@@ -156,11 +156,6 @@ def _draw(
             first_prompt=first_prompt,
             progress=progress,
         )
-    if args.rerank is None or not prompts:
-        return ids[:, : args.num_images], None
-    scores = pipeline.score(ids, prompts, max_batch=args.max_batch)
-    best = best_of(scores, args.num_images)
-    return ids.gather(1, best[:, :, None].expand(-1, -1, ids.shape[2])), scores.gather(1, best)
 
 
 def _image_prefix(args: argparse.Namespace, pipeline: Pipeline, num_prompts: int) -> torch.Tensor | None:
@@ -183,7 +178,6 @@ def _record(args: argparse.Namespace, pipeline: Pipeline, settings: SampleConfig
         "num_images": args.num_images,
         "sample": dataclasses.asdict(settings),
         "decoder": args.decoder,
-        "rerank": args.rerank,
         "image_prefix": None if args.image_prefix is None else str(args.image_prefix),
         "keep_rows": args.keep_rows,
         "max_batch": args.max_batch,

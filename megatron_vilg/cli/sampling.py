@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.errors import ConfigError
 
-_FLAGS = {"temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p", "guidance": "--cfg-scale"}
+_FLAGS = {
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "guidance": "--cfg-scale",
+    "rerank": "--rerank",
+}
 """Field of ``SampleConfig`` to the option that sets it."""
 
 

@@ -65,7 +65,7 @@ def demo() -> RunConfig:
         optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.97), warmup_steps=40),
         train=TrainConfig(num_steps=3300, batch_size=12, eval_every=500, sample_every=1000),
         checkpoint=CheckpointConfig(every=250),
-        sample=SampleConfig(temperature=0.5, top_k=8),
+        sample=SampleConfig(temperature=0.8, top_k=16, rerank=16, caption_candidates=32),
     )
 
 

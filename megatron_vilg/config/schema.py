@@ -439,6 +439,12 @@ class SampleConfig:
     """Keep the likeliest tokens that together have this probability."""
     guidance: NonNegative = 1.0
     """Classifier-free guidance scale; 1: off."""
+    rerank: Count = 0
+    """Pictures drawn of each prompt, of which those that both directions find likeliest are kept. 0: no choice."""
+    rerank_drawing_weight: NonNegative = 0.1
+    """Weight of ``log P(picture | caption)`` beside ``log P(caption | picture)`` in that choice."""
+    caption_candidates: Count = 0
+    """Captions sampled of each picture; the one that both directions find likeliest is said. 0: greedy decoding."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

@@ -156,9 +156,14 @@ def _drawing_figures(drawings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     flat = {
         figure: {name: v["share"] if isinstance(v, dict) else v for name, v in drawings[figure].items()}
         | {"intervals": {name: v["interval"] for name, v in drawings[figure].items() if isinstance(v, dict)}}
+        | {"not_reranked": {k: v["not_reranked"] for k, v in drawings[figure].items() if "not_reranked" in _dict(v)}}
         for figure in ("style", "concept_and_style")
     }
     return {"retrieval": retrieval} | flat
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _as_retrieval(share: dict[str, Any]) -> dict[str, Any]:

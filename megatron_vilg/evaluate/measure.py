@@ -59,12 +59,17 @@ class Measurement:
         return found
 
     def captions(self) -> dict[str, Any]:
-        """Exact match and character F1 of greedy captions by kind, and what a random caption would score."""
+        """Exact match and character F1 of captions by kind, and what a random caption would score.
+
+        Captions are decoded as the run's ``sample`` says; ``greedy_exact_match`` is that of greedy decoding.
+        """
         found: dict[str, Any] = {}
         for kind in self.kinds:
             numbers = self.chosen[kind]
             said, true = self.say(numbers), self.pairs.captions(numbers)
+            greedy = score_captions(self.subject.pipeline.caption(self.codes[numbers]), true)
             found[kind.value] = _caption_entry(score_captions(said, true)) | self._names(said, numbers)
+            found[kind.value]["greedy_exact_match"] = greedy.exact_match
             log.info("captions, %s: %s", kind.value, _short(found[kind.value]))
         asked = [number for kind in self.kinds if kind != Kind.NEW_CONCEPT for number in self.chosen[kind]]
         pool = self.pairs.captions(self.pairs.of_kind(Kind.TRAINED))
@@ -73,13 +78,22 @@ class Measurement:
 
     def say(self, numbers: list[int]) -> list[str]:
         """Generated captions of pairs."""
-        return self.subject.pipeline.caption(self.codes[numbers])
+        pipeline, candidates = self.subject.pipeline, self.subject.config.sample.caption_candidates
+        if candidates:
+            return pipeline.caption_of_candidates(self.codes[numbers], candidates, seed=self.settings.seed)
+        return pipeline.caption(self.codes[numbers])
 
-    def draw(self, numbers: list[int], num_images: int, seed: int) -> Tensor:
-        """Pictures [len(numbers) * num_images, 3, S, S] in [-1, 1] drawn from the pairs' captions."""
-        pipeline = self.subject.pipeline
-        ids = pipeline.draw_ids(
-            self.pairs.captions(numbers), num_images=num_images, settings=self.subject.config.sample, seed=seed
+    def draw(self, numbers: list[int], num_images: int, seed: int, *, rerank: bool = True) -> Tensor:
+        """Pictures [len(numbers) * num_images, 3, S, S] in [-1, 1] drawn from the pairs' captions.
+
+        Args:
+            rerank: keep the best of several as the run's ``sample`` says; False: keep the first.
+        """
+        pipeline, settings = self.subject.pipeline, self.subject.config.sample
+        if not rerank:
+            settings = dataclasses.replace(settings, rerank=0)
+        ids, _ = pipeline.draw_best_ids(
+            self.pairs.captions(numbers), num_images=num_images, settings=settings, seed=seed
         )
         return pipeline.decode(ids.flatten(0, 1)).float().cpu()
 
@@ -99,10 +113,15 @@ class Measurement:
             numbers = self.pairs.labelled(self.chosen[kind])
             asked = self.pairs.labels(numbers)
             each = self.settings.samples_per_prompt
-            pictures = self.draw(numbers, each, self.settings.seed)
-            concept, style = self.judge(kind, pictures, [label for label in asked for _ in range(each)])
+            labels = [label for label in asked for _ in range(each)]
+            concept, style = self.judge(kind, self.draw(numbers, each, self.settings.seed), labels)
             for name, hits in (("retrieval", concept), ("style", style), ("concept_and_style", concept & style)):
                 found[name][kind.value] = _share(hits, len(numbers))
+            if self.subject.config.sample.rerank:
+                first = self.draw(numbers, each, self.settings.seed, rerank=False)
+                concept, style = self.judge(kind, first, labels)
+                for name, hits in (("retrieval", concept), ("style", style), ("concept_and_style", concept & style)):
+                    found[name][kind.value]["not_reranked"] = hits.float().mean().item()
             if kind != Kind.NEW_CONCEPT:
                 chances.append((len(asked), *self.galleries[kind].chance(asked)))
                 ceilings.append(torch.stack(self.judge(kind, self.rebuilt[numbers], asked)).float())

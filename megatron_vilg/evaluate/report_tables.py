@@ -41,9 +41,16 @@ def _main_table(figures: Mapping[str, Any]) -> Table:
         rows.append(_row("画对概念 concept drawn (R@1)", shares, spans, retrieval["chance"], retrieval["ceiling"]))
         rows.append(_row("画对风格 style drawn", style, style["intervals"], style["chance"], style["ceiling"]))
         rows.append(_row("两者都对 both", both, both["intervals"], None, None))
+        first = {k: retrieval[k]["not_reranked"] for k in _KINDS if "not_reranked" in retrieval.get(k, {})}
+        if first:
+            rows.append(_row("首图画对概念 concept, first drawing", first, {}, None, None))
+            rows.append(_row("首图画对风格 style, first drawing", style["not_reranked"], {}, None, None))
     exact = {k: caption[k]["exact_match"] for k in _KINDS if k in caption}
     spans = {k: caption[k]["exact_match_interval"] for k in _KINDS if k in caption}
     rows.append(_row("说明全对 caption exact", exact, spans, caption["chance"], 1.0))
+    greedy = {k: caption[k]["greedy_exact_match"] for k in _KINDS if k in caption}
+    if figures["drawing_settings"].get("caption_candidates"):
+        rows.append(_row("贪心说明全对 exact, greedy caption", greedy, {}, None, None))
     overlap = {k: caption[k]["char_f1"] for k in _KINDS if k in caption}
     rows.append(_row("说明字符 F1 caption characters", overlap, {}, caption["chance_char_f1"], 1.0))
     instrument = figures["instrument"]
@@ -55,6 +62,8 @@ def _main_table(figures: Mapping[str, Any]) -> Table:
             f"{instrument['gallery']}. Style: a choice among the real pictures of the asked concept. "
             "Ceiling: the real pictures sent through the image tokenizer."
         )
+        if figures["drawing_settings"].get("rerank"):
+            note += " Judged is the best of several drawings by the model's own score; first drawing: without a choice."
     return Table("画得对不对，说得对不对 · Drawing and captioning", _HEADER, tuple(rows), note)
 
 

@@ -36,12 +36,22 @@ class Pipeline(Protocol):
         """Prompts to codes int64 [len(prompts), num_images, N]."""
         ...
 
+    def draw_best_ids(
+        self, prompts: Sequence[str], *, num_images: int, settings: SampleConfig, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, the best of ``settings.rerank`` pictures of each prompt, and their scores if there is a choice."""
+        ...
+
     def decode(self, ids: Tensor) -> Tensor:
         """Codes [..., N] to pixels float32 [..., 3, S, S] in [-1, 1]."""
         ...
 
     def caption(self, images: Tensor) -> list[str]:
         """Codes [B, N] to B captions, greedily."""
+        ...
+
+    def caption_of_candidates(self, images: Tensor, candidates: int, *, seed: int) -> list[str]:
+        """Codes [B, N] to B captions, the best of several sampled ones."""
         ...
 
 

@@ -37,6 +37,8 @@ NO_RECONSTRUCTOR = (
 )
 _DECODE_BATCH = 64
 """Pictures that pass the image tokenizer at a time."""
+_SCORE_BATCH = 128
+"""Pairs scored at a time where the caller names no limit: logits of all codes are kept for that many."""
 
 
 class Pipeline:
@@ -251,10 +253,80 @@ class Pipeline:
                 self.model, ids.to(self.device), text_ids, text_len, max_batch=max_batch
             )
 
-    def score(self, ids: Tensor, prompts: Sequence[str], *, max_batch: int | None = None) -> Tensor:
-        """``caption_log_likelihood`` of every picture of codes [B, n, N] with its prompt: float32 [B, n]."""
-        each = [prompt for prompt in prompts for _ in range(ids.shape[1])]
-        return self.caption_log_likelihood(ids.flatten(0, 1), each, max_batch=max_batch).view(ids.shape[:2])
+    def score(
+        self, ids: Tensor, prompts: Sequence[str], *, drawing_weight: float = 0.0, max_batch: int | None = None
+    ) -> Tensor:
+        """``rerank.pair_score`` of every picture of codes [B, n, N] with its prompt: float32 [B, n]."""
+        text_ids, text_len = self.encode_prompts(prompts, warn=False)
+        each = ids.shape[1]
+        with self._arithmetic():
+            return rerank.pair_score(
+                self.model,
+                ids.flatten(0, 1).to(self.device),
+                text_ids.repeat_interleave(each, dim=0),
+                text_len.repeat_interleave(each, dim=0),
+                drawing_weight=drawing_weight,
+                max_batch=max_batch or _SCORE_BATCH,
+            ).view(ids.shape[:2])
+
+    def caption_of_candidates(
+        self, images: Sequence[Picture] | Tensor, candidates: int, *, seed: int = 0, max_batch: int | None = None
+    ) -> list[str]:
+        """One caption for each picture (or row of codes [B, N]): of some sampled ones and the greedy one, the best.
+
+        Best is the largest ``log P(caption | picture) + log P(picture | caption)``: the direction that draws checks
+        what the direction that captions says.
+
+        Args:
+            candidates: captions sampled of each picture, at temperature 1.
+            seed: of the samples; picture ``i`` depends on the seed and on ``i`` alone.
+        """
+        ids = images.to(self.device) if isinstance(images, Tensor) else self.encode_images(images)
+        said = [[text] for text in self.caption(ids, max_batch=max_batch)]
+        repeated = ids.repeat_interleave(candidates, dim=0)
+        drawn = self.caption(repeated, settings=SampleConfig(), seed=seed, max_batch=max_batch or _SCORE_BATCH)
+        for number, texts in enumerate(said):
+            texts += drawn[number * candidates : (number + 1) * candidates]
+        options = [list(dict.fromkeys(text for text in texts if text)) or [""] for texts in said]
+        rows = [number for number, texts in enumerate(options) for _ in texts]
+        flat = [text for texts in options for text in texts]
+        scores = self.score(ids[rows][:, None], flat, drawing_weight=1.0, max_batch=max_batch)[:, 0]
+        best = [scores_of.argmax().item() for scores_of in scores.cpu().split([len(texts) for texts in options])]
+        return [texts[int(place)] for texts, place in zip(options, best, strict=True)]
+
+    def draw_best_ids(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_images: int,
+        settings: SampleConfig | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        image_prefix: Tensor | None = None,
+        first_prompt: int = 0,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw, and where ``settings.rerank`` asks for more pictures than are kept, keep the best, best first.
+
+        Returns:
+            Codes int64 [B, num_images, N], and their ``score`` [B, num_images] or None where all drawn are kept.
+        """
+        settings = settings or self.config.sample
+        ids = self.draw_ids(
+            prompts,
+            num_images=max(settings.rerank, num_images),
+            settings=settings,
+            seed=seed,
+            max_batch=max_batch,
+            image_prefix=image_prefix,
+            first_prompt=first_prompt,
+            progress=progress,
+        )
+        if not settings.rerank or not prompts:
+            return ids, None
+        scores = self.score(ids, prompts, drawing_weight=settings.rerank_drawing_weight, max_batch=max_batch)
+        best = rerank.best_of(scores, num_images)
+        return ids.gather(1, best[:, :, None].expand(-1, -1, ids.shape[2])), scores.gather(1, best)
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:

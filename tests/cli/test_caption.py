@@ -45,6 +45,12 @@ def test_lines_and_json(
     assert found == [{"id": p, "caption": c} for p, c in zip(pictures, expected, strict=True)]
 
 
+def test_candidates(run_folder: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert caption(run_folder, *pictures, "--candidates", "5", "--seed", "2") == 0
+    expected = Pipeline.load(run_folder).caption_of_candidates(pictures, 5, seed=2)
+    assert capsys.readouterr().out.splitlines() == [f"{p}\t{c}" for p, c in zip(pictures, expected, strict=True)]
+
+
 def test_sampling_follows_the_seed(run_folder: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     def drawn(seed: str, *options: str) -> str:
         assert caption(run_folder, *pictures, "--temperature", "1.5", "--seed", seed, *options) == 0
@@ -58,6 +64,15 @@ def test_sampling_follows_the_seed(run_folder: Path, pictures: list[str], capsys
     [
         (["--question", "什么颜色？"], "--question=什么颜色？: needs a generator trained on questions"),
         (["--beam", "0"], "--beam=0: must be at least 1"),
+        (["--candidates", "-1"], "--candidates=-1: must be at least 0, which is greedy decoding"),
+        (
+            ["--candidates", "4", "--beam", "2"],
+            "--candidates=4: candidates are sampled at temperature 1; leave out --beam=2",
+        ),
+        (
+            ["--candidates", "4", "--top-k", "3"],
+            "--candidates=4: candidates are sampled at temperature 1; leave out --top-k",
+        ),
         (["--max-batch", "0"], "--max-batch=0: must be at least 1"),
         (
             ["--beam", "2", "--top-k", "3"],

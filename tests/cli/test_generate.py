@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from megatron_vilg.cli.main import main
-from megatron_vilg.config.schema import ReconstructorConfig
+from megatron_vilg.config.schema import ReconstructorConfig, SampleConfig
 from megatron_vilg.evaluate import canvas
 from tests.tiny_run import CAPTIONS, write_tiny_run
 
@@ -49,7 +50,8 @@ def test_pictures_grid_and_record(run_folder: Path, tmp_path: Path, capsys: pyte
     facts = record(tmp_path / "drawn")
     assert [entry["prompt"] for entry in facts["prompts"]] == CAPTIONS[:3]
     assert [entry["files"] for entry in facts["prompts"]] == [files[0:2], files[2:4], files[4:6]]
-    assert facts["sample"] == {"temperature": 0.9, "top_k": 4, "top_p": 1.0, "guidance": 1.5}
+    settings = SampleConfig(temperature=0.9, top_k=4, guidance=1.5)
+    assert facts["sample"] == dataclasses.asdict(settings)
     assert (facts["seed"], facts["num_images"], facts["step"]) == (7, 2, 3)
     assert set(facts["versions"]) >= {"megatron_vilg", "torch"} and len(facts["ids_sha256"]) == 64
     assert "6 pictures" in capsys.readouterr().out
@@ -81,9 +83,9 @@ def test_grid_with_a_font_has_room_for_prompts(run_folder: Path, tmp_path: Path)
 def test_rerank_keeps_the_best_captioned(run_folder: Path, tmp_path: Path) -> None:
     assert generate(run_folder, tmp_path / "all", "--prompt", CAPTIONS[0], "-n", "6", "--rerank", "6") == 0
     assert generate(run_folder, tmp_path / "best", "--prompt", CAPTIONS[0], "-n", "2", "--rerank", "6") == 0
-    scores = record(tmp_path / "all")["prompts"][0]["caption_log_likelihood"]
+    scores = record(tmp_path / "all")["prompts"][0]["scores"]
     assert scores == sorted(scores, reverse=True) and len(scores) == 6
-    assert record(tmp_path / "best")["prompts"][0]["caption_log_likelihood"] == scores[:2]
+    assert record(tmp_path / "best")["prompts"][0]["scores"] == scores[:2]
     for name in ("00000-00.png", "00000-01.png"):
         assert np.array_equal(picture(tmp_path / "all" / name), picture(tmp_path / "best" / name))
 

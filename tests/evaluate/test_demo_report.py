@@ -53,7 +53,7 @@ def test_a_model_that_knows_its_pairs_by_heart(report: Report) -> None:
     assert figures["style"]["chance"] == pytest.approx(1 / len(STYLES))
     assert figures["caption"]["trained"] == {
         "exact_match": 1.0, "char_f1": 1.0, "count": NUM_TRAINED, "concept": 1.0, "style": 1.0,
-        "exact_match_interval": pytest.approx((0.7009, 1.0), abs=1e-4),
+        "greedy_exact_match": 1.0, "exact_match_interval": pytest.approx((0.7009, 1.0), abs=1e-4),
     }  # fmt: skip
     assert figures["caption"]["unseen"]["exact_match"] == 0.0
     assert figures["caption"]["unseen"]["char_f1"] == 0.0, "it says nothing"

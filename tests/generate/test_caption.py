@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.generate.caption import beam_search, caption_ids
 from megatron_vilg.generate.decode import inference
-from megatron_vilg.generate.rerank import best_of, caption_log_likelihood
+from megatron_vilg.generate.rerank import best_of, caption_log_likelihood, drawing_log_likelihood, pair_score
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.sequence import Direction, TextToken
 from tests.tiny import tiny_batch, tiny_config, tiny_model
@@ -110,6 +110,23 @@ def test_log_likelihood_is_the_sum_over_tokens_and_end() -> None:
     torch.testing.assert_close(
         scores, caption_log_likelihood(model, codes, text, lengths, max_batch=4), atol=1e-4, rtol=0
     )
+
+
+def test_pair_score_adds_the_direction_that_draws() -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config, 5)
+    text, codes, lengths = batch.text_ids[:, 0], batch.image_ids[:, 0], batch.text_len[:, 0]
+    drawing = drawing_log_likelihood(model, codes, text, lengths, max_batch=2)
+    with inference(model):
+        logp = model.logits(text, codes, lengths, Direction.TEXT_TO_IMAGE).log_softmax(dim=-1)
+    for row in range(5):
+        assert drawing[row].item() == pytest.approx(
+            sum(logp[row, k, i].item() for k, i in enumerate(codes[row])), abs=1e-3
+        )
+    captions = caption_log_likelihood(model, codes, text, lengths)
+    both = pair_score(model, codes, text, lengths, drawing_weight=0.1)
+    torch.testing.assert_close(both, captions + 0.1 * drawing, atol=1e-3, rtol=0)
+    torch.testing.assert_close(pair_score(model, codes, text, lengths, drawing_weight=0.0), captions)
 
 
 def test_best_of() -> None:

@@ -107,6 +107,38 @@ def test_scores_belong_to_their_prompts(pipeline: Pipeline) -> None:
     assert not torch.allclose(scores, pipeline.score(ids, CAPTIONS[1::-1]))
 
 
+def test_best_drawings_are_those_with_the_best_scores(pipeline: Pipeline) -> None:
+    settings = SampleConfig(rerank=5, rerank_drawing_weight=0.5)
+    every = pipeline.draw_ids(CAPTIONS[:2], num_images=5, settings=settings, seed=3)
+    scores = pipeline.score(every, CAPTIONS[:2], drawing_weight=0.5)
+    ids, kept = pipeline.draw_best_ids(CAPTIONS[:2], num_images=2, settings=settings, seed=3)
+    assert kept is not None
+    for row in range(2):
+        order = scores[row].argsort(descending=True)[:2]
+        assert torch.equal(ids[row], every[row, order])
+        torch.testing.assert_close(kept[row], scores[row, order])
+
+
+def test_all_drawings_are_kept_where_none_are_asked_for_in_addition(pipeline: Pipeline) -> None:
+    ids, scores = pipeline.draw_best_ids(CAPTIONS[:1], num_images=2, settings=SampleConfig(), seed=3)
+    assert scores is None
+    assert torch.equal(ids, pipeline.draw_ids(CAPTIONS[:1], num_images=2, settings=SampleConfig(), seed=3))
+
+
+def test_caption_of_candidates_is_the_one_both_directions_find_likeliest(
+    pipeline: Pipeline,
+) -> None:
+    codes = pipeline.draw_ids(CAPTIONS[:3], seed=2)[:, 0]
+    said = pipeline.caption_of_candidates(codes, 6, seed=2)
+    assert said == pipeline.caption_of_candidates(codes, 6, seed=2) and len(said) == len(codes)
+    drawn = pipeline.caption(codes.repeat_interleave(6, dim=0), settings=SampleConfig(), seed=2)
+    for row, greedy in enumerate(pipeline.caption(codes)):
+        options = [text for text in [greedy, *drawn[6 * row : 6 * row + 6]] if text]
+        scores = pipeline.score(codes[row].expand(len(options), 1, -1), options, drawing_weight=1.0)[:, 0]
+        chosen = pipeline.score(codes[row][None, None], [said[row]], drawing_weight=1.0).item()
+        assert chosen == pytest.approx(scores.max().item(), abs=1e-3)
+
+
 def test_bf16_draws_and_captions(run_folder: Path) -> None:
     pipeline = Pipeline.load(run_folder, precision="bf16")
     ids = pipeline.draw_ids(CAPTIONS[:1], num_images=2, settings=SampleConfig(guidance=2.0))
