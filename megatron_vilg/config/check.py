@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from megatron_vilg.config.check_engine import check_engine
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.sequence import TextToken
@@ -34,6 +35,7 @@ def check(run: RunConfig, world_size: int | None = 1) -> list[str]:
         *_check_training(run),
         *_check_reconstructor(run),
         *_check_layout(run, world_size),
+        *check_engine(run, world_size),
     ]
 
 
@@ -188,9 +190,6 @@ def _check_layout(run: RunConfig, world_size: int | None) -> Iterable[str]:
     if run.reconstructor.enabled and world_size > 1:
         rule = f"end-to-end training works on one process so far, there are {world_size}"
         yield _problem("reconstructor.enabled", True, rule, "false, or one process")
-    if run.parallel.cpu_offload and world_size == 1:
-        rule = "is for sharded weights, and there is one process"
-        yield _problem("parallel.cpu_offload", True, rule, "false, or more processes")
 
 
 def _check_tensor(run: RunConfig) -> Iterable[str]:

@@ -328,8 +328,9 @@ class ReconstructorConfig:
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "adamw_8bit", "adamw_4bit", "apex_fused_adam"] = "adamw"
+    """``adamw``: torch's, fused. ``adamw_8bit``, ``adamw_4bit``: torchao's, with quantised moments.
+    ``apex_fused_adam``: NVIDIA's, built from source."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -368,6 +369,12 @@ class ParallelConfig:
     """What each rank keeps whole between micro-batches: 1 weights and gradients, 2 weights, 3 nothing."""
     cpu_offload: bool = False
     """Keep shards, gradients and optimizer state in main memory, and update there."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """DeepSpeed: where optimizer state lives and the update runs; ``nvme`` needs ``zero=3``."""
+    offload_weights: Literal["none", "cpu", "nvme"] = "none"
+    """DeepSpeed: where shards of weights wait until they are used; needs ``zero=3``."""
+    offload_folder: str = ""
+    """DeepSpeed: folder on a fast local disk for what is offloaded to ``nvme``."""
     num_microbatches: PositiveInt = 1
     """Pieces each rank's batch is cut into; gradients are accumulated over them."""
     recompute: Literal["none", "block", "selective"] = "none"
@@ -381,8 +388,10 @@ class ParallelConfig:
 class TrainConfig:
     """The training loop."""
 
-    engine: Literal["native"] = "native"
-    """Who executes a step."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """Who executes a step: this package with torch alone, or DeepSpeed (data parallelism only)."""
+    deepspeed_config: str = ""
+    """JSON file with further settings for DeepSpeed; keys that options of ours decide are refused. Empty: none."""
     num_steps: PositiveInt = 100_000
     """Optimizer steps."""
     batch_size: PositiveInt = 64

@@ -25,22 +25,25 @@ def normal_values(name: str, shape: tuple[int, ...], seed: int, std: float) -> T
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
+def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, num_layers: int) -> Tensor:
+    """One whole parameter as training starts, on the CPU: matrices and tables normal, norms one, biases zero."""
+    if len(shape) == 1:
+        return torch.full(shape, 1.0 if name.endswith(".weight") else 0.0)
+    scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
+    if name.startswith(FAN_IN_PART):
+        scale = math.prod(shape[1:]) ** -0.5
+    return normal_values(name, shape, seed, scale)
+
+
 @torch.no_grad()
 def init_weights(model: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
-    """Fill every parameter in place: matrices and tables normal, norms one, biases zero.
+    """Fill every parameter in place with its ``initial_value``.
 
     Of a cut parameter this rank's part is filled; at most one whole parameter exists at a time.
     """
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if parameter.ndim == 1:
-            is_gain = name.endswith(".weight")
-            local.fill_(1.0 if is_gain else 0.0)
-            continue
         if local.numel() == 0:
             continue
-        scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
-        if name.startswith(FAN_IN_PART):
-            scale = parameter[0].numel() ** -0.5
-        values = normal_values(name, tuple(parameter.shape), seed, scale)
+        values = initial_value(name, tuple(parameter.shape), seed, std, num_layers)
         local.copy_(values[local_box(parameter)] if isinstance(parameter, DTensor) else values)

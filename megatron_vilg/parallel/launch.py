@@ -145,6 +145,13 @@ def _meet(world: World, timeout: timedelta) -> dist.Store:
     return store
 
 
+def ensure_group(device: torch.device) -> None:
+    """A process group of this process alone, where none has been joined; for libraries that cannot do without one."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def device_of(world: World, device: torch.device) -> torch.device:
     """The device of this process: where there are several processes, the GPU of its local rank.
 

@@ -25,7 +25,14 @@ from megatron_vilg.parallel.recompute import apply_recompute
 from megatron_vilg.parallel.tensor import apply_tensor_parallel
 from megatron_vilg.parallel.zero import apply_zero, before_backward, release_gathered
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
-from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from megatron_vilg.train.optim import (
+    build_optimizer,
+    learning_rate,
+    optimizer_state,
+    set_learning_rate,
+    state_was_filled,
+    update,
+)
 
 log = get_logger(__name__)
 
@@ -160,9 +167,7 @@ class NativeEngine:
         norm = clip_gradients((p for _, p in self.named_parameters()), run.optim.grad_clip, self.mesh)
         skipped = (~torch.isfinite(norm + totals[0])).float()
         set_learning_rate(self.optimizer, learning_rate(self.step, run.optim, run.train.num_steps))
-        # The fused kernel leaves everything as it is when this flag is 1, without asking the host.
-        self.optimizer.found_inf = skipped.to(self._home)  # type: ignore[attr-defined]
-        self.optimizer.step()
+        update(self.optimizer, skipped.to(self._home))
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return StepResult(totals[0], totals[1], totals[2], norm.detach(), skipped)
@@ -254,6 +259,7 @@ class NativeEngine:
 
     def resume(self, step: int) -> None:
         """Go on after ``step`` steps, once the tensors of ``state_dict`` have been filled in place."""
+        state_was_filled(self.optimizer)
         self.step = step
 
     def export(self) -> Iterator[tuple[str, Tensor]]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
+from megatron_vilg.config.check_engine import LEAN
 from megatron_vilg.config.schema import OptimConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.log import get_logger
+from megatron_vilg.train.apex_optim import apex_fused_adam
+from megatron_vilg.train.lean_optim import lean_adamw, open_moment
 
 logger = get_logger(__name__)
 
@@ -20,33 +24,46 @@ NOT_DECAYED = frozenset({"position", "row", "column", "segment", "boundary"})
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
+def is_decayed(name: str, ndim: int) -> bool:
     """Whether weight decay applies: matrices and larger, but neither vectors nor embeddings of places and borders."""
-    return parameter.ndim >= 2 and NOT_DECAYED.isdisjoint(name.split("."))
+    return ndim >= 2 and NOT_DECAYED.isdisjoint(name.split("."))
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, device: torch.device | str
-) -> AdamW:
-    """AdamW with decay on matrices only; torch's fused update where the device has one.
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    device: torch.device | str,
+    shapes: Mapping[str, torch.Size] | None = None,
+) -> Optimizer:
+    """The optimizer that ``optim.name`` names, with decay on matrices only.
 
     Args:
         named_parameters: as ``module.named_parameters()`` gives them; those without gradient are left out.
-        config: the rates. ``lr`` is only the start value: set each step's with :func:`set_learning_rate`.
+        config: name and rates. ``lr`` is only the start value: set each step's with :func:`set_learning_rate`.
         device: where the parameters are.
+        shapes: whole shapes by name, where the parameters themselves do not show them because they are cut.
+
+    Raises:
+        MissingPackageError: a package that the optimizer needs is missing, or is another one of the same name.
+        ConfigError: it does not run on this device.
     """
-    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
-    decayed = [p for name, p in trained if is_decayed(name, p)]
-    others = [p for name, p in trained if not is_decayed(name, p)]
-    groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if parameters
+    trained = {name: p for name, p in named_parameters if p.requires_grad}
+    whole = {name: p.shape if shapes is None else shapes[name] for name, p in trained.items()}
+    decayed = [name for name, shape in whole.items() if is_decayed(name, len(shape))]
+    others = [name for name in trained if name not in set(decayed)]
+    groups: list[dict[str, Any]] = [
+        {"params": [trained[name] for name in names], "weight_decay": decay}
+        for names, decay in ((decayed, config.weight_decay), (others, 0.0))
+        if names
     ]
-    fused = torch.device(device).type in _FUSED_DEVICES
-    counts = [sum(p.numel() for p in parameters) for parameters in (decayed, others)]
-    logger.info("AdamW (fused=%s): %d values with decay, %d without", fused, *counts)
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    counts = [sum(whole[name].numel() for name in names) for names in (decayed, others)]
+    logger.info("%s: %d values with decay, %d without", config.name, *counts)
+    rates: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name in LEAN:
+        return lean_adamw(groups, config.name, rates)
+    if config.name == "apex_fused_adam":
+        return apex_fused_adam(groups, rates, torch.device(device))
+    return AdamW(groups, **rates, fused=torch.device(device).type in _FUSED_DEVICES)
 
 
 def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
@@ -66,25 +83,49 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
     return config.lr * share
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     """Use ``value`` in every group from the next update on."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def update(optimizer: Optimizer, skipped: Tensor) -> None:
+    """One update, or none where ``skipped`` (0-dim, on the parameters' device) is 1."""
+    if isinstance(optimizer, AdamW) and optimizer.param_groups[0]["fused"]:
+        # The fused kernel leaves everything as it is when this flag is 1, without asking the host.
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skipped.item():
+        optimizer.step()
+
+
+def create_state(optimizer: Optimizer) -> None:
+    """Create the state that the first update would create, where there is none yet."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if "exp_avg" not in state:
+                state.update(_initial_state(optimizer, group, parameter))
 
 
 def optimizer_state(
-    optimizer: AdamW, named_parameters: Iterable[tuple[str, nn.Parameter]]
+    optimizer: Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> dict[str, dict[str, Tensor]]:
     """The optimizer's own tensors by parameter name: ``{"exp_avg": {name: ...}, "exp_avg_sq": ..., "step": ...}``.
 
     State that does not exist yet is created as the first update would, so that a checkpoint can be loaded into it
-    in place before any step. Rates and decay are not in here; they come from the configuration.
+    in place before any step; call :func:`state_was_filled` then. Rates and decay are not in here; they come from the
+    configuration. Quantised moments are two tensors each, as ``train.lean_optim.open_moment`` has them.
 
     Raises:
         CheckpointError: the optimizer updates a parameter that ``named_parameters`` does not name.
     """
     names = {parameter: name for name, parameter in named_parameters}
-    result: dict[str, dict[str, Tensor]] = {"step": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    result: dict[str, dict[str, Tensor]] = {}
+    create_state(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in names:
@@ -92,17 +133,30 @@ def optimizer_state(
                     f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that has no name"
                 )
             state = optimizer.state[parameter]
-            if not state:
-                state.update(_initial_state(parameter, on_device=bool(group["fused"])))
-            for key, tensors in result.items():
-                tensors[names[parameter]] = state[key]
+            if "step" in group:  # Apex counts by group
+                state["step"].fill_(group["step"])
+            result.setdefault("step", {})[names[parameter]] = state["step"]
+            for slot in ("exp_avg", "exp_avg_sq"):
+                for suffix, tensor in open_moment(optimizer, state[slot], parameter):
+                    result.setdefault(slot + suffix, {})[names[parameter]] = tensor
     return result
 
 
-def _initial_state(parameter: Tensor, *, on_device: bool) -> Mapping[str, Tensor]:
-    """What AdamW creates at its first update; its step count is on the device only when fused."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }
+def state_was_filled(optimizer: Optimizer) -> None:
+    """Take over what :func:`optimizer_state` gave and a checkpoint has filled in place."""
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = int(optimizer.state[group["params"][0]]["step"])
+
+
+def _initial_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> Mapping[str, Tensor]:
+    """What the first update creates; AdamW's step count is on the device only when fused."""
+    make = getattr(optimizer, "new_moment", None)
+    if make is None:
+        moments = {
+            slot: torch.zeros_like(parameter, memory_format=torch.preserve_format) for slot in ("exp_avg", "exp_avg_sq")
+        }
+    else:
+        moments = {"exp_avg": make(parameter, signed=True), "exp_avg_sq": make(parameter, signed=False)}
+    device = parameter.device if group.get("fused") else "cpu"
+    return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}

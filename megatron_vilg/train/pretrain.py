@@ -22,6 +22,7 @@ from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.parallel.mesh import Mesh
+from megatron_vilg.train.deepspeed import DeepSpeedEngine
 from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
 from megatron_vilg.train.metrics import MetricWriter, SilentWriter
@@ -102,6 +103,8 @@ def build_engine(
     image_tokenizer: AnyTokenizer | None = None,
 ) -> Engine:
     """The engine that the configuration asks for; ``reconstructor.enabled`` needs the image tokenizer."""
+    if run.train.engine == "deepspeed":
+        return DeepSpeedEngine(run, mesh, codebook)
     if not run.reconstructor.enabled:
         return NativeEngine(run, mesh, codebook)
     if image_tokenizer is None:

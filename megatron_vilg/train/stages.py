@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, with_suffix, write_text
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
 from megatron_vilg.config.check import require
+from megatron_vilg.config.check_engine import missing_packages
 from megatron_vilg.config.load import write_run_folder_config
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.config.world import World
@@ -30,7 +31,7 @@ from megatron_vilg.data.text import TextTokenizer, train_text_tokenizer
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.data.token_files import MANIFEST_FILE as CACHE_MANIFEST
 from megatron_vilg.data.token_writer import write_token_cache
-from megatron_vilg.errors import ConfigError
+from megatron_vilg.errors import ConfigError, MissingPackageError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.train.vqgan import train_image_tokenizer
@@ -99,6 +100,8 @@ def prepare(
             [f"model.text_vocab_size={run.model.text_vocab_size}: the text tokenizer has {text.vocab_size}. Works: 0"]
         )
     require(run, world.size)
+    if missing := missing_packages(run):
+        raise MissingPackageError("\n".join(missing))
     if world.is_main:
         write_run_folder_config(run, out)
         _train_image_tokenizer(run, data, out, device)

@@ -222,7 +222,7 @@ def test_full_attention_has_no_kernel_to_check() -> None:
             ["parallel.cpu_offload=true"],
             1,
             "parallel.cpu_offload=True: is for sharded weights, and there is one process. "
-            "Works: false, or more processes.",
+            "Works: false, more processes, or train.engine=deepspeed.",
         ),
     ],
 )
