@@ -56,6 +56,13 @@ class Record:
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
+class Mapped(dict[Any, Any]):
+    """An ordered dictionary; attributes that were pickled with it are dropped."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True)
 class StorageType:
     """Element type of a storage; None where the tensor brings its own."""
@@ -114,7 +121,7 @@ _STORAGES = {
     "UntypedStorage": None,
 }
 _HARMLESS: dict[str, Any] = {
-    "collections.OrderedDict": dict,
+    "collections.OrderedDict": Mapped,
     "builtins.dict": dict,
     "builtins.list": list,
     "builtins.tuple": tuple,

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_vilg.checkpoint.canonical import CanonicalSource, FileSource
 from megatron_vilg.checkpoint.dcp_folder import METADATA, DcpSource
+from megatron_vilg.checkpoint.deepspeed_folder import DeepSpeedSource, is_deepspeed
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_manifest
@@ -44,11 +45,14 @@ def open_source(path: Path) -> TensorSource:
         return DcpSource(path)
     if (path / FILE_NAME).is_file():
         return RankSource(path) if read_manifest(path).format == RANKS else CanonicalSource(path)
+    if is_deepspeed(path):
+        return DeepSpeedSource(path)
     if any(path.glob("mp_rank_*_*")) or any(path.glob("*.safetensors")):
         raise CheckpointError(f"{path}: has no {FILE_NAME}, so it is not complete; write it again")
     raise CheckpointError(
         f"{path}: no tensors found. Looked for a run folder ({CHECKPOINT_FOLDER}/step-*), a checkpoint ({METADATA}), "
-        f"a folder of ranks (mp_rank_*_*), a canonical folder (*.safetensors with {FILE_NAME})"
+        f"a folder of ranks (mp_rank_*_*), a canonical folder (*.safetensors with {FILE_NAME}), and DeepSpeed's "
+        "*_optim_states.pt"
     )
 
 
@@ -85,7 +89,7 @@ def _folders_of(path: Path) -> list[Path]:
     """Where a run keeps what belongs to its weights: beside them, or above their folder of checkpoints."""
     path = path.resolve()
     above = [path.parent.parent] if path.parent.name == CHECKPOINT_FOLDER else []
-    return [path, *above, *([path.parent] if path.name == "export" else [])]
+    return [path, *above, path.parent]
 
 
 def _read_config(path: Path, manifest: Manifest) -> Mapping[str, Any]:
