@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.attention_layers import attention_layers
+from benchmarks.checkpoints import checkpoint_tools
 from benchmarks.counts import cache_capacity, cache_reads
 from benchmarks.decoding import decoding
 from benchmarks.measure import Bench, Row
@@ -38,6 +39,7 @@ METRICS: dict[str, Metric] = {
     "C6": cache_capacity,
     "C15": optimizer_update,
     "C16": import_time,
+    "K1": checkpoint_tools,
 }
 PACKAGES = ("torch", "transformers", "numpy")
 COLUMNS = "{:4} {:52} {:>10} {:24} {:23} {:>10} {:>7} {:>8}  {}"

@@ -79,7 +79,7 @@ def write_training_checkpoint(
     with new_folder(folder, size) as partial:
         background = Background(partial)
         try:
-            background.check_source(source.path, source.manifest)
+            background.check_source(source)
             _save(source, names, partial, options)
             background.finish(source.path)
         finally:

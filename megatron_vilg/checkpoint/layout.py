@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -13,12 +12,14 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint.tensors import TensorInfo, parameter_of
 from megatron_vilg.errors import CheckpointError
+from megatron_vilg.parallel.pipeline import stage_layers
+from megatron_vilg.parallel.plan import Cut, rule_of, shard_dim
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-_VOCABULARY = re.compile(r"(embed|heads)\.(text|image)\.weight")
-_COLUMN = re.compile(r"blocks\.\d+\.(attention\.[qkv]|mlp\.up)\.(weight|bias)")
-_ROW = re.compile(r"blocks\.\d+\.(attention\.out|mlp\.down)\.weight")
 _LAST = ("norm.", "heads.", "reconstructor.")
+"""Beginnings of names that only the last stage has."""
+_UNCUT = ("embed.codebook", "reconstructor.")
+"""Beginnings of names outside the table of cuts: a buffer, and a part that is never cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +66,14 @@ class Layout:
         """Folder of a rank, as Megatron-LM names it."""
         return f"mp_rank_{tensor_rank:02d}_{stage:03d}"
 
-    def stages(self) -> list[range]:
-        """Layers of each stage: as even as possible, earlier stages take the rest."""
-        small, more = divmod(self.num_layers, self.pipeline)
-        bounds = [stage * small + min(stage, more) for stage in range(self.pipeline + 1)]
-        return [range(a, b) for a, b in itertools.pairwise(bounds)]
-
     def stage_of(self, name: str) -> int:
         """Stage that holds a tensor, by full name."""
         parameter = parameter_of(name)
         if match := _BLOCK.match(parameter):
             layer = int(match[1])
-            return next(number for number, layers in enumerate(self.stages()) if layer in layers)
+            return next(
+                number for number, layers in enumerate(stage_layers(self.num_layers, self.pipeline)) if layer in layers
+            )
         return self.pipeline - 1 if parameter.startswith(_LAST) else 0
 
     def parts(self, name: str, info: TensorInfo, cut: int | None) -> list[Part]:
@@ -100,9 +97,7 @@ def cut_of(name: str, info: TensorInfo, whole: TensorInfo | None) -> int | None:
     if whole is None or info.shape != whole.shape:
         return None
     parameter = parameter_of(name)
-    if _VOCABULARY.fullmatch(parameter) or _COLUMN.fullmatch(parameter):
-        return 0
-    return 1 if _ROW.fullmatch(parameter) else None
+    return None if parameter.startswith(_UNCUT) else shard_dim(parameter)
 
 
 def check_layout(layout: Layout, num_heads: int, tensors: Mapping[str, TensorInfo], cuts: Mapping[str, int]) -> None:
@@ -125,7 +120,7 @@ def check_layout(layout: Layout, num_heads: int, tensors: Mapping[str, TensorInf
         )
     for name, dim in cuts.items():
         divides = tensors[name].shape[dim] % max(1, layout.tensor) == 0
-        if not problems and not divides and not _VOCABULARY.fullmatch(parameter_of(name)):
+        if not problems and not divides and rule_of(parameter_of(name)).cut is not Cut.VOCABULARY:
             problems.append(f"{name} {list(tensors[name].shape)} cannot be cut in {layout.tensor} along {dim}.")
     if problems:
         raise CheckpointError("\n".join(problems))

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, sync, sync_tree, with_suffix
-from megatron_vilg.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, find_damage, sha256_of
+from megatron_vilg.checkpoint.manifest import FILE_NAME, FileEntry, find_damage, sha256_of
+from megatron_vilg.checkpoint.tensors import TensorSource
 from megatron_vilg.errors import CheckpointError
 
 SPARE_BYTES = 64 << 20
@@ -78,10 +79,10 @@ class Background:
         """Force a finished file to the disk and compute its digest by reading it again."""
         self._digests[path.relative_to(self.folder).as_posix()] = self._pool.submit(_entry, path)
 
-    def check_source(self, folder: Path, manifest: Manifest | None) -> None:
-        """Compare the source's files with its manifest, if it has one."""
-        if manifest is not None and (folder / FILE_NAME).is_file():
-            self._source = self._pool.submit(find_damage, folder, manifest)
+    def check_source(self, source: TensorSource) -> None:
+        """Compare the source's files with its manifest, if it has one and nobody has compared them yet."""
+        if source.manifest is not None and (source.path / FILE_NAME).is_file() and not source.is_verified:
+            self._source = self._pool.submit(find_damage, source.path, source.manifest)
 
     def finish(self, source: Path) -> dict[str, FileEntry]:
         """Wait for everything.

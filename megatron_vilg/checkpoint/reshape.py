@@ -223,7 +223,7 @@ def write_folder(
     with new_folder(folder, files.num_bytes + more) as partial:
         background = Background(partial)
         try:
-            background.check_source(source.path, source.manifest)
+            background.check_source(source)
             text = json.dumps(config, ensure_ascii=False, indent=1)
             metadata = {"kind": manifest.kind, "step": str(manifest.step), "config": text}
             write_files(source, files, partial, background, options, metadata)

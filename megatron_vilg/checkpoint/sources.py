@@ -40,7 +40,9 @@ def open_source(path: Path) -> TensorSource:
         newest = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).latest()
         if newest is None:
             raise CheckpointError(f"{path / CHECKPOINT_FOLDER}: no complete checkpoint in it")
-        return DcpSource(newest)
+        source = DcpSource(newest)
+        source.is_verified = True
+        return source
     if (path / METADATA).is_file():
         return DcpSource(path)
     if (path / FILE_NAME).is_file():

@@ -71,6 +71,8 @@ class TensorSource:
     """By full name: ``model.NAME``, ``optimizer.SLOT.NAME``, or another first word for other parts of a run."""
     format: str
     """Name of the format, for people."""
+    is_verified = False
+    """Whether the digests of all files were compared when it was opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

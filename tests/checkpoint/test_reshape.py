@@ -96,17 +96,18 @@ def test_ranks_hold_their_cut_and_padding_never_reaches_the_canonical_file(tmp_p
     assert manifest.layout == {"tensor": 2, "pipeline": 3, "num_layers": 4}
     first = load_file(tmp_path / "ranks" / "mp_rank_01_000" / "model.safetensors")
     last = load_file(tmp_path / "ranks" / "mp_rank_01_002" / "model.safetensors")
-    table = source.values["model.embed.text.weight"]
-    assert table.shape == (23, 16)
-    assert torch.equal(first["embed.text.weight"], torch.cat([table[12:], torch.zeros(1, 16)]))
-    assert torch.equal(first["blocks.1.mlp.down.weight"], source.values["model.blocks.1.mlp.down.weight"][:, 32:])
+    head = source.values["model.heads.text.weight"]
+    assert head.shape == (23, 16)
+    assert torch.equal(last["heads.text.weight"], torch.cat([head[12:], torch.zeros(1, 16)]))
+    assert torch.equal(first["embed.text.weight"], source.values["model.embed.text.weight"][:, 8:])
+    assert torch.equal(first["blocks.0.mlp.down.weight"], source.values["model.blocks.0.mlp.down.weight"][:, 32:])
     assert torch.equal(first["blocks.0.attention.q.bias"], source.values["model.blocks.0.attention.q.bias"][8:])
     assert "blocks.3.mlp.up.weight" in last and "norm.weight" in last and "heads.image.weight" in last
     assert "blocks.3.mlp.up.weight" not in first and "norm.weight" not in first
     assert not (tmp_path / "ranks" / "mp_rank_00_000" / "optimizer.safetensors").exists()
     with open_source(tmp_path / "ranks") as ranks:
         merge(ranks, tmp_path / "whole")
-    assert load_file(tmp_path / "whole" / "model.safetensors")["embed.text.weight"].shape == (23, 16)
+    assert load_file(tmp_path / "whole" / "model.safetensors")["heads.text.weight"].shape == (23, 16)
 
 
 def test_merge_of_a_checkpoint_is_a_folder_to_generate_from(tmp_path: Path) -> None:
