@@ -21,6 +21,9 @@ from megatron_vilg.checkpoint.tensors import OPTIMIZER, TensorSource, count_not_
 from megatron_vilg.checkpoint.transfer import Options, equal_bits
 from megatron_vilg.errors import CheckpointError
 
+ONE_FILE_BYTES = 64 << 20
+"""Checkpoints up to this size are written as one file."""
+
 
 class LazyPlanner(dcp.DefaultSavePlanner):
     """Plans with tensors that have a shape only, and reads each when it is written."""
@@ -91,8 +94,10 @@ def write_training_checkpoint(
 
 def _save(source: TensorSource, names: Sequence[str], partial: Path, options: Options) -> None:
     planner = LazyPlanner(source, options)
-    # A file per tensor: torch keeps all tensors of a file in memory until it is closed.
-    writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, sync_files=True)
+    # torch keeps all tensors of a file in memory until it is closed, so a large checkpoint gets a file per tensor.
+    is_small = planner.total <= ONE_FILE_BYTES
+    # Files are forced to the disk together, before the folder gets its name; one by one takes much longer.
+    writer = dcp.FileSystemWriter(partial, single_file_per_rank=is_small, sync_files=False)
     state: dict[str, Any] = {}
     for name in names:
         info = source.tensors[name]

@@ -98,9 +98,9 @@ def _wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[
         for name in sorted(expected.keys() | weights.keys()):
             if name not in weights:
                 problems.append(f"{name}: missing")
-            elif name not in expected:
+            elif name not in expected and not name.startswith("reconstructor."):
                 problems.append(f"{name}: not part of this model")
-            elif weights[name].shape != expected[name]:
+            elif name in expected and weights[name].shape != expected[name]:
                 problems.append(f"{name}: has shape {list(weights[name].shape)}, expected {list(expected[name])}")
     slots = {name.split(".")[1] for name in tensors if part_of(name) == OPTIMIZER}
     state = {

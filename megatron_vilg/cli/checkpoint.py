@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vilg.cli.checkpoint_end_to_end import split_run, start_end_to_end
 from megatron_vilg.errors import CheckpointError, ConfigError
 from megatron_vilg.log import get_logger
 
@@ -83,19 +84,23 @@ def _add_convert(verbs: Any) -> None:
         "--save-dir runs/mine/image_tokenizer; vilg checkpoint convert --from vilg --to pretrained "
         "--load-dir runs/demo --save-dir share --dtype bf16",
     )
-    sources = ("taming", "llamagen", "dalle", "deepspeed", "vilg")
+    sources = ("taming", "llamagen", "dalle", "deepspeed", "vilg", "end-to-end")
     parser.add_argument("--from", dest="origin", choices=sources, required=True, help="what D is")
     parser.add_argument(
         "--to",
-        choices=("vilg", "safetensors", "pretrained"),
+        choices=("vilg", "safetensors", "pretrained", "end-to-end"),
         required=True,
-        help="canonical folder; one file; weights, configuration and tokenizers together",
+        help="canonical folder; one file; weights, configuration and tokenizers together; a run folder from which "
+        "end-to-end training starts. --from end-to-end --to vilg takes such a run apart",
     )
     _add_folders(parser)
     parser.add_argument("--config", metavar="FILE", type=Path, help="taming: its yaml, where D has none or several")
     parser.add_argument("--image-size", metavar="S", type=int, help="image tokenizers: pixels a side (default: theirs)")
     parser.add_argument("--optimizer", action="store_true", help="with --to vilg: optimizer state too")
     _add_writing(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.option=value", help="with --to end-to-end: options of the new run"
+    )
     parser.set_defaults(run=run_convert)
 
 
@@ -188,10 +193,6 @@ def run_shard(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Read what others wrote, or ours; write a folder."""
-    from megatron_vilg.checkpoint.foreign import read_dalle, read_llamagen, read_taming
-    from megatron_vilg.checkpoint.reshape import convert
-    from megatron_vilg.checkpoint.sources import open_source
-
     problems = []
     if args.origin in ("vilg", "deepspeed") and args.image_size is not None:
         problems.append(f"--image-size: --from {args.origin} knows its sizes. Works: without it")
@@ -199,8 +200,25 @@ def run_convert(args: argparse.Namespace) -> int:
         problems.append(f"--config: --from {args.origin} needs none. Works: without it")
     if args.optimizer and (args.to != "vilg" or args.origin not in ("vilg", "deepspeed")):
         problems.append("--optimizer: only checkpoints of ours have its state. Works: --from vilg|deepspeed --to vilg")
+    if (args.to == "end-to-end" and args.origin != "vilg") or (args.origin == "end-to-end" and args.to != "vilg"):
+        problems.append(f"--from {args.origin} --to {args.to}: Works: --from vilg --to end-to-end, or the other way")
+    if args.overrides and args.to != "end-to-end":
+        problems.append(f"{args.overrides[0]}: options are for --to end-to-end")
     if problems:
         raise ConfigError(problems)
+    if args.to == "end-to-end":
+        return start_end_to_end(args)
+    if args.origin == "end-to-end":
+        with _options(args) as options:
+            return split_run(args, options)
+    return _convert(args)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from megatron_vilg.checkpoint.foreign import read_dalle, read_llamagen, read_taming
+    from megatron_vilg.checkpoint.reshape import convert
+    from megatron_vilg.checkpoint.sources import open_source
+
     if args.origin == "taming":
         source: TensorSource = read_taming(args.load_dir, args.config, args.image_size)
     elif args.origin == "llamagen":

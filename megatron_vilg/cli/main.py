@@ -46,7 +46,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("generate", f"{_CLI}.generate", "draw pictures from text"),
     Verb("caption", f"{_CLI}.caption", "say what is in pictures"),
     Verb("evaluate", f"{_CLI}.evaluate", "measure what a run has learnt; score a file of captions", True),
-    Verb("checkpoint", f"{_CLI}.checkpoint", "merge, shard, convert, inspect and verify checkpoints"),
+    Verb("checkpoint", f"{_CLI}.checkpoint", "merge, shard, convert, inspect and verify checkpoints", True),
     Verb("config", f"{_CLI}.config", "print every option, its value, its origin, its meaning", True, has_aliases=True),
     Verb("doctor", f"{_CLI}.doctor", "say what this machine offers: versions, devices, disk, fonts"),
 )

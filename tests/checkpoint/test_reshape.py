@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megatron_vilg.checkpoint import tensors
+from megatron_vilg.checkpoint import dcp_write, tensors
 from megatron_vilg.checkpoint.export import load_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import FILE_NAME, read_sound_manifest
@@ -77,7 +77,9 @@ def test_any_way_through_the_formats_is_the_identity(tmp_path_factory, case, opt
     assert manifest.model == dataclasses.asdict(config)
 
 
-def test_the_trainer_loads_what_shard_wrote(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["a file per tensor", "one file"])
+def test_the_trainer_loads_what_shard_wrote(tmp_path: Path, monkeypatch, limit: int) -> None:
+    monkeypatch.setattr(dcp_write, "ONE_FILE_BYTES", limit)
     source = memory_source()
     write_run_folder(source, tmp_path / "run", optimizer=True)
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointConfig())

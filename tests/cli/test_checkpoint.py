@@ -1,0 +1,133 @@
+"""``vilg checkpoint`` as a user meets it: commands on a run folder, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from megatron_vilg.checkpoint.sources import open_source
+from megatron_vilg.checkpoint.tensors import read_whole
+from megatron_vilg.cli.main import main
+from megatron_vilg.generate.load import load_parts
+from tests.checkpoint.ckpt_source import memory_source, write_checkpoint
+from tests.tiny_run import write_tiny_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def vilg(*words: object) -> int:
+    return main(["checkpoint", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_tiny_run(folder, export=False)
+    return folder
+
+
+def test_a_run_is_merged_shared_and_drawn_from(tmp_path: Path, run: Path, capsys) -> None:
+    assert vilg("merge", "--load-dir", run, "--save-dir", tmp_path / "whole") == 0
+    assert "read back and equal to" in capsys.readouterr().out
+    assert vilg("verify", tmp_path / "whole", "--against", run, "--logits") == 0
+    out = capsys.readouterr().out
+    assert "hold the same values" in out and "differ by at most 0 " in out
+    words = ["--from", "vilg", "--to", "pretrained", "--dtype", "bf16"]
+    assert vilg("convert", *words, "--load-dir", run, "--save-dir", tmp_path / "share") == 0
+    shared = load_parts(tmp_path / "share", torch.device("cpu"))
+    weight = load_parts(run, torch.device("cpu")).model.state_dict()["norm.weight"]
+    assert torch.equal(shared.model.state_dict()["norm.weight"], weight.bfloat16().float())
+    assert vilg("verify", tmp_path / "share", "--against", run, "--logits") == 0
+
+
+def test_one_file_carries_its_configuration(tmp_path: Path, run: Path) -> None:
+    words = ["--from", "vilg", "--to", "safetensors"]
+    assert vilg("convert", *words, "--load-dir", run, "--save-dir", tmp_path / "one") == 0
+    with safe_open(tmp_path / "one" / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"])["model"]["width"] == 16
+        assert file.metadata()["step"] == "3"
+    with open_source(tmp_path / "one" / "model.safetensors") as source:
+        assert read_whole(source, "model.norm.weight").shape == (16,)
+
+
+def test_sharded_and_back_to_the_trainer(tmp_path: Path, capsys) -> None:
+    write_checkpoint(tmp_path / "run", memory_source())
+    sizes = ["--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2]
+    assert vilg("shard", "--load-dir", tmp_path / "run", "--save-dir", tmp_path / "ranks", "--optimizer", *sizes) == 0
+    assert sorted(p.name for p in (tmp_path / "ranks").glob("mp_rank*"))[-1] == "mp_rank_01_001"
+    words = ["--to", "dcp", "--optimizer"]
+    assert vilg("shard", "--load-dir", tmp_path / "ranks", "--save-dir", tmp_path / "again", *words) == 0
+    assert vilg("verify", tmp_path / "again", "--against", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert vilg("inspect", tmp_path / "again", "--compare", tmp_path / "run", "--json", tmp_path / "f.json") == 0
+    assert "same tensors, same values" in capsys.readouterr().out
+    assert json.loads((tmp_path / "f.json").read_text())["parts"]["optimizer"]["tensors"] == 237
+
+
+def test_inspect_folds_layers_and_describes_one_tensor(tmp_path: Path, run: Path, capsys) -> None:
+    assert vilg("inspect", run) == 0
+    out = capsys.readouterr().out
+    assert "model.blocks.{0-3}.mlp.up.weight" in out and "training checkpoint (DCP)" in out
+    assert vilg("inspect", run, "--all") == 0
+    assert "model.blocks.2.mlp.up.weight " in capsys.readouterr().out
+    assert vilg("inspect", run, "--tensor", "norm.weight") == 0
+    out = capsys.readouterr().out
+    assert "mean        1.0" in out and "not_finite  0" in out
+    assert vilg("inspect", run, "--tensor", "mlp.up") == 2
+    assert "no tensor 'mlp.up'; there is model.blocks.0.mlp.up" in capsys.readouterr().err
+
+
+def test_a_model_is_planned_without_weights(tmp_path: Path, capsys) -> None:
+    sizes = ["--target-tensor-parallel-size", 8, "--target-pipeline-parallel-size", 4]
+    assert vilg("inspect", "--preset", "paper-10b", *sizes, "--json", tmp_path / "plan.json") == 0
+    assert "model.blocks.{0-47}.mlp.up.weight" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    whole = sum(plan["files"].values())
+    copies = sum(plan["ranks"].values()) - whole
+    assert whole > 3 * 4 * 9.7e9, "weights and two moments of ten billion numbers"
+    assert len(plan["ranks"]) == 2 * 8 * 4 and 0 < copies < 0.01 * whole
+    assert vilg("inspect", "--preset", "paper-10b", *sizes[:2]) == 2
+    assert vilg("inspect") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["shard", "--load-dir", "R", "--save-dir", "N"], "per-rank files need both"),
+        (
+            ["shard", "--load-dir", "R", "--save-dir", "N", "--to", "dcp", "--target-tensor-parallel-size", "2"],
+            "fits every layout",
+        ),
+        (["shard", "--load-dir", "R", "--save-dir", "N", "--to", "dcp", "--dtype", "bf16"], "keeps weights in fp32"),
+        (["merge", "--load-dir", "R", "--save-dir", "N", "--optimizer"], "holds weights only, no optimizer state"),
+        (["merge", "--load-dir", "nowhere", "--save-dir", "N"], "nowhere: no such folder"),
+        (["merge", "--load-dir", "R/text_tokenizer", "--save-dir", "N"], "format_version"),
+        (["verify", "R", "--logits"], "--logits: compares two models"),
+        (
+            ["convert", "--from", "vilg", "--to", "vilg", "--load-dir", "R", "--save-dir", "N", "--config", "x"],
+            "--config",
+        ),
+        (
+            ["convert", "--from", "taming", "--to", "vilg", "--load-dir", "R", "--save-dir", "N", "--optimizer"],
+            "only checkpoints of ours",
+        ),
+    ],
+)
+def test_mistakes_are_explained_and_leave_nothing(tmp_path: Path, run: Path, capsys, words, message: str) -> None:
+    places = {"R": str(run), "R/text_tokenizer": str(run / "text_tokenizer"), "N": str(tmp_path / "new")}
+    assert vilg(*(places.get(word, word) for word in words)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tool", ["merge", "shard", "convert", "inspect"])
+def test_the_tools_are_the_same_commands(tool: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}_checkpoint.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"vilg checkpoint {tool}" in done.stdout and "example" in done.stdout

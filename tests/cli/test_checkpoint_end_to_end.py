@@ -1,0 +1,90 @@
+"""From a trained generator to the start of an end-to-end run, and from such a run back to its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import read_manifest
+from megatron_vilg.checkpoint.sources import open_source
+from megatron_vilg.checkpoint.tensors import read_whole
+from megatron_vilg.cli.main import main
+from megatron_vilg.config.load import read_run_folder_config
+from megatron_vilg.generate.load import load_parts
+from megatron_vilg.train.end_to_end import EndToEndEngine
+from tests.tiny_run import write_tiny_run
+
+
+def convert(origin: str, to: str, load: Path, save: Path, *settings: str) -> int:
+    words = ["checkpoint", "convert", "--from", origin, "--to", to, "--load-dir", str(load), "--save-dir", str(save)]
+    return main([*words, *settings])
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run, and the start of an end-to-end run made of it."""
+    folder = tmp_path_factory.mktemp("end")
+    write_tiny_run(folder / "run")
+    settings = ["reconstructor.warmup_steps=3", "text_tokenizer.vocab_size=320"]
+    assert convert("vilg", "end-to-end", folder / "run", folder / "start", *settings) == 0
+    return folder / "run", folder / "start"
+
+
+def test_the_start_has_the_generator_the_decoder_and_a_fresh_mapping(started: tuple[Path, Path]) -> None:
+    run, start = started
+    config = read_run_folder_config(start)
+    assert config.reconstructor.enabled and config.reconstructor.warmup_steps == 3
+    tokenizer = load_image_tokenizer(start / "image_tokenizer")
+    path = Checkpointer(start / "checkpoints", config.checkpoint).latest()
+    assert path is not None and path.name == "step-00000000"
+    generator = load_parts(run, torch.device("cpu")).model.state_dict()
+    with open_source(start) as source:
+        for name, value in generator.items():
+            assert torch.equal(read_whole(source, f"model.{name}"), value), name
+        for name, value in tokenizer.decoder.state_dict().items():
+            assert torch.equal(read_whole(source, f"model.reconstructor.decoder.{name}"), value), name
+        assert float(read_whole(source, "model.reconstructor.mapping.up.weight").std()) > 0
+        assert float(read_whole(source, "optimizer.exp_avg.norm.weight").abs().max()) == 0
+
+
+def test_the_trainer_goes_on_from_the_start(started: tuple[Path, Path]) -> None:
+    _, start = started
+    config = read_run_folder_config(start)
+    engine = EndToEndEngine(config, torch.device("cpu"), load_image_tokenizer(start / "image_tokenizer"))
+    checkpointer = Checkpointer(start / "checkpoints", config.checkpoint)
+    path = checkpointer.latest()
+    assert path is not None
+    identity = dataclasses.replace(read_manifest(path), model=dataclasses.asdict(config.model))
+    assert checkpointer.load(path, engine.state_dict(), expected=identity).step == 0
+
+
+def test_a_run_is_taken_apart_again(started: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    run, start = started
+    assert convert("end-to-end", "vilg", start, tmp_path / "parts") == 0
+    assert "read back and equal to" in capsys.readouterr().out
+    again = load_parts(tmp_path / "parts" / "generator", torch.device("cpu"))
+    assert not again.config.reconstructor.enabled
+    for name, value in load_parts(run, torch.device("cpu")).model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    with open_source(tmp_path / "parts" / "reconstructor") as source:
+        assert source.manifest is not None and source.manifest.kind == "reconstructor"
+        assert {name.split(".")[1] for name in source.tensors} == {"mapping", "decoder"}
+    assert load_image_tokenizer(tmp_path / "parts" / "image_tokenizer").config.codebook_size == 11
+
+
+def test_what_is_not_end_to_end_is_refused(started: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    run, start = started
+    assert convert("end-to-end", "vilg", run, tmp_path / "parts") == 2
+    assert "no reconstructor in it" in capsys.readouterr().err
+    assert convert("vilg", "end-to-end", start, tmp_path / "again") == 2
+    assert "has a reconstructor already" in capsys.readouterr().err
+    assert convert("taming", "end-to-end", run, tmp_path / "again") == 2
+    assert "--from taming --to end-to-end: Works" in capsys.readouterr().err
+    assert convert("vilg", "vilg", run, tmp_path / "again", "train.seed=3") == 2
+    assert "train.seed=3: options are for --to end-to-end" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
