@@ -28,6 +28,12 @@ def _same_numbers_each_time() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forcing files to the disk guards against a loss of power, which no test stages, and takes most of their time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """A test that runs a command configures logging; the next test shall not notice."""
     logger = logging.getLogger("megatron_vilg")
