@@ -64,10 +64,6 @@ def _check_offload(run: RunConfig, places: Offload) -> Iterator[str]:
         if places.optimizer == "nvme":
             rule = f"DeepSpeed has it for parallel.zero=3 only, and it is {parallel.zero}"
             yield f"parallel.offload_optimizer=nvme: {rule}. Works: none, cpu, or parallel.zero=3."
-    elif places.weights != "none" and places.optimizer == "none":
-        rule = "weights that wait elsewhere need their optimizer state elsewhere too"
-        works = "parallel.offload_optimizer=cpu with it, or none"
-        yield f"parallel.offload_weights={places.weights}: {rule}. Works: {works}."
     if "nvme" in (places.weights, places.optimizer):
         folder = parallel.offload_folder
         if not folder or not Path(folder).is_dir():

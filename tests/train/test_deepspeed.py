@@ -110,6 +110,7 @@ MORE_LAYOUTS = {
     "zero 3, 4 processes": (4, {"zero": 3, "recompute": "selective"}),
     "zero 1, optimizer in main memory": (2, {"zero": 1, "offload_optimizer": "cpu"}),
     "zero 2, optimizer in main memory": (2, {"zero": 2, "offload_optimizer": "cpu", "num_microbatches": 2}),
+    "zero 3, weights in main memory": (2, {"zero": 3, "offload_weights": "cpu"}),
     "zero 3, all in main memory": (2, {"zero": 3, "cpu_offload": True, "num_microbatches": 2}),
 }
 
