@@ -67,11 +67,9 @@ RULES: tuple[Rule, ...] = (
     Rule("norm.*", Cut.COPY),
     Rule("heads.text.weight", Cut.VOCABULARY),
     Rule("heads.image.weight", Cut.VOCABULARY),
+    Rule("reconstructor.*", Cut.COPY, is_optional=True),
 )
 """One rule for each parameter of ``models.vilg.ViLG``."""
-
-_SUMMED = (Cut.COLUMN, Cut.TABLE)
-_WHOLE_ELSEWHERE = (Cut.COPY, Cut.SEQUENCE)
 
 
 class PlanError(ConfigError):
@@ -134,11 +132,18 @@ def check_plan(shapes: Mapping[str, Sequence[int]], tensor: int, rules: Sequence
 
 
 def _misplaced(name: str, cut: Cut, cuts: Mapping[str, Cut]) -> Iterable[str]:
-    """A whole weight beside cut projections sees what only its rank has."""
-    parent = name.rsplit(".", 2)[0]
-    siblings = [other for other in cuts if other.rsplit(".", 2)[0] == parent and cuts[other] in _SUMMED]
-    if cut in _WHOLE_ELSEWHERE and siblings:
-        yield (
-            f"{name}: {cut.name} in parallel/plan.py, but it works on features that {siblings[0]} gives to each rank "
-            "apart, so its gradient would be wrong. Works: HEADS."
-        )
+    """What a whole weight meets depends on where it stands, and only one of the whole cuts sums its gradient right."""
+    module, parent = name.rsplit(".", 1)[0], name.rsplit(".", 2)[0]
+    siblings = {cuts[other] for other in cuts if other.rsplit(".", 2)[0] == parent}
+    if cuts.get(f"{module}.weight") is Cut.ROW:
+        right, reason = Cut.AFTER_SUM, "is added behind the sum over ranks"
+    elif Cut.TABLE in siblings:
+        right, reason = Cut.TABLE, "meets a share of the width on each rank"
+    elif Cut.COLUMN in siblings:
+        right, reason = Cut.HEADS, "meets other heads on each rank"
+    elif name.startswith("blocks."):
+        right, reason = Cut.SEQUENCE, "meets other positions on each rank"
+    else:
+        right, reason = Cut.COPY, "meets the same data on every rank"
+    if cut is not right:
+        yield f"{name}: {cut.name} in parallel/plan.py, but it {reason}: gradients would be wrong. Works: {right.name}."

@@ -53,7 +53,7 @@ def apply_tensor_parallel(model: ViLG, tp: DeviceMesh, rules: Sequence[Rule] = R
         last = list(model.blocks)[-1]
         plan[f"blocks.{last}"] = PrepareModuleOutput(output_layouts=POSITIONS, desired_output_layouts=Replicate())
     parallelize_module(model, tp, plan)
-    _check_cuts(model, rules)
+    check_cuts(model, rules)
 
 
 def _gathered(inputs: int) -> ParallelStyle:
@@ -122,8 +122,12 @@ def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _check_cuts(model: nn.Module, rules: Sequence[Rule]) -> None:
-    """What torch made of the styles is what the table says; torch only warns about names that match nothing."""
+def check_cuts(model: nn.Module, rules: Sequence[Rule] = RULES) -> None:
+    """What torch made of the styles is what the table says; torch only warns about names that match nothing.
+
+    Raises:
+        PlanError: naming each parameter that is cut otherwise.
+    """
     problems = []
     for name, parameter in model.named_parameters():
         dim = rule_of(name, rules).cut.dim
