@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial as partial_call
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_vilg.checkpoint.background import BackgroundWrite
 from megatron_vilg.checkpoint.files import PARTIAL, REPLACED, publish, recover, remove, sync, with_suffix
 from megatron_vilg.checkpoint.manifest import Manifest, read_sound_manifest, write_manifest
 from megatron_vilg.config.schema import CheckpointConfig
@@ -52,6 +54,7 @@ class Checkpointer:
         self.config = config
         self._mesh = mesh or Mesh(torch.device("cpu"))
         self._damaged: set[int] = set()
+        self._background = BackgroundWrite(self._mesh) if config.async_save else None
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` finished steps."""
@@ -67,6 +70,8 @@ class Checkpointer:
     def save(self, step: int, state: Mapping[str, Any], manifest: Manifest) -> Path:
         """Write a checkpoint, then delete those that ``keep_last`` and ``keep_every`` do not keep.
 
+        With ``checkpoint.async_save`` it returns once the state is copied, and the rest goes on in the background.
+
         Args:
             step: finished optimizer steps; must equal ``manifest.step``.
             state: nested dict of tensors.
@@ -78,12 +83,17 @@ class Checkpointer:
         if manifest.step != step:
             raise ValueError(f"manifest.step is {manifest.step}, step is {step}")
         _flatten(state)
+        self.finish()
         final = self.path(step)
         partial = with_suffix(final, PARTIAL)
         try:
             self._on_main(self._clean)
             with _one_process():
                 writer = dcp.FileSystemWriter(partial, sync_files=True)
+                if self._background is not None:
+                    then = partial_call(self._publish, partial, final, manifest)
+                    self._background.start(dict(state), writer, then)
+                    return final
                 dcp.save(dict(state), storage_writer=writer, no_dist=not self._mesh.is_distributed)
             self._on_main(lambda: self._publish(partial, final, manifest))
         except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
@@ -94,6 +104,20 @@ class Checkpointer:
                 f"checkpoints that stay: {', '.join(f'step-{s:08d}' for s in self.steps()) or 'none'}"
             ) from error
         return final
+
+    def finish(self) -> None:
+        """Wait until what ``save`` writes in the background is complete; call it after the last save.
+
+        Raises:
+            CheckpointError: it could not be written; checkpoints before it stay.
+        """
+        if self._background is None:
+            return
+        failure = self._mesh.from_main(self._background.wait())
+        if failure:
+            raise CheckpointError(
+                f"{self.folder}: the last checkpoint could not be written in the background ({failure})"
+            )
 
     def _publish(self, partial: Path, final: Path, manifest: Manifest) -> None:
         sync(partial)

@@ -89,6 +89,7 @@ def pretrain(
             must_stop = mesh.any(stop.requested)
             if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
                 checkpointer.save(step, engine.state_dict(), at_step(identity, run, step))
+        checkpointer.finish()
     if engine.step < run.train.num_steps:
         log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
         return False

@@ -105,6 +105,27 @@ def test_a_replacement_cut_short_between_its_renames_is_undone(tmp_path: Path) -
     assert checkpointer.latest() == path
 
 
+def test_a_checkpoint_in_the_background_holds_the_state_at_the_call(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path, async_save=True)
+    state = make_state(3)
+    path = checkpointer.save(3, state, Manifest(kind="test", step=3))
+    for tensor in (state["model"]["w"], state["optimizer"]["step.w"]):
+        tensor.add_(1000)  # training goes on at once
+    checkpointer.finish()
+    loaded = empty_state()
+    checkpointer.load(path, loaded)
+    assert_equal(loaded, make_state(3))
+
+
+def test_what_fails_in_the_background_is_reported_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = keeper(tmp_path, async_save=True)
+    monkeypatch.setattr(manager, "publish", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+    save(checkpointer, 1)
+    with pytest.raises(CheckpointError, match="in the background.*OSError: disk is full"):
+        checkpointer.finish()
+    assert checkpointer.latest() is None
+
+
 def test_leftovers_are_ignored_and_cleaned_at_the_next_save(tmp_path: Path) -> None:
     checkpointer = keeper(tmp_path)
     path = save(checkpointer, 1)

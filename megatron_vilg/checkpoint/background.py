@@ -1,0 +1,65 @@
+"""Write a checkpoint while training goes on: copy the state, then let a thread do the rest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from megatron_vilg.parallel.mesh import Mesh
+
+
+class BackgroundWrite:
+    """One write at a time. All ranks start and await it together; what follows it happens on the main rank alone.
+
+    Threads of several ranks talk in a process group of their own, beside what training sends meanwhile.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._group = dist.new_group(backend="gloo") if mesh.is_distributed else None
+        self._thread: threading.Thread | None = None
+        self._failure = ""
+
+    def start(self, state: Mapping[str, Any], writer: dcp.FileSystemWriter, then: Callable[[], None]) -> None:
+        """Copy ``state`` (nested dict of tensors) to main memory and return; write it, and on the main rank call
+        ``then`` when every rank has written."""
+        assert self._thread is None, "the write before is not awaited"
+        self._failure = ""
+        if self._group is None:
+            copied = _copied(state)
+            work = lambda: dcp.save(copied, storage_writer=writer, no_dist=True)  # noqa: E731
+        else:
+            answer: Any = dcp.async_save(dict(state), storage_writer=writer, process_group=self._group)
+            written: Future[Any] = getattr(answer, "upload_completion", answer)
+            work = written.result
+        self._thread = threading.Thread(target=self._run, args=(work, then), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> str:
+        """Until the write is complete; empty, or why it failed on this rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, ""
+        return failure
+
+    def _run(self, work: Callable[[], Any], then: Callable[[], None]) -> None:
+        try:
+            work()
+            if self._mesh.is_main:
+                then()
+        except Exception as error:  # noqa: BLE001 - nothing may be lost in a thread: wait() reports it
+            self._failure = f"{type(error).__name__}: {error}"
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else _copied(value)
+        for key, value in state.items()
+    }
