@@ -227,7 +227,12 @@ def _check_pipeline(run: RunConfig) -> Iterable[str]:
             rule = f"schedule=interleaved goes in rounds of parallel.pipeline={parallel.pipeline}"
             above = -(-parallel.num_microbatches // parallel.pipeline) * parallel.pipeline
             yield _problem("parallel.num_microbatches", parallel.num_microbatches, rule, [above, 2 * above])
-    elif parallel.stages_per_rank > 1:
+        return
+    if parallel.num_microbatches < parallel.pipeline:
+        rule = f"every rank of parallel.pipeline={parallel.pipeline} needs one to work on"
+        works = f"{parallel.pipeline} and more, better {4 * parallel.pipeline}"
+        yield _problem("parallel.num_microbatches", parallel.num_microbatches, rule, works)
+    if parallel.stages_per_rank > 1:
         rule = "only schedule=interleaved has more than one stage on a rank"
         yield _problem("parallel.stages_per_rank", parallel.stages_per_rank, rule, [1])
 

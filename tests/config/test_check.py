@@ -214,6 +214,12 @@ def test_full_attention_has_no_kernel_to_check() -> None:
             "parallel.num_microbatches=3: schedule=interleaved goes in rounds of parallel.pipeline=2. Works: 4, 8.",
         ),
         (
+            ["parallel.pipeline=2"],
+            2,
+            "parallel.num_microbatches=1: every rank of parallel.pipeline=2 needs one to work on. "
+            "Works: 2 and more, better 8.",
+        ),
+        (
             ["parallel.stages_per_rank=2", "parallel.pipeline=2"],
             2,
             "parallel.stages_per_rank=2: only schedule=interleaved has more than one stage on a rank. Works: 1.",
@@ -240,7 +246,7 @@ def test_require_reports_every_problem_in_one_error() -> None:
 @pytest.mark.parametrize(
     ("overrides", "world_size"),
     [
-        (["model.dropout=0", "parallel.tensor=2", "parallel.pipeline=2"], 4),
+        (["model.dropout=0", "parallel.tensor=2", "parallel.pipeline=2", "parallel.num_microbatches=4"], 4),
         (["parallel.replica=2", "parallel.zero=2"], 4),
         (
             [
