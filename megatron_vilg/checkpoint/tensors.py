@@ -21,6 +21,8 @@ from megatron_vilg.errors import CheckpointError
 
 PIECE_BYTES = 4 << 20
 """Bytes read at a time: fits the caches of a processor, so that checking and writing a piece cost no memory traffic."""
+QUANTISED = ("codes", "scale")
+"""What a quantised moment of an optimizer consists of."""
 MODEL, OPTIMIZER = "model", "optimizer"
 """First words of tensor names: ``model.NAME`` and ``optimizer.SLOT.NAME``."""
 
@@ -183,9 +185,16 @@ def part_of(name: str) -> str:
 
 
 def parameter_of(name: str) -> str:
-    """The parameter that a full name belongs to: ``optimizer.exp_avg.norm.weight`` to ``norm.weight``."""
+    """The parameter that a full name belongs to: ``optimizer.exp_avg.norm.weight`` to ``norm.weight``.
+
+    Quantised state has one word more: ``optimizer.exp_avg.codes.norm.weight``.
+    """
     part, _, rest = name.partition(".")
-    return rest.partition(".")[2] if part.endswith(OPTIMIZER) else rest
+    if not part.endswith(OPTIMIZER):
+        return rest
+    parameter = rest.partition(".")[2]
+    first, _, behind = parameter.partition(".")
+    return behind if first in QUANTISED else parameter
 
 
 def count_not_finite(values: Tensor) -> int:

@@ -102,15 +102,12 @@ def _wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[
                 problems.append(f"{name}: not part of this model")
             elif name in expected and weights[name].shape != expected[name]:
                 problems.append(f"{name}: has shape {list(weights[name].shape)}, expected {list(expected[name])}")
-    slots = {name.split(".")[1] for name in tensors if part_of(name) == OPTIMIZER}
-    state = {
-        (name.split(".")[1], parameter_of(name)): info for name, info in tensors.items() if part_of(name) == OPTIMIZER
-    }
-    for slot, parameter in sorted(state):
-        if parameter not in weights:
-            problems.append(f"optimizer.{slot}.{parameter}: there is no such weight")
-    trained = {parameter for _, parameter in state}
-    problems += [f"optimizer.{s}.{p}: missing" for s in sorted(slots) for p in sorted(trained) if (s, p) not in state]
+    state = {(name.split(".")[1], parameter_of(name)) for name in tensors if part_of(name) == OPTIMIZER}
+    unknown = sorted(pair for pair in state if pair[1] not in weights)
+    problems += [f"{OPTIMIZER}.{slot}.{parameter}: there is no such weight" for slot, parameter in unknown]
+    slots, trained = {slot for slot, _ in state}, {parameter for _, parameter in state}
+    missing = sorted((slot, parameter) for slot in slots for parameter in trained if (slot, parameter) not in state)
+    problems += [f"{OPTIMIZER}.{slot}.{parameter}: missing" for slot, parameter in missing]
     return problems
 
 

@@ -113,6 +113,11 @@ def test_verify_finds_wrong_names_values_and_copies(tmp_path: Path, sound) -> No
         "optimizer.step.norm.weight: there is no such weight",
         "optimizer.exp_avg.norm.bias: missing",
     ]
+    quantised = dict(memory_source().values)
+    moment = quantised.pop("optimizer.exp_avg.heads.text.weight")
+    quantised["optimizer.exp_avg.codes.heads.text.weight"] = moment.to(torch.uint8)
+    quantised["optimizer.exp_avg.scale.heads.text.weight"] = moment[:, :1].clone()
+    assert problems_of(DictSource(quantised, source.manifest, tmp_path)) == []
     other = memory_source()
     other.values["model.norm.bias"][0] += 0.5
     (line,) = differences(memory_source(), other)

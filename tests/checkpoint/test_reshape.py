@@ -17,6 +17,7 @@ from megatron_vilg.checkpoint.manifest import FILE_NAME, read_sound_manifest
 from megatron_vilg.checkpoint.reshape import merge, shard
 from megatron_vilg.checkpoint.run_folder import write_run_folder
 from megatron_vilg.checkpoint.sources import open_source
+from megatron_vilg.checkpoint.tensors import DictSource
 from megatron_vilg.checkpoint.transfer import Options
 from megatron_vilg.config.schema import CheckpointConfig, ModelConfig
 from megatron_vilg.errors import CheckpointError
@@ -181,6 +182,20 @@ def test_nothing_is_overwritten_and_leftovers_are_cleared(tmp_path: Path) -> Non
 def test_optimizer_state_that_is_not_there_is_not_invented(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds weights only, no optimizer state"):
         merge(memory_source(optimizer=False), tmp_path / "whole", optimizer=True)
+
+
+def test_quantised_optimizer_state_comes_back(tmp_path: Path) -> None:
+    source = memory_source()
+    values = dict(source.values)
+    for name in [name for name in values if name.startswith("optimizer.exp_avg.") and values[name].ndim > 1]:
+        moment, parameter = values.pop(name), name.removeprefix("optimizer.exp_avg.")
+        values[f"optimizer.exp_avg.codes.{parameter}"] = (moment * 50).to(torch.uint8)
+        values[f"optimizer.exp_avg.scale.{parameter}"] = moment[:, :1].clone()
+    shard(DictSource(values, source.manifest, Path("memory")), tmp_path / "ranks", 2, 2, optimizer=True)
+    with open_source(tmp_path / "ranks") as ranks:
+        write_run_folder(ranks, tmp_path / "run", optimizer=True)
+    with open_source(tmp_path / "run") as run:
+        assert_same(run, values)
 
 
 def test_random_values_are_all_different() -> None:
