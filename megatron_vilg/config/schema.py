@@ -83,9 +83,10 @@ class ModelConfig:
 class OpsConfig:
     """Which implementation executes an operation; never changes the result."""
 
-    attention: Literal["auto", "dense", "sdpa", "fold"] = "auto"
-    """``dense``: written-out scores; ``sdpa``: torch's fused kernel with a mask; ``fold``: row and column layers as
-    batches of short lines. ``auto`` picks by size."""
+    attention: Literal["auto", "dense", "sdpa", "fold", "flex", "triton"] = "auto"
+    """``dense``: written-out scores; ``sdpa``: torch's fused kernel with a mask; ``fold``: blocks of image tokens with
+    their own few keys; ``flex``: FlexAttention (CPU: no training); ``triton``: our kernel (GPU). ``auto`` picks by
+    size and device."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

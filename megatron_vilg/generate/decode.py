@@ -108,21 +108,19 @@ def _prepare(
     model: ViLG, rule: AttentionRule, direction: Direction, used: Tensor, length: int, dtype: torch.dtype
 ) -> Prepared:
     """The rule among the first ``length`` positions; an image source keeps the model's fast form."""
-    if direction == Direction.IMAGE_TO_TEXT and model.implementation == "fold":
+    if direction == Direction.IMAGE_TO_TEXT and model.implementation not in ("dense", "sdpa"):
         slots = torch.full((len(used),), rule.spec.num_text_slots, device=used.device)
-        return prepare(rule, slots, "fold", direction, dtype)
+        return prepare(rule, slots, model.implementation, direction, dtype)
     span = slice(0, length)
     mask = dense_block(rule, direction, span, span, used)
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-    return Prepared(rule, direction, "sdpa", bias, None)
+    return Prepared(rule, direction, "sdpa", bias)
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> Tensor:
     """``attend``, with rows brought to the length that ``prepared`` is made for. [P, M, A, H] in and out."""
     length = q.shape[1]
-    full = length if prepared.bias is None else prepared.bias.shape[-1]
-    if prepared.used is not None:
-        full = prepared.used.shape[1]
+    full = prepared.rule.spec.length if prepared.bias is None else prepared.bias.shape[-1]
     if full > length:
         q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, full - length)) for x in (q, k, v))
     return attend(q, k, v, prepared)[:, :length]

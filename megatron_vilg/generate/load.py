@@ -129,7 +129,7 @@ def _check_fit(source: Path, model: ModelConfig, text: TextTokenizer, image: Ima
 
 
 def _load_model(source: Path, config: RunConfig, device: torch.device) -> ViLG:
-    implementation, reason = choose_implementation(config.ops.attention, config.model.image_side)
+    implementation, reason = choose_implementation(config.ops.attention, config.model.image_side, device)
     log.info("attention over whole rows: %s (%s); decoding: one cache per pattern", implementation, reason)
     with torch.device("meta"):
         model = ViLG(config.model, implementation)

@@ -1,42 +1,76 @@
-"""Attention under a rule: a dense reference, torch's fused kernel, and a folded form for row and column layers.
+"""Attention under a rule: one predicate (``ops.rules``), five ways to execute it.
 
-``prepare`` does what depends only on text lengths, once per forward pass and pattern; ``attend`` is called by
-every layer. Shape letters: B rows, T positions, A heads, H head size, W = image side, N = W * W image tokens.
+* *dense*: scores written out, the reference;
+* *sdpa*: torch's fused kernel with a mask;
+* *fold*: blocks of image queries beside their own few keys (``ops.fold_plan``): on a CPU with a backward pass of its
+  own, elsewhere through torch's fused kernel;
+* *flex*: FlexAttention over block lists;
+* *triton*: our block-sparse kernel.
 
-*fold*: image tokens of a row (column) layer see the few tokens that every image token may see ("globals": text and
-special tokens) and their own line, so the scores are [N, globals] and [W, W, line keys] instead of [N, T].
-At 32 x 32 tokens that is about a sixth of the dense work (``docs/performance.md``). Each direction is folded on
-its own; rows of a batch alternate between the directions unless one direction is named. Layers that do not fold
-(conv, full) go through *sdpa*.
+``prepare`` does what depends only on text lengths, once per forward pass and pattern; ``attend`` is called by every
+layer. Rows of a batch alternate between the directions unless one direction is named. Shape letters: B rows,
+T positions, A heads, H head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, cast, get_args
+from importlib.util import find_spec
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vilg.errors import ConfigError
+from megatron_vilg.ops.fold import fold_attention, fold_bias
+from megatron_vilg.ops.fold_cpu import FoldRow, fold_attention_cpu, fold_rows
+from megatron_vilg.ops.fold_plan import fold_plan
 from megatron_vilg.ops.rules import AttentionRule, dense_mask, text_keys_used
 from megatron_vilg.sequence import Direction
 
-Implementation = Literal["dense", "sdpa", "fold"]
+Implementation = Literal["dense", "sdpa", "fold", "flex", "triton"]
 
 FOLD_FROM_SIDE = 16
 """Image side from which folding is faster than a dense mask (measured on CPU; see ``benchmarks/``)."""
 
 
-def choose_implementation(requested: Implementation | Literal["auto"], image_side: int) -> tuple[Implementation, str]:
-    """The implementation that ``ops.attention`` stands for here, and the reason, for the log."""
+def choose_implementation(
+    requested: Implementation | Literal["auto"],
+    image_side: int,
+    device: torch.device | str = "cpu",
+    *,
+    training: bool = False,
+) -> tuple[Implementation, str]:
+    """The implementation that ``ops.attention`` stands for here, and the reason, for the log.
+
+    Raises:
+        ConfigError: what was asked for does not run on this device.
+    """
+    on_cpu = torch.device(device).type == "cpu"
     if requested in get_args(Implementation):
+        if requested == "triton" and (problem := _triton_problem(on_cpu)):
+            raise ConfigError([f"ops.attention=triton: {problem}. Works here: fold"])
+        if requested == "flex" and on_cpu and training:
+            raise ConfigError(
+                ["ops.attention=flex: torch's FlexAttention has no backward pass on a CPU. Works here: fold"]
+            )
         return cast(Implementation, requested), "asked for"
     if image_side >= FOLD_FROM_SIDE:
         return "fold", f"model.image_side={image_side} >= {FOLD_FROM_SIDE}"
     return "dense", f"model.image_side={image_side} < {FOLD_FROM_SIDE}"
+
+
+def _triton_problem(on_cpu: bool) -> str:
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install 'megatron_vilg[kernels]')"
+    if on_cpu:
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            return "Triton needs a GPU, and TRITON_INTERPRET=1, its slow interpreter, is not set"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +83,8 @@ class Prepared:
     implementation: Implementation
     bias: Tensor | None
     """dense, sdpa: 0 where allowed and -inf elsewhere, [B, 1, T, T], in the arithmetic's type."""
-    used: Tensor | None
-    """fold: bool [B, T], False for text slots that hold no token."""
+    parts: tuple[Any, ...] = ()
+    """The others: what each direction needs, of its own kind."""
 
 
 def prepare(
@@ -61,33 +95,78 @@ def prepare(
     dtype: torch.dtype = torch.float32,
 ) -> Prepared:
     """Make ``rule`` ready for rows with text lengths int64 [B] and queries of type ``dtype``."""
-    if implementation == "fold" and not _folds(rule):
+    device = text_len.device
+    directions = tuple(Direction) if direction is None else (direction,)
+    lengths = [text_len[i :: len(directions)] for i in range(len(directions))]
+    if implementation == "fold" and any(fold_plan(rule, d, device) is None for d in directions):
         implementation = "sdpa"
-    if implementation == "fold":
-        return Prepared(rule, direction, implementation, None, _per_direction(_used, rule, text_len, direction))
-    mask = _per_direction(dense_mask, rule, text_len, direction)[:, None]
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-    return Prepared(rule, direction, implementation, bias, None)
+    if implementation in ("dense", "sdpa"):
+        halves = [dense_mask(rule, d, n) for d, n in zip(directions, lengths, strict=True)]
+        mask = _join(halves)[:, None]
+        bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, float("-inf"))
+        return Prepared(rule, direction, implementation, bias)
+    parts = tuple(_part(rule, d, n, implementation, dtype) for d, n in zip(directions, lengths, strict=True))
+    return Prepared(rule, direction, implementation, None, parts)
+
+
+def _part(
+    rule: AttentionRule, direction: int, text_len: Tensor, implementation: Implementation, dtype: torch.dtype
+) -> Any:
+    """What ``implementation`` needs to know about rows of one direction."""
+    if implementation == "flex":
+        from megatron_vilg.ops.flex import flex_mask
+
+        return flex_mask(rule, direction, text_len)
+    if implementation == "triton":
+        from megatron_vilg.ops.triton_attention import used_keys
+
+        return used_keys(rule, direction, text_len)
+    plan = fold_plan(rule, direction, text_len.device)
+    assert plan is not None
+    used = text_keys_used(rule.spec, direction, text_len)
+    return fold_rows(plan, used) if text_len.device.type == "cpu" else (plan, fold_bias(plan, used, dtype))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> Tensor:
     """Softmax attention; q, k, v and the result are [B, T, A, H]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if prepared.implementation == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=prepared.bias).transpose(1, 2)
-    if prepared.implementation == "dense":
-        assert prepared.bias is not None
+    if prepared.bias is not None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if prepared.implementation == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=prepared.bias).transpose(1, 2)
         # Written out: for short rows torch's fused CPU kernel spends more time in its backward than this does.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + prepared.bias
         return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
-    assert prepared.used is not None
+    if prepared.implementation == "fold" and q.device.type == "cpu":
+        rows: tuple[FoldRow, ...] = tuple(row for pair in zip(*prepared.parts, strict=True) for row in pair)
+        return fold_attention_cpu(q, k, v, rows)
+    execute = _EXECUTE[prepared.implementation]
     if prepared.direction is not None:
-        return _FOLD[prepared.direction](q, k, v, prepared.rule, prepared.used).transpose(1, 2)
-    halves = [
-        _FOLD[d](q[d::2], k[d::2], v[d::2], prepared.rule, prepared.used[d::2])
-        for d in (Direction.TEXT_TO_IMAGE, Direction.IMAGE_TO_TEXT)
-    ]
-    return torch.stack(halves, dim=1).flatten(0, 1).transpose(1, 2)
+        return execute(q, k, v, prepared.rule, prepared.direction, prepared.parts[0])
+    return _join([execute(q[d::2], k[d::2], v[d::2], prepared.rule, d, prepared.parts[d]) for d in Direction])
+
+
+def _fold(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, direction: int, part: Any) -> Tensor:
+    return fold_attention(q, k, v, *part)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, direction: int, part: Any) -> Tensor:
+    from megatron_vilg.ops.flex import flex
+
+    return flex(q, k, v, rule, direction, part)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, direction: int, part: Any) -> Tensor:
+    from megatron_vilg.ops.triton_attention import triton_attention
+
+    return triton_attention(q, k, v, rule, direction, part)
+
+
+_EXECUTE: dict[str, Callable[..., Tensor]] = {"fold": _fold, "flex": _flex, "triton": _triton}
+
+
+def _join(halves: list[Tensor]) -> Tensor:
+    """Rows of each direction back to alternating rows; rows of a single direction stay as they are."""
+    return halves[0] if len(halves) == 1 else torch.stack(halves, dim=1).flatten(0, 1)
 
 
 def attention(
@@ -103,133 +182,9 @@ def attention(
     return attend(q, k, v, prepare(rule, text_len, implementation, direction, q.dtype))
 
 
-def _used(rule: AttentionRule, direction: int, text_len: Tensor) -> Tensor:
-    return text_keys_used(rule.spec, direction, text_len)
-
-
-def _per_direction(
-    build: Callable[[AttentionRule, int, Tensor], Tensor],
-    rule: AttentionRule,
-    text_len: Tensor,
-    direction: Direction | None,
-) -> Tensor:
-    if direction is not None:
-        return build(rule, direction, text_len)
-    halves = [build(rule, d, text_len[d::2]) for d in (Direction.TEXT_TO_IMAGE, Direction.IMAGE_TO_TEXT)]
-    return torch.stack(halves, dim=1).flatten(0, 1)
-
-
-def _folds(rule: AttentionRule) -> bool:
-    if rule.pattern == "row":
-        return rule.image_to_text_row == "same_row"
-    return rule.pattern == "column"
-
-
-def _lines(x: Tensor, side: int, pattern: str) -> Tensor:
-    """Image states [B, A, N, H] as lines [B, A, line, position, H]: rows, or columns for a column layer."""
-    x = x.unflatten(2, (side, side))
-    return x.transpose(2, 3) if pattern == "column" else x
-
-
-def _raster(x: Tensor, pattern: str) -> Tensor:
-    """Lines back to raster order: [B, A, line, position, H] -> [B, A, N, H]."""
-    return (x.transpose(2, 3) if pattern == "column" else x).flatten(2, 3)
-
-
-@lru_cache(maxsize=16)
-def _previous_and_own_line(side: int, device: torch.device) -> Tensor:
-    """Additive mask [line, query, 2W] of a causal row layer: keys are the line above, then the own line."""
-    column = torch.arange(side, device=device)
-    own = column[None, :] <= column[:, None]
-    above = column[None, :] >= column[:, None]
-    mask = torch.cat([above, own], dim=1).expand(side, side, 2 * side).clone()
-    mask[0, :, :side] = False
-    return torch.zeros(mask.shape, device=device).masked_fill_(~mask, float("-inf"))
-
-
-@lru_cache(maxsize=16)
-def _causal_line(side: int, device: torch.device) -> Tensor:
-    """Additive mask [1, query, W] of a causal column layer."""
-    mask = torch.full((side, side), float("-inf"), device=device).triu_(1)
-    return mask[None]
-
-
-def _softmax_over_globals_and_line(
-    q: Tensor,
-    k_global: Tensor,
-    v_global: Tensor,
-    k_line: Tensor,
-    v_line: Tensor,
-    global_bias: Tensor | None,
-    line_bias: Tensor | None,
-) -> Tensor:
-    """One softmax over two groups of keys.
-
-    q [B, A, lines, W, H]; global keys [B, A, G, H] are shared by all lines; line keys [B, A, lines, K, H].
-    Biases broadcast to [B, A, lines, W, G] and [lines, W, K].
-    """
-    num_global = k_global.shape[2]
-    q = q * q.shape[-1] ** -0.5
-    flat = q.flatten(2, 3)
-    to_global = (flat @ k_global.transpose(-1, -2)).unflatten(2, q.shape[2:4])
-    to_line = q @ k_line.transpose(-1, -2)
-    if global_bias is not None:
-        to_global = to_global + global_bias
-    if line_bias is not None:
-        to_line = to_line + line_bias
-    weights = torch.cat([to_global, to_line], dim=-1).softmax(dim=-1)
-    from_global = weights[..., :num_global].flatten(2, 3) @ v_global
-    return from_global.unflatten(2, q.shape[2:4]) + weights[..., num_global:] @ v_line
-
-
-def _fold_text_to_image(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, used: Tensor) -> Tensor:
-    """Rows ``[CLS] text [SEP] | [BOI] image``: all before the image is global to it."""
-    spec, side = rule.spec, rule.spec.image_side
-    image = spec.image_slice(Direction.TEXT_TO_IMAGE)
-    head = slice(0, image.start)
-    mask = dense_block(rule, Direction.TEXT_TO_IMAGE, head, head, used)
-    out_head = F.scaled_dot_product_attention(q[:, :, head], k[:, :, head], v[:, :, head], attn_mask=mask)
-
-    bias = torch.zeros(used[:, head].shape, dtype=q.dtype, device=q.device)
-    bias = bias.masked_fill_(~used[:, head], float("-inf"))[:, None, None, None]
-    q_line, k_line, v_line = (_lines(x[:, :, image], side, rule.pattern) for x in (q, k, v))
-    if rule.pattern == "row":
-        k_line, v_line = (torch.cat([F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], dim=3) for x in (k_line, v_line))
-        line_bias = _previous_and_own_line(side, q.device)
-    else:
-        line_bias = _causal_line(side, q.device)
-    out_image = _softmax_over_globals_and_line(
-        q_line, k[:, :, head], v[:, :, head], k_line, v_line, bias, line_bias.to(q.dtype)
-    )
-    return torch.cat([out_head, _raster(out_image, rule.pattern), v[:, :, image.stop :]], dim=2)
-
-
-def _fold_image_to_text(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, used: Tensor) -> Tensor:
-    """Rows ``[BOI] image [EOI] | [BOS] text``: the two boundary tokens are global to the image."""
-    spec, side = rule.spec, rule.spec.image_side
-    image = spec.image_slice(Direction.IMAGE_TO_TEXT)
-    source = spec.source_slice(Direction.IMAGE_TO_TEXT)
-    boundary = [0, source.stop - 1]
-    q_line, k_line, v_line = (_lines(x[:, :, image], side, rule.pattern) for x in (q, k, v))
-    out_image = _softmax_over_globals_and_line(q_line, k[:, :, boundary], v[:, :, boundary], k_line, v_line, None, None)
-    out_boundary = F.scaled_dot_product_attention(q[:, :, boundary], k[:, :, source], v[:, :, source])
-    text = slice(source.stop, spec.num_used)
-    keys = slice(0, spec.num_used)
-    mask = dense_block(rule, Direction.IMAGE_TO_TEXT, text, keys, used)
-    out_text = F.scaled_dot_product_attention(q[:, :, text], k[:, :, keys], v[:, :, keys], attn_mask=mask)
-    first, last = out_boundary[:, :, :1], out_boundary[:, :, 1:]
-    return torch.cat([first, _raster(out_image, rule.pattern), last, out_text, v[:, :, spec.num_used :]], dim=2)
-
-
 def dense_block(rule: AttentionRule, direction: Direction, queries: slice, keys: slice, used: Tensor) -> Tensor:
     """The rule between two ranges of positions: bool [B, 1, queries, keys]; ``used`` is bool [B, T]."""
     position = torch.arange(rule.spec.length, device=used.device)
     q, k = position[queries, None], position[None, keys]
     mask = rule.allowed(direction, q, k, rule.spec.num_text_slots)
     return ((mask & used[:, None, keys]) | (q == k))[:, None]
-
-
-_FOLD = {
-    Direction.TEXT_TO_IMAGE: _fold_text_to_image,
-    Direction.IMAGE_TO_TEXT: _fold_image_to_text,
-}

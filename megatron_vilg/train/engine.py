@@ -97,7 +97,7 @@ def build_parts(run: RunConfig, mesh: Mesh, codebook: Tensor | None = None) -> l
     """
     if run.model.codebook_dim and codebook is None:
         raise ValueError("model.codebook_dim is set: the engine needs the tokenizer's codebook")
-    implementation, reason = choose_implementation(run.ops.attention, run.model.image_side)
+    implementation, reason = choose_implementation(run.ops.attention, run.model.image_side, mesh.device, training=True)
     log.info("attention: %s (%s)", implementation, reason)
     parts = cut_parts(run, mesh, implementation)
     for model in parts:

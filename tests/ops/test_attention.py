@@ -2,61 +2,184 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+from megatron_vilg.errors import ConfigError
 from megatron_vilg.ops.attention import attention, choose_implementation
-from megatron_vilg.ops.rules import AttentionRule
+from megatron_vilg.ops.fold import fold_attention, fold_bias
+from megatron_vilg.ops.fold_plan import fold_plan
+from megatron_vilg.ops.rules import AttentionRule, text_keys_used
 from megatron_vilg.sequence import Direction, StreamSpec
 
 PATTERNS = ["full", "row", "column", "conv"]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-def run(rule: AttentionRule, text_len: torch.Tensor, implementation: str, direction: Direction | None):  # type: ignore[no-untyped-def]
+def inputs(rule: AttentionRule, rows: int, size: int = 8, heads: int = 2) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    shape = (len(text_len), rule.spec.length, 2, 8)
-    q, k, v, out_grad = (torch.randn(shape, generator=generator) for _ in range(4))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    out = attention(*inputs, rule, text_len, implementation, direction)  # type: ignore[arg-type]
+    shape = (rows, rule.spec.length, heads, size)
+    return [torch.randn(shape, generator=generator) for _ in range(4)]
+
+
+def run(rule: AttentionRule, text_len: torch.Tensor, implementation: str, direction: Direction | None, size: int = 8):  # type: ignore[no-untyped-def]
+    *qkv, out_grad = inputs(rule, len(text_len), size)
+    qkv = [x.requires_grad_() for x in qkv]
+    out = attention(*qkv, rule, text_len, implementation, direction)  # type: ignore[arg-type]
     out.backward(out_grad)
-    return out.detach(), [x.grad for x in inputs]
+    return [out.detach(), *(x.grad for x in qkv)]
 
 
-@settings(max_examples=40, deadline=None)
-@given(
+def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+cases = given(
     pattern=st.sampled_from(PATTERNS),
     side=st.integers(2, 6),
     slots=st.integers(1, 6),
     lengths=st.lists(st.integers(0, 6), min_size=2, max_size=4),
     kernel=st.sampled_from([3, 5, 11]),
+    wrap=st.booleans(),
+    window=st.sampled_from(["same_row", "window"]),
     direction=st.sampled_from([None, Direction.TEXT_TO_IMAGE, Direction.IMAGE_TO_TEXT]),
-    other=st.sampled_from(["sdpa", "fold"]),
 )
-def test_twins_agree(
-    pattern: str, side: int, slots: int, lengths: list[int], kernel: int, direction: Direction | None, other: str
-) -> None:
-    rule = AttentionRule(pattern, StreamSpec(num_text_slots=slots, image_side=side), conv_kernel=kernel)  # type: ignore[arg-type]
-    rows = lengths[: len(lengths) // 2 * 2]
-    text_len = torch.tensor([min(n, slots) for n in rows])
-    expected, expected_grads = run(rule, text_len, "dense", direction)
-    actual, grads = run(rule, text_len, other, direction)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-5)
 
 
-def test_window_rows_fall_back_to_a_mask() -> None:
-    rule = AttentionRule("row", StreamSpec(num_text_slots=2, image_side=4), image_to_text_row="window")
-    text_len = torch.tensor([2, 1])
-    torch.testing.assert_close(run(rule, text_len, "fold", None)[0], run(rule, text_len, "dense", None)[0])
+def case(pattern, side, slots, lengths, kernel, wrap, window):  # type: ignore[no-untyped-def]
+    """A rule, and text lengths of an even number of rows; length 0 leaves all text slots to padding."""
+    spec = StreamSpec(num_text_slots=slots, image_side=side)
+    rule = AttentionRule(pattern, spec, kernel, wrap, window)
+    return rule, torch.tensor([min(n, slots) for n in lengths[: len(lengths) // 2 * 2]])
+
+
+@settings(max_examples=60, deadline=None)
+@cases
+def test_twins_agree(pattern, side, slots, lengths, kernel, wrap, window, direction) -> None:  # type: ignore[no-untyped-def]
+    rule, text_len = case(pattern, side, slots, lengths, kernel, wrap, window)
+    expected = run(rule, text_len, "dense", direction)
+    for other in ("sdpa", "fold"):
+        assert_same(run(rule, text_len, other, direction), expected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=6, deadline=None)
+@cases
+def test_flex_agrees_forward(pattern, side, slots, lengths, kernel, wrap, window, direction) -> None:  # type: ignore[no-untyped-def]
+    rule, text_len = case(pattern, side, slots, lengths, kernel, wrap, window)
+    q, k, v, _ = inputs(rule, len(text_len))
+    expected = attention(q, k, v, rule, text_len, "dense", direction)
+    torch.testing.assert_close(attention(q, k, v, rule, text_len, "flex", direction), expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_triton
+@settings(max_examples=8, deadline=None)
+@cases
+def test_triton_agrees(pattern, side, slots, lengths, kernel, wrap, window, direction) -> None:  # type: ignore[no-untyped-def]
+    rule, text_len = case(pattern, side, slots, lengths, kernel, wrap, window)
+    assert_same(run(rule, text_len[:2], "triton", direction, 16), run(rule, text_len[:2], "dense", direction, 16))
+
+
+@needs_triton
+@pytest.mark.parametrize(("pattern", "size"), [("row", 64), ("column", 64), ("conv", 128)])
+def test_triton_head_sizes_over_several_tiles(pattern: str, size: int) -> None:
+    rule = AttentionRule(pattern, StreamSpec(num_text_slots=5, image_side=8), conv_kernel=3)  # type: ignore[arg-type]
+    text_len = torch.tensor([5, 0])
+    assert_same(run(rule, text_len, "triton", None, size), run(rule, text_len, "dense", None, size))
+
+
+def half_precision_error(dtype: torch.dtype, device: str) -> float:
+    """The largest error of output and gradients, as a share of the largest value."""
+    rule = AttentionRule("row", StreamSpec(num_text_slots=3, image_side=4))
+    text_len = torch.tensor([3, 1], device=device)
+    values = [x.to(device, dtype) for x in inputs(rule, 2, 64)]
+    found = []
+    for implementation, kind in (("triton", dtype), ("dense", torch.float32)):
+        *qkv, grad = (x.to(kind) for x in values)
+        qkv = [x.requires_grad_() for x in qkv]
+        out = attention(*qkv, rule, text_len, implementation)  # type: ignore[arg-type]
+        found.append([out.detach(), *torch.autograd.grad(out, qkv, grad)])
+        assert all(x.dtype == kind for x in found[-1])
+    return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True))
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter has no bf16")
+def test_triton_half_precision_in_fp32_softmax() -> None:
+    assert half_precision_error(torch.float16, "cpu") < 3e-3
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_triton_bf16_on_a_gpu() -> None:
+    assert half_precision_error(torch.bfloat16, "cuda") < 2e-2
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("direction", list(Direction))
+def test_fold_at_a_side_with_half_rows(pattern: str, direction: Direction) -> None:
+    rule = AttentionRule(pattern, StreamSpec(num_text_slots=7, image_side=16))  # type: ignore[arg-type]
+    text_len = torch.tensor([7, 0, 4])
+    assert_same(run(rule, text_len, "fold", direction), run(rule, text_len, "dense", direction))
+
+
+@pytest.mark.parametrize("pattern", ["row", "column", "conv"])
+@pytest.mark.parametrize("direction", list(Direction))
+def test_fold_for_devices_with_a_fused_kernel(pattern: str, direction: Direction) -> None:
+    """The form for GPUs, on the CPU."""
+    rule = AttentionRule(pattern, StreamSpec(num_text_slots=7, image_side=16))  # type: ignore[arg-type]
+    text_len = torch.tensor([7, 0, 4])
+    plan = fold_plan(rule, direction, text_len.device)
+    assert plan is not None
+    *qkv, grad = inputs(rule, 3)
+    qkv = [x.requires_grad_() for x in qkv]
+    out = fold_attention(*qkv, plan, fold_bias(plan, text_keys_used(rule.spec, direction, text_len), torch.float32))  # type: ignore[call-arg]
+    out.backward(grad)
+    assert_same([out.detach(), *(x.grad for x in qkv)], run(rule, text_len, "dense", direction))  # type: ignore[misc]
+
+
+def test_fold_takes_bf16_and_ignores_autocast() -> None:
+    rule = AttentionRule("conv", StreamSpec(num_text_slots=7, image_side=16))
+    text_len = torch.tensor([7, 2])
+    q, k, v, _ = (x.bfloat16() for x in inputs(rule, 2))
+    expected = attention(q.float(), k.float(), v.float(), rule, text_len)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, rule, text_len, "fold")
+    torch.testing.assert_close(out, expected.bfloat16(), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
     ("requested", "side", "chosen"),
-    [("auto", 8, "dense"), ("auto", 32, "fold"), ("dense", 32, "dense"), ("fold", 8, "fold")],
+    [("auto", 8, "dense"), ("auto", 32, "fold"), ("dense", 32, "dense"), ("fold", 8, "fold"), ("flex", 8, "flex")],
 )
 def test_choice_is_explained(requested: str, side: int, chosen: str) -> None:
-    implementation, reason = choose_implementation(requested, side)
+    implementation, reason = choose_implementation(requested, side)  # type: ignore[arg-type]
     assert implementation == chosen and reason
+
+
+def test_what_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="ops.attention=flex: .* no backward pass on a CPU. Works here: fold"):
+        choose_implementation("flex", 32, "cpu", training=True)
+    monkeypatch.setattr("megatron_vilg.ops.attention.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="ops.attention=triton: the package triton is not installed"):
+        choose_implementation("triton", 32, "cpu")
+
+
+@needs_triton
+def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(ConfigError, match="Triton needs a GPU"):
+        choose_implementation("triton", 32, "cpu")
+    assert choose_implementation("triton", 32, "cuda") == ("triton", "asked for")
