@@ -15,8 +15,10 @@ _FLAGS = {
     "temperature": "--temperature",
     "top_k": "--top-k",
     "top_p": "--top-p",
-    "guidance": "--cfg-scale",
     "rerank": "--rerank",
+    "min_p": "--min-p",
+    "guidance": "--cfg-scale",
+    "guidance_schedule": "--cfg-schedule",
 }
 """Field of ``SampleConfig`` to the option that sets it."""
 
@@ -27,9 +29,16 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, default: str, with_
     group.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token")
     group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: all")
     group.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens that together have P")
+    group.add_argument("--min-p", type=float, metavar="P", help="only tokens P times as likely as the likeliest")
     if with_guidance:
         group.add_argument(
             "--cfg-scale", dest="guidance", type=float, metavar="X", help="classifier-free guidance; 1: off"
+        )
+        group.add_argument(
+            "--cfg-schedule",
+            dest="guidance_schedule",
+            choices=("constant", "linear", "cosine"),
+            help="at full scale from the start, or growing from 1",
         )
 
 

@@ -447,6 +447,8 @@ class SampleConfig:
     """Keep only this many likeliest tokens. 0: all."""
     top_p: Fraction = 1.0
     """Keep the likeliest tokens that together have this probability."""
+    min_p: Fraction = 0.0
+    """Keep only tokens at least this share as likely as the likeliest one. 0: all."""
     guidance: NonNegative = 1.0
     """Classifier-free guidance scale; 1: off."""
     rerank: Count = 0
@@ -455,6 +457,9 @@ class SampleConfig:
     """Weight of ``log P(picture | caption)`` beside ``log P(caption | picture)`` in that choice."""
     caption_candidates: Count = 0
     """Captions sampled of each picture; the one that both directions find likeliest is said. 0: greedy decoding."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the scale comes about from the first token to the last: at once, or growing from 1 in a straight line or
+    along half a cosine (weak guidance keeps pictures diverse, Muse section 2.7)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

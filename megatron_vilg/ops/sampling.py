@@ -1,4 +1,4 @@
-"""Choose the next token: temperature, top-k, top-p, and one random number per sample and step.
+"""Choose the next token: temperature, top-k, top-p, min-p, and one random number per sample and step.
 
 Every sample has a random stream of its own, derived from (seed, prompt, sample). So what a sample becomes does not
 depend on how many others are drawn beside it, or on how they are split into batches.
@@ -6,6 +6,7 @@ depend on how many others are drawn beside it, or on how they are split into bat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,10 +30,20 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return torch.lerp(unconditional.float(), conditional.float(), scale)
 
 
+def guidance_scales(settings: SampleConfig, count: int) -> list[float]:
+    """The guidance scale of each of ``count`` tokens."""
+    if settings.guidance_schedule == "constant" or count == 1:
+        return [settings.guidance] * count
+    done = [token / (count - 1) for token in range(count)]
+    if settings.guidance_schedule == "cosine":
+        done = [(1.0 - math.cos(math.pi * share)) / 2.0 for share in done]
+    return [1.0 + (settings.guidance - 1.0) * share for share in done]
+
+
 def sample(logits: Tensor, settings: SampleConfig, uniform: Tensor) -> Tensor:
     """Draw one token per row; -inf marks tokens that must not be drawn.
 
-    Top-p looks at the probabilities that temperature and top-k leave. The token is read off the cumulative
+    Top-p and min-p look at the probabilities that temperature and top-k leave. The token is read off the cumulative
     distribution at ``uniform``.
 
     Args:
@@ -57,6 +68,9 @@ def sample(logits: Tensor, settings: SampleConfig, uniform: Tensor) -> Tensor:
         beyond = before >= settings.top_p
         beyond[:, 0] = False  # top_p = 0 still leaves the likeliest token
         probability = probability.masked_fill(beyond, 0.0)
+    if settings.min_p > 0.0:
+        highest = probability.amax(dim=-1, keepdim=True)
+        probability = probability.masked_fill(probability < settings.min_p * highest, 0.0)
     # float64, so that uniform * total stays below total and a token of probability zero is never hit.
     cumulative = probability.cumsum(dim=-1, dtype=torch.float64)
     target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]

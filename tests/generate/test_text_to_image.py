@@ -14,12 +14,13 @@ from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.text_to_image import draw_ids
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.sampling import sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_scales, sample, sample_uniforms
 from megatron_vilg.sequence import Direction
 from tests.tiny import tiny_batch, tiny_config, tiny_model
 
 PLAIN = SampleConfig(temperature=0.8, top_k=7)
 GUIDED = SampleConfig(temperature=0.9, top_p=0.95, guidance=2.0)
+GROWING = SampleConfig(temperature=0.9, min_p=0.05, guidance=3.0, guidance_schedule="cosine")
 
 
 def prompts(model: ViLG, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,7 @@ def draw_without_cache(
             if config.guidance != 1.0:
                 no_text, none = torch.zeros_like(text[None]), torch.zeros_like(length[None])
                 free = model.logits(no_text, codes, none, Direction.TEXT_TO_IMAGE)[:, token]
-                logits = free + config.guidance * (logits - free)
+                logits = free + guidance_scales(config, size)[token] * (logits - free)
             codes[:, token] = sample(logits, config, uniform[:, token])
     return codes[0]
 
@@ -49,7 +50,7 @@ def draw_without_cache(
 @given(
     pattern=st.sampled_from(["paper", "full"]),
     image_side=st.integers(2, 5),
-    config=st.sampled_from([PLAIN, GUIDED, SampleConfig(temperature=0.0)]),
+    config=st.sampled_from([PLAIN, GUIDED, GROWING, SampleConfig(temperature=0.0)]),
     seed=st.integers(0, 99),
 )
 def test_same_seed_same_ids_as_without_cache(config: SampleConfig, seed: int, **sizes: Any) -> None:

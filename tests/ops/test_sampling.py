@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vilg.config.schema import SampleConfig
-from megatron_vilg.ops.sampling import guided, sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_scales, guided, sample, sample_uniforms
 
 
 def expected_distribution(logits: torch.Tensor, settings: SampleConfig) -> torch.Tensor:
-    """Temperature, then top-k, then top-p, one row, written with lists."""
+    """Temperature, then top-k, then top-p, then min-p, one row, written with lists."""
     probability = (logits.double() / settings.temperature).softmax(0).tolist()
     order = sorted(range(len(probability)), key=lambda i: -probability[i])
     kept = order[: settings.top_k] if settings.top_k else order
@@ -22,6 +22,7 @@ def expected_distribution(logits: torch.Tensor, settings: SampleConfig) -> torch
         if rank == 0 or before < settings.top_p:
             result[i] = probability[i]
         before += probability[i] / mass
+    result[result < settings.min_p * result.max()] = 0.0
     return result / result.sum()
 
 
@@ -31,13 +32,14 @@ def expected_distribution(logits: torch.Tensor, settings: SampleConfig) -> torch
     temperature=st.sampled_from([0.3, 1.0, 2.0]),
     top_k=st.integers(0, 14),
     top_p=st.sampled_from([0.0, 0.25, 0.6, 0.93, 1.0]),
+    min_p=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     seed=st.integers(0, 1000),
 )
 def test_distribution_is_that_of_brute_force(
-    size: int, temperature: float, top_k: int, top_p: float, seed: int
+    size: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
 ) -> None:
     logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 2
-    config = SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    config = SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     steps = 4000
     uniform = (torch.arange(steps) + 0.5) / steps  # every quantile once: counts are the distribution, without noise
     drawn = sample(logits.expand(steps, -1), config, uniform)
@@ -73,3 +75,13 @@ def test_guidance_formula() -> None:
     expected = unconditional + 2.5 * (conditional - unconditional)
     torch.testing.assert_close(guided(conditional, unconditional, 2.5), expected)
     torch.testing.assert_close(guided(conditional, unconditional, 0.0), unconditional)
+
+
+def test_guidance_grows_from_one_to_its_scale() -> None:
+    def scales(schedule: str, count: int = 5) -> list[float]:
+        return guidance_scales(SampleConfig(guidance=3.0, guidance_schedule=schedule), count)  # type: ignore[arg-type]
+
+    assert scales("constant") == [3.0] * 5
+    assert scales("linear") == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert scales("cosine") == pytest.approx([1.0, 2 - 2**0.5 / 2, 2.0, 2 + 2**0.5 / 2, 3.0])
+    assert scales("linear", 1) == [3.0]
