@@ -29,6 +29,7 @@ $(STAMP): pyproject.toml setup.py
 
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps 'dalle-pytorch==1.6.6'
 	touch $@
 
 demo: $(STAMP)

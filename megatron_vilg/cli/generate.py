@@ -60,7 +60,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--image-prefix", metavar="IMG", type=Path, help="complete this picture, with --keep-rows")
     parser.add_argument("--keep-rows", metavar="R", type=int, help="rows of its tokens that are kept, from the top")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of matrix products")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "int8"),
+        default="fp32",
+        help="arithmetic of matrix products; int8: weights in int8, products in bf16",
+    )
     parser.add_argument(
         "--worker",
         metavar="I/N",
@@ -85,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
     settings = sampling_from_args(args, pipeline.config.sample)
     numbers = share.prompts(len(prompts))
     own = prompts[numbers.start : numbers.stop]
-    ids, scores = _draw(args, pipeline, own, numbers.start, settings)
-    pixels = pipeline.decode_end_to_end(ids, own) if args.decoder == END_TO_END else pipeline.decode(ids)
+    ids, scores, pixels = _draw(args, pipeline, own, numbers.start, settings)
     record = _record(args, pipeline, settings) | {
         "ids_sha256": hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
     }
@@ -135,8 +139,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _draw(
     args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], first_prompt: int, settings: SampleConfig
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Codes [B, n, N] and, where more were drawn than are kept, the score of each [B, n]."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Codes [B, n, N], the score of each [B, n] where more were drawn than are kept, and pixels."""
     from tqdm import tqdm
 
     prefix = _image_prefix(args, pipeline, len(prompts))
@@ -146,16 +150,20 @@ def _draw(
             bar.total = total
             bar.update(done - bar.n)
 
-        return pipeline.draw_best_ids(
-            prompts,
-            num_images=args.num_images,
-            settings=settings,
-            seed=args.seed,
-            max_batch=args.max_batch,
-            image_prefix=prefix,
-            first_prompt=first_prompt,
-            progress=progress,
-        )
+        options: dict[str, Any] = {
+            "num_images": args.num_images,
+            "settings": settings,
+            "seed": args.seed,
+            "max_batch": args.max_batch,
+            "first_prompt": first_prompt,
+            "progress": progress,
+        }
+        if prefix is None and not settings.rerank and args.decoder != END_TO_END:
+            ids, pixels = pipeline.draw_pixels(prompts, **options)
+            return ids, None, pixels
+        ids, scores = pipeline.draw_best_ids(prompts, image_prefix=prefix, **options)
+    pixels = pipeline.decode_end_to_end(ids, prompts) if args.decoder == END_TO_END else pipeline.decode(ids)
+    return ids, scores, pixels
 
 
 def _image_prefix(args: argparse.Namespace, pipeline: Pipeline, num_prompts: int) -> torch.Tensor | None:

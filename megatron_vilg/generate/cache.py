@@ -109,8 +109,9 @@ class TargetCache:
 
     def __init__(self, layout: CacheLayout, shape: tuple[int, int, int], head_dim: int, like: Tensor) -> None:
         self.layout = layout
-        self.keys = like.new_empty(*shape, layout.num_slots, head_dim)
-        self.values = torch.empty_like(self.keys)
+        # Zeros: a read of fixed size also takes slots that are not written yet, and hides them by a bias.
+        self.keys = like.new_zeros(*shape, layout.num_slots, head_dim)
+        self.values = torch.zeros_like(self.keys)
 
     def write(self, token: int, key: Tensor, value: Tensor) -> None:
         """Store key and value [P, A, n, H] of a target token."""

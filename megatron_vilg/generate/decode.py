@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vilg.generate.cache import CacheKind, TargetCache, cache_layout
-from megatron_vilg.generate.weights import PACK_FROM_STEPS, can_pack, packed_block, packed_linear
+from megatron_vilg.generate.weights import PACK_FROM_STEPS, can_pack, can_pack_block, packed_block, packed_linear
 from megatron_vilg.models.layers import Block
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import Prepared, attend, dense_block, prepare
@@ -166,7 +166,7 @@ class Decoder:
         steps = len(self.caches[0].layout.slot) - self.token
         if steps >= PACK_FROM_STEPS and can_pack(target_head(model, self.direction).weight):
             num_rows = self.num_sources * num_targets
-            self.blocks = [packed_block(block, num_rows) for block in self.blocks]
+            self.blocks = [packed_block(block, num_rows) if can_pack_block(block) else block for block in self.blocks]
             self.head = packed_linear(target_head(model, self.direction), num_rows)
 
     def step(self, ids: Tensor) -> Tensor:
@@ -196,6 +196,12 @@ class Decoder:
             cache.write(token, keys[:, :, None, shared + token], values[:, :, None, shared + token])
         return cache
 
+    def _exchange(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store key and value [P, A, n, H] of the step, and fetch what its queries read (see ``TargetCache.read``)."""
+        cache = self.caches[layer]
+        cache.write(self.token, key, value)
+        return cache.read(self.token)
+
     def _attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One query per row over the shared and its own keys, in one softmax; q, k, v [R, 1, A, H] to [R, 1, A * H]."""
         sources, targets, heads, size = self.num_sources, self.num_targets, q.shape[2], q.shape[3]
@@ -203,9 +209,7 @@ class Decoder:
         def by_source(x: Tensor) -> Tensor:  # [P, A, n, H]
             return x.view(sources, targets, heads, size).transpose(1, 2)
 
-        cache = self.caches[layer]
-        cache.write(self.token, by_source(k), by_source(v))
-        keys, values, bias = cache.read(self.token)
+        keys, values, bias = self._exchange(layer, by_source(k), by_source(v))
         query = (by_source(q) * size**-0.5).to(v.dtype).contiguous()
         to_shared = torch.bmm(query.view(sources * heads, targets, size), self.shared_keys[layer])
         to_shared = to_shared.view(sources, heads, targets, -1)

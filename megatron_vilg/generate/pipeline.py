@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -20,7 +20,8 @@ from megatron_vilg.generate import rerank
 from megatron_vilg.generate.caption import GREEDY, caption_ids
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.load import load_parts
-from megatron_vilg.generate.text_to_image import Progress, draw_ids
+from megatron_vilg.generate.text_to_image import Progress, batches, draw_batch, draw_ids
+from megatron_vilg.generate.weights import use_bf16, use_int8
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.vilg import ViLG
@@ -29,7 +30,7 @@ log = get_logger(__name__)
 
 Picture = Image.Image | Path | str
 """A picture, or the path of one."""
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
 
 NO_RECONSTRUCTOR = (
     "--decoder=end-to-end: this generator was trained without a reconstructor. Works: codebook, or a run that was "
@@ -50,7 +51,7 @@ class Pipeline:
         image_tokenizer: pixels to codes and back, on the same device.
         config: resolved configuration; ``config.sample`` are the default settings.
         step: optimizer steps behind the weights.
-        precision: arithmetic of the generator's matrix products.
+        precision: arithmetic of the generator's matrix products; ``load`` makes weights ready for it.
     """
 
     def __init__(
@@ -80,6 +81,10 @@ class Pipeline:
         """
         parts = load_parts(Path(path), torch.device(device))
         log.info("loaded %s (step %d)", parts.source, parts.step)
+        if precision == "int8":
+            use_int8(parts.model)
+        elif precision == "bf16" and torch.device(device).type != "cpu":  # a CPU packs a copy anyway
+            use_bf16(parts.model)
         return cls(
             parts.model,
             parts.text_tokenizer,
@@ -138,6 +143,48 @@ class Pipeline:
                 progress=progress,
             )
 
+    def draw_pixels(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_images: int = 1,
+        settings: SampleConfig | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        first_prompt: int = 0,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``draw_ids`` and ``decode`` in one: codes [B, n, N] and, on the CPU, pixels [B, n, 3, S, S].
+
+        A finished batch passes the image tokenizer while the next one is drawn (on a GPU, in a stream of its own), and
+        its pixels leave the device. So a device never holds more than ``max_batch`` pictures.
+        """
+        text_ids, text_len = self.encode_prompts(prompts)
+        settings, codes = settings or self.config.sample, self.model.spec.num_image_tokens
+        size = self.image_tokenizer.config.image_size
+        ids = torch.empty(len(prompts), num_images, codes, dtype=torch.int64)
+        pixels = torch.empty(len(prompts), num_images, 3, size, size)
+        done, total = 0, len(prompts) * num_images * codes
+        decoding = _Behind(self.device)
+        for batch in batches(len(prompts), num_images, max_batch or max(1, len(prompts) * num_images)):
+
+            def count(pictures: int = len(batch.pictures)) -> None:
+                nonlocal done
+                done += pictures
+                if progress is not None:
+                    progress(done, total)
+
+            with self._arithmetic():
+                drawn = draw_batch(
+                    self.model, text_ids, text_len, batch, settings,
+                    seed=seed, first_prompt=first_prompt, after_step=count,
+                )  # fmt: skip
+            prompt, image = torch.tensor(batch.pictures).unbind(1)
+            decoding.start(lambda drawn=drawn: self.decode(drawn), (pixels, (prompt, image)))  # type: ignore[misc]
+            ids[prompt, image] = drawn.cpu()
+        decoding.finish()
+        return ids, pixels
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -149,10 +196,10 @@ class Pipeline:
         progress: Progress | None = None,
     ) -> list[Image.Image]:
         """Pictures: all of the first prompt, then all of the second, and so on."""
-        ids = self.draw_ids(
+        _, pixels = self.draw_pixels(
             prompts, num_images=num_images, settings=settings, seed=seed, max_batch=max_batch, progress=progress
         )
-        return [to_image(pixels) for pixels in self.decode(ids.flatten(0, 1))]
+        return [to_image(each) for each in pixels.flatten(0, 1)]
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -185,7 +232,7 @@ class Pipeline:
         with inference(self.model), self._arithmetic():
             for rows in torch.arange(len(flat), device=self.device).split(_DECODE_BATCH):
                 states = self.model.gold_states(text_ids[rows], flat[rows], text_len[rows])
-                parts.append(reconstructor.decode(states))
+                parts.append(reconstructor.decode(states.float()))
         size = self.image_tokenizer.config.image_size
         pixels = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self.device)
         return pixels.clamp(-1.0, 1.0).unflatten(0, ids.shape[:2])
@@ -332,6 +379,34 @@ class Pipeline:
     def _arithmetic(self) -> Iterator[None]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
+
+
+class _Behind:
+    """Work that runs behind the main stream, one piece at a time; its results are fetched when the next one starts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waiting: tuple[Tensor, tuple[Tensor, Any]] | None = None
+
+    def start(self, work: Callable[[], Tensor], into: tuple[Tensor, Any]) -> None:
+        """Start ``work``; its result is to be written to ``tensor[index]`` for ``into = (tensor, index)``."""
+        self.finish()
+        if self.stream is None:
+            self.waiting = (work(), into)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.waiting = (work(), into)
+
+    def finish(self) -> None:
+        """Fetch the result of the last piece."""
+        if self.waiting is None:
+            return
+        if self.stream is not None:
+            self.stream.synchronize()
+        result, (tensor, index) = self.waiting
+        tensor[index] = result.to(tensor)
+        self.waiting = None
 
 
 def _pixels(image: Picture, size: int) -> Tensor:

@@ -1,7 +1,13 @@
-"""Draw image codes from text: sampling, guidance, completion of a partial picture."""
+"""Draw image codes from text: sampling, guidance, completion of a partial picture.
+
+All pictures have the same number of tokens, so the slots of a batch become free at the same time, and a list of
+prompts is kept going by filling every batch to the brim: with whole prompts, whose samples share the keys and values
+of the text, or across prompts where whole ones would leave slots empty.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,25 +16,46 @@ from torch import Tensor
 
 from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.generate.cache import CacheKind
-from megatron_vilg.generate.decode import Decoder, inference, prefill
+from megatron_vilg.generate.decode import Decoder, Prefix, inference, prefill
+from megatron_vilg.generate.static import Recording, StaticDecoder
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.sampling import guided, sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_scales, guided, sample, sample_uniforms
 from megatron_vilg.sequence import Direction
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)``, counted in image tokens."""
 
+FULL_ENOUGH = 0.75
+"""Whole prompts are drawn together if they fill this share of a batch."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Pictures drawn side by side: samples ``first .. stop`` of prompts ``prompts``."""
+class Batch:
+    """Pictures drawn side by side, as (prompt, sample), samples of a prompt next to each other."""
 
-    prompts: range
-    samples: range
+    pictures: tuple[tuple[int, int], ...]
 
     @property
-    def size(self) -> int:
-        return len(self.prompts) * len(self.samples)
+    def shared_by(self) -> int:
+        """n: every n neighbours have the same prompt and share its keys and values."""
+        counts: dict[int, int] = {}
+        for prompt, _ in self.pictures:
+            counts[prompt] = counts.get(prompt, 0) + 1
+        return math.gcd(*counts.values())
+
+    @property
+    def sources(self) -> list[int]:
+        """The prompt of each group of n neighbours."""
+        return [prompt for prompt, _ in self.pictures[:: self.shared_by]]
+
+
+def batches(num_prompts: int, num_images: int, max_batch: int) -> Iterator[Batch]:
+    """All pictures in order, never more than ``max_batch`` at a time, all batches but the last about full."""
+    pictures = [(prompt, image) for prompt in range(num_prompts) for image in range(num_images)]
+    whole = max_batch // num_images * num_images
+    size = whole if whole >= FULL_ENOUGH * max_batch else max_batch
+    for first in range(0, len(pictures), size):
+        yield Batch(tuple(pictures[first : first + size]))
 
 
 def draw_ids(
@@ -69,60 +96,148 @@ def draw_ids(
         ids[:, :, :num_given] = image_prefix[:, None]
     if num_given == size or not ids.numel():
         return ids
-    done = 0
-    with inference(model):
-        for chunk in _chunks(total, num_images, max_batch or total * num_images):
-            part = slice(chunk.prompts.start, chunk.prompts.stop)
-            given = None if image_prefix is None else image_prefix[part]
-            streams = [(first_prompt + p, s) for p in chunk.prompts for s in chunk.samples]
-            uniforms = sample_uniforms(seed, streams, size).to(text_ids.device)
-            rows = _draw(model, text_ids[part], text_len[part], given, settings, len(chunk.samples), uniforms, cache)
-            for token, drawn in enumerate(rows, start=num_given):
-                ids[part, chunk.samples.start : chunk.samples.stop, token] = drawn.view(len(chunk.prompts), -1)
-                done += chunk.size
-                if progress is not None:
-                    progress(done, total * num_images * (size - num_given))
+    done, steps = 0, total * num_images * (size - num_given)
+    for batch in batches(total, num_images, max_batch or total * num_images):
+
+        def count(pictures: int = len(batch.pictures)) -> None:
+            nonlocal done
+            done += pictures
+            if progress is not None:
+                progress(done, steps)
+
+        drawn = draw_batch(
+            model, text_ids, text_len, batch, settings,
+            seed=seed, image_prefix=image_prefix, first_prompt=first_prompt, cache=cache, after_step=count,
+        )  # fmt: skip
+        prompt, image = torch.tensor(batch.pictures, device=ids.device).unbind(1)
+        ids[prompt, image] = drawn
     return ids
 
 
-def _chunks(num_prompts: int, num_images: int, max_batch: int) -> Iterator[_Chunk]:
-    """Cut the pictures into batches: whole prompts if at least one fits, else parts of one prompt."""
-    prompts_each, samples_each = max(1, max_batch // num_images), min(num_images, max_batch)
-    for p in range(0, num_prompts, prompts_each):
-        for s in range(0, num_images, samples_each):
-            yield _Chunk(range(p, min(p + prompts_each, num_prompts)), range(s, min(s + samples_each, num_images)))
-
-
-def _draw(
+def draw_batch(
     model: ViLG,
     text_ids: Tensor,
     text_len: Tensor,
-    given: Tensor | None,
+    batch: Batch,
     settings: SampleConfig,
-    num_images: int,
-    uniforms: Tensor,
-    cache: CacheKind,
-) -> Iterator[Tensor]:
-    """Yield the codes [P * num_images] of one raster position after the other."""
-    direction = Direction.TEXT_TO_IMAGE
-    with_guidance = settings.guidance != 1.0
-    if with_guidance:
+    *,
+    seed: int,
+    image_prefix: Tensor | None = None,
+    first_prompt: int = 0,
+    cache: CacheKind = "pattern",
+    after_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Codes int64 [pictures, N] of one batch; the other arguments are those of ``draw_ids``."""
+    device, size = text_ids.device, model.spec.num_image_tokens
+    sources = torch.tensor(batch.sources, device=device)
+    given = None if image_prefix is None else image_prefix[sources]
+    streams = [(first_prompt + prompt, image) for prompt, image in batch.pictures]
+    uniforms = sample_uniforms(seed, streams, size).to(device)
+    with inference(model):
+        prefix = _read(model, text_ids[sources], text_len[sources], given, settings)
+        count = 0 if given is None else given.shape[1]
+        draw = _draw_recorded if device.type == "cuda" else _draw_stepwise
+        ids = draw(model, prefix, batch.shared_by, settings, uniforms, cache, after_step)
+    if given is None:
+        return ids
+    return torch.cat([given.repeat_interleave(batch.shared_by, dim=0), ids[:, count:]], dim=1)
+
+
+def _read(model: ViLG, text_ids: Tensor, text_len: Tensor, given: Tensor | None, settings: SampleConfig) -> Prefix:
+    """The sources of a batch, each different one read once; with guidance those without text behind them."""
+    if settings.guidance != 1.0:
         text_ids = torch.cat([text_ids, torch.zeros_like(text_ids)])
         text_len = torch.cat([text_len, torch.zeros_like(text_len)])
         given = None if given is None else torch.cat([given, given])
-    sources = [text_len[:, None], text_ids] + ([] if given is None else [given])
-    distinct, index = torch.cat(sources, dim=1).unique(dim=0, return_inverse=True)
+    parts = [text_len[:, None], text_ids] + ([] if given is None else [given])
+    distinct, index = torch.cat(parts, dim=1).unique(dim=0, return_inverse=True)
     slots = text_ids.shape[1]
-    prefix = prefill(model, direction, distinct[:, 1 : slots + 1], distinct[:, 0], distinct[:, slots + 1 :])
-    prefix = prefix.select(index)
-    decoder = Decoder(model, prefix, num_images, cache)
-    logits = prefix.logits.repeat_interleave(num_images, dim=0)
-    last = model.spec.num_image_tokens - 1
-    for token in range(prefix.num_given, last + 1):
-        if with_guidance:
-            conditional, unconditional = logits.chunk(2)
-            logits = guided(conditional, unconditional, settings.guidance)
-        ids = sample(logits, settings, uniforms[:, token])
-        yield ids
-        if token < last:
-            logits = decoder.step(torch.cat([ids, ids]) if with_guidance else ids)
+    ids, length, start = distinct[:, 1 : slots + 1], distinct[:, 0], distinct[:, slots + 1 :]
+    return prefill(model, Direction.TEXT_TO_IMAGE, ids, length, start).select(index)
+
+
+def _draw_stepwise(
+    model: ViLG,
+    prefix: Prefix,
+    num_targets: int,
+    settings: SampleConfig,
+    uniforms: Tensor,
+    cache: CacheKind,
+    after_step: Callable[[], None],
+) -> Tensor:
+    """Codes [pictures, N]; those that were given stay empty."""
+    decoder = Decoder(model, prefix, num_targets, cache)
+    size = model.spec.num_image_tokens
+    scales = guidance_scales(settings, size)
+    ids = torch.zeros(len(uniforms), size, dtype=torch.int64, device=uniforms.device)
+    logits = prefix.logits.repeat_interleave(num_targets, dim=0)
+    for token in range(prefix.num_given, size):
+        if settings.guidance != 1.0:
+            conditional, free = logits.chunk(2)
+            logits = guided(conditional, free, scales[token])
+        drawn = sample(logits, settings, uniforms[:, token])
+        ids[:, token] = drawn
+        after_step()
+        if token + 1 < size:
+            logits = decoder.step(drawn if settings.guidance == 1.0 else drawn.repeat(2))
+    return ids
+
+
+class RecordedDrawing:
+    """Sampling and the decoder's step as one function without arguments, over buffers that stay where they are."""
+
+    def __init__(
+        self,
+        decoder: StaticDecoder,
+        prefix: Prefix,
+        settings: SampleConfig,
+        uniforms: Tensor,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.decoder, self.settings, self.uniforms = decoder, settings, uniforms
+        device, size = uniforms.device, uniforms.shape[1]
+        self.forward = torch.compile(decoder.step) if compiled else decoder.step
+        self.scales = torch.tensor(guidance_scales(settings, size), device=device)
+        self.logits = prefix.logits.repeat_interleave(decoder.num_targets, dim=0).float()
+        self.ids = torch.zeros(size, len(uniforms), dtype=torch.int64, device=device)
+
+    def state(self) -> list[Tensor]:
+        """Everything that a step changes."""
+        return [self.logits, self.ids, *self.decoder.state()]
+
+    def sample(self) -> Tensor:
+        """Draw the token at the decoder's position, and note it."""
+        position = self.decoder.position[None]
+        logits = self.logits
+        if self.settings.guidance != 1.0:
+            conditional, free = logits.chunk(2)
+            logits = torch.lerp(free, conditional, self.scales.index_select(0, position))
+        drawn = sample(logits, self.settings, self.uniforms.index_select(1, position)[:, 0])
+        self.ids.index_copy_(0, position, drawn[None])
+        return drawn
+
+    def step(self) -> None:
+        """Draw a token and predict the next."""
+        drawn = self.sample()
+        self.logits.copy_(self.forward(drawn if self.settings.guidance == 1.0 else drawn.repeat(2)))
+
+
+def _draw_recorded(
+    model: ViLG,
+    prefix: Prefix,
+    num_targets: int,
+    settings: SampleConfig,
+    uniforms: Tensor,
+    cache: CacheKind,
+    after_step: Callable[[], None],
+) -> Tensor:
+    """``_draw_stepwise`` on a GPU: one step is recorded, then replayed."""
+    drawing = RecordedDrawing(StaticDecoder(model, prefix, num_targets, cache), prefix, settings, uniforms)
+    recording = Recording(drawing.step, drawing.state())
+    for _ in range(prefix.num_given, model.spec.num_image_tokens - 1):
+        recording.replay()
+        after_step()
+    drawing.sample()
+    after_step()
+    return drawing.ids.T.contiguous()

@@ -45,18 +45,18 @@ class StreamEmbed(nn.Module):
         if config.codebook_dim:
             self.register_buffer("codebook", torch.zeros(config.image_vocab_size, config.codebook_dim))
 
-    def image_tokens(self, ids: Tensor, first: int = 0) -> Tensor:
+    def image_tokens(self, ids: Tensor, first: int | Tensor = 0) -> Tensor:
         """Codes [B, n] that stand at raster positions ``first .. first + n`` to [B, n, D], without segment."""
         x = self.image(ids)
         if self.code_projection is not None:
             vectors = cast(Tensor, self.codebook)[ids].to(self.code_projection.weight.dtype)
             x = x + self.code_projection(vectors)
-        raster = torch.arange(first, first + ids.shape[1], device=ids.device)
+        raster = torch.arange(ids.shape[1], device=ids.device) + first
         return x + self.row(raster // self.spec.image_side) + self.column(raster % self.spec.image_side)
 
-    def text_tokens(self, ids: Tensor, first: int) -> Tensor:
+    def text_tokens(self, ids: Tensor, first: int | Tensor) -> Tensor:
         """Text ids [B, n] at text positions ``first .. first + n`` (0 is CLS or BOS) to [B, n, D]."""
-        position = torch.arange(first, first + ids.shape[1], device=ids.device)
+        position = torch.arange(ids.shape[1], device=ids.device) + first
         return self.text(ids) + self.position(position)
 
     def source(self, direction: Direction, ids: Tensor) -> Tensor:
@@ -83,8 +83,11 @@ class StreamEmbed(nn.Module):
             x = self.text_tokens(torch.full_like(like[:, :1], TextToken.BOS), 0)
         return self._finish(x, direction, is_target=True)
 
-    def target(self, direction: Direction, ids: Tensor, first: int = 0) -> Tensor:
-        """Target tokens number ``first ..`` of the target (0: the first code or the first text token)."""
+    def target(self, direction: Direction, ids: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Target tokens number ``first ..`` of the target (0: the first code or the first text token).
+
+        ``first`` may be a 0-dim tensor, so that a recorded step can be replayed at the next position.
+        """
         image = direction == Direction.TEXT_TO_IMAGE
         x = self.image_tokens(ids, first) if image else self.text_tokens(ids, first + 1)
         return self._finish(x, direction, is_target=True)

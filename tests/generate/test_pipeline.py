@@ -198,3 +198,27 @@ def test_bad_pictures_are_named(pipeline: Pipeline, tmp_path: Path) -> None:
         pipeline.caption([tmp_path / "text.png"])
     with pytest.raises(DataError, match=r"absent.png: cannot be read \(No such file"):
         pipeline.caption([tmp_path / "absent.png"])
+
+
+def test_pixels_of_a_long_list_are_those_of_its_codes(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    original = pipeline.decode
+
+    def counting(ids: torch.Tensor) -> torch.Tensor:
+        decoded.append(len(ids))
+        return original(ids)
+
+    monkeypatch.setattr(pipeline, "decode", counting)
+    seen: list[tuple[int, int]] = []
+    ids, pixels = pipeline.draw_pixels(
+        CAPTIONS[:2], num_images=3, seed=4, max_batch=4, progress=lambda *x: seen.append(x)
+    )
+    assert decoded == [3, 3] and seen[-1] == (96, 96)
+    assert torch.equal(ids, pipeline.draw_ids(CAPTIONS[:2], num_images=3, seed=4))
+    torch.testing.assert_close(pixels, original(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_int8_draws_and_captions(run_folder: Path) -> None:
+    pipeline = Pipeline.load(run_folder, precision="int8")
+    ids, pixels = pipeline.draw_pixels(CAPTIONS[:1], num_images=2, seed=0)
+    assert pixels.isfinite().all() and len(pipeline.caption(ids[0])) == 2

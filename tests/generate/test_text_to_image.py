@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vilg.config.schema import SampleConfig
-from megatron_vilg.generate.decode import inference
-from megatron_vilg.generate.text_to_image import draw_ids
+from megatron_vilg.generate.decode import inference, prefill
+from megatron_vilg.generate.static import StaticDecoder
+from megatron_vilg.generate.text_to_image import Batch, RecordedDrawing, batches, draw_batch, draw_ids
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.sampling import guidance_scales, sample, sample_uniforms
 from megatron_vilg.sequence import Direction
@@ -136,3 +137,75 @@ def test_progress_counts_all_tokens() -> None:
     seen: list[tuple[int, int]] = []
     draw_ids(model, text, length, PLAIN, num_images=2, seed=0, max_batch=3, progress=lambda *x: seen.append(x))
     assert seen[-1] == (64, 64) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "num_images", "max_batch", "sizes"),
+    [
+        (3, 4, 100, [12]),
+        (3, 4, 8, [8, 4]),  # whole prompts
+        (3, 4, 9, [8, 4]),  # nearly full with whole prompts
+        (4, 3, 4, [3, 3, 3, 3]),
+        (4, 3, 5, [5, 5, 2]),  # whole prompts would leave two of five slots empty
+        (2, 10, 4, [4, 4, 4, 4, 4]),
+    ],
+)
+def test_batches_are_filled_and_never_too_large(
+    num_prompts: int, num_images: int, max_batch: int, sizes: list[int]
+) -> None:
+    cut = list(batches(num_prompts, num_images, max_batch))
+    assert [len(batch.pictures) for batch in cut] == sizes
+    assert [p for batch in cut for p in batch.pictures] == [
+        (prompt, image) for prompt in range(num_prompts) for image in range(num_images)
+    ]
+
+
+def test_samples_of_a_prompt_share_as_much_as_the_batch_allows() -> None:
+    assert (Batch(((0, 0), (0, 1), (1, 0), (1, 1))).shared_by, Batch(((0, 0), (0, 1), (1, 0))).shared_by) == (2, 1)
+    assert Batch(((0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3))).sources == [0, 1, 1]
+
+
+def test_the_valve_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_vilg.generate import text_to_image
+
+    rows: list[int] = []
+
+    class Counting(text_to_image.Decoder):
+        def step(self, ids: Tensor) -> Tensor:
+            rows.append(len(ids))
+            assert all(cache.keys.shape[0] * cache.keys.shape[2] == len(ids) for cache in self.caches)
+            return super().step(ids)
+
+    monkeypatch.setattr(text_to_image, "Decoder", Counting)
+    model = tiny_model()
+    text, length = prompts(model, 4)
+    draw_ids(model, text, length, PLAIN, num_images=3, seed=0, max_batch=5)
+    assert set(rows) == {5, 2}
+    rows.clear()
+    draw_ids(model, text, length, GUIDED, num_images=3, seed=0, max_batch=5)
+    assert set(rows) == {10, 4}  # guidance continues each picture without text too
+
+
+@pytest.mark.parametrize("config", [PLAIN, GROWING, SampleConfig(temperature=0.0)])
+@pytest.mark.parametrize("num_given", [0, 7])
+@pytest.mark.parametrize("cache", ["pattern", "dense"])
+def test_steps_for_a_recording_draw_the_same(config: SampleConfig, num_given: int, cache: Any) -> None:
+    """What a GPU replays, step by step on the CPU."""
+    model = tiny_model(tiny_config(num_layers=4, conv_kernel=3))
+    text, length = prompts(model, 2)
+    batch = Batch(tuple((prompt, image) for prompt in range(2) for image in range(3)))
+    start = torch.randint(model.config.image_vocab_size, (2, num_given))
+    expected = draw_batch(model, text, length, batch, config, seed=3, image_prefix=start)
+    rows = 1 if config.guidance == 1.0 else 2
+    with inference(model):
+        texts, lengths = torch.cat([text, 0 * text])[: 2 * rows], torch.cat([length, 0 * length])[: 2 * rows]
+        prefix = prefill(model, Direction.TEXT_TO_IMAGE, texts, lengths, start.repeat(rows, 1))
+        prefix = prefix.select(torch.arange(2 * rows))
+        uniforms = sample_uniforms(3, batch.pictures, model.spec.num_image_tokens)
+        drawing = RecordedDrawing(StaticDecoder(model, prefix, 3, cache), prefix, config, uniforms)
+        places = [x.data_ptr() for x in drawing.state()]
+        for _ in range(num_given, model.spec.num_image_tokens - 1):
+            drawing.step()
+        drawing.sample()
+    assert places == [x.data_ptr() for x in drawing.state()]
+    assert torch.equal(drawing.ids.T[:, num_given:], expected[:, num_given:])

@@ -10,7 +10,15 @@ from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.generate import decode
 from megatron_vilg.generate.decode import Decoder, inference, prefill
 from megatron_vilg.generate.text_to_image import draw_ids
-from megatron_vilg.generate.weights import JointAttention, can_pack, packed_block, packed_linear
+from megatron_vilg.generate.weights import (
+    Int8Linear,
+    JointAttention,
+    can_pack,
+    packed_block,
+    packed_linear,
+    use_bf16,
+    use_int8,
+)
 from megatron_vilg.sequence import Direction
 from tests.tiny import tiny_batch, tiny_config, tiny_model
 
@@ -84,3 +92,33 @@ def test_packing_leaves_the_model_as_it_was() -> None:
 def test_only_types_and_devices_that_onednn_packs() -> None:
     assert not can_pack(torch.zeros(1, dtype=torch.float64))
     assert not can_pack(torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_int8_layer_is_within_a_percent(bias: bool) -> None:
+    layer, x = nn.Linear(256, 64, bias=bias), torch.randn(3, 5, 256)
+    layer.weight[7] = 0.0  # a row without any scale
+    small = Int8Linear(layer)
+    assert small.weight.dtype == torch.int8 and small.weight.nbytes == layer.weight.nbytes // 4
+    exact, out = layer(x), small(x)
+    assert out.dtype == torch.bfloat16 and out.shape == exact.shape
+    assert (out.float() - exact).norm() <= 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("convert", [use_bf16, use_int8])
+@torch.no_grad()
+def test_drawing_with_small_weights(convert: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "PACK_FROM_STEPS", 1)
+    config = tiny_config(width=32, num_heads=2)
+    exact, model = tiny_model(config, std=0.1), tiny_model(config, std=0.1)
+    convert(model)  # type: ignore[operator]
+    layer = model.blocks["0"].mlp.up
+    assert isinstance(layer, Int8Linear) == (convert is use_int8) and layer.bias.dtype == torch.bfloat16
+    batch = tiny_batch(config, 3)
+    text, lengths, codes = batch.text_ids[:, 0], batch.text_len[:, 0], batch.image_ids[:, 0]
+    logits = [m.logits(text, codes, lengths, Direction.TEXT_TO_IMAGE).float() for m in (exact, model)]
+    assert (logits[1] - logits[0]).norm() < 0.1 * logits[0].norm()
+    settings = SampleConfig(temperature=0.8, guidance=2.0)
+    drawn = draw_ids(model, text, lengths, settings, num_images=2, seed=0)
+    assert torch.equal(drawn, draw_ids(model, text, lengths, settings, num_images=2, seed=0))
