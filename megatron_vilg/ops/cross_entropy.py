@@ -99,15 +99,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        # In place: a scaled copy would be as large as what was saved. A second backward pass is refused by autograd.
+        grads = (None if saved is None else saved.mul_(grad.to(saved.dtype)) for saved in ctx.saved_tensors)
+        return *grads, None, None, None, None
 
 
 def _add_product(total: Tensor | None, slope: Tensor, rows: Tensor) -> Tensor:
