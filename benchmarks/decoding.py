@@ -1,15 +1,17 @@
-"""C4: drawing whole pictures beside the plain loop's static cache and Hugging Face's generate."""
+"""C4, C7: drawing whole pictures beside the plain loop, Hugging Face's generate, x-transformers and dalle-pytorch."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
+from benchmarks import peers
 from benchmarks.measure import OURS, Bench, Goal, Row, rate_rows
 from benchmarks.plain_loop import generate
-from benchmarks.sizes import SIZES, gpt2, plain_model, random_pairs, random_rows
+from benchmarks.sizes import SIZES, gpt2, joint_vocabulary, plain_model, random_pairs, random_rows
 from megatron_vilg.config.schema import ModelConfig, SampleConfig
 from megatron_vilg.generate.text_to_image import draw_ids
 from megatron_vilg.models.vilg import ViLG
@@ -17,31 +19,75 @@ from megatron_vilg.ops.attention import choose_implementation
 from megatron_vilg.parallel.init import init_weights
 from megatron_vilg.sequence import Direction
 
-NUM_PROMPTS = 4
+NUM_PROMPTS, NUM_SAMPLES = 4, 16
 GOALS = {"8x8": Goal("ratio", ">=", 1.0), "32x32": Goal("ratio", ">=", 1.5)}
+UNCACHED_TOKENS = 4
+"""Last tokens of the picture that dalle-pytorch draws without a cache; all of them would take a quarter of an hour."""
 
 
 def decoding(bench: Bench) -> Iterator[Row]:
     """Image tokens per second, for 4 different prompts with one picture each, prompt included, no guidance."""
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     for size, configure in SIZES.items():
-        run = configure("fp32")
-        model = run.model
-        contenders = _contenders(model, bench.device, dtype)
+        model = configure("fp32").model
+        contenders = {OURS: _ours(model, bench.device, dtype, NUM_PROMPTS, 1)}
+        contenders |= _peers(model, bench.device, dtype, NUM_PROMPTS)
         if size == "8x8":
             seconds = bench.interleave(contenders, 2 * bench.rounds)
         else:  # a picture is a thousand steps: the first few need no round of their own
             seconds = bench.interleave(contenders, max(1, bench.rounds // 2), warm_up=0)
         drawn = dict.fromkeys(contenders, NUM_PROMPTS * model.spec.num_image_tokens)
         name = f"decoding, {size} codes, batch {NUM_PROMPTS}, {str(dtype).removeprefix('torch.')}"
-        yield from rate_rows("C4", name, f"tokens/{bench.unit}", drawn, seconds, GOALS[size])
+        goals = dict.fromkeys(contenders, GOALS[size]) | {peers.DALLE: Goal("ratio", ">=", 3.0)}
+        yield from rate_rows("C4", name, f"tokens/{bench.unit}", drawn, seconds, goals)
+    if peers.has(peers.DALLE):
+        yield _uncached(bench, model, statistics.median(seconds[OURS]))
 
 
-def _contenders(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def samples_of_one_prompt(bench: Bench) -> Iterator[Row]:
+    """16 pictures of one prompt: beside the plain loop on as many rows, and beside our own single pictures."""
+    model = SIZES["32x32"]("fp32").model
+    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+    single = "megatron_vilg, one by one"
+    plain = _peers(model, bench.device, dtype, NUM_SAMPLES, only=("plain loop",))
+    contenders = {
+        OURS: _ours(model, bench.device, dtype, 1, NUM_SAMPLES),
+        single: _ours(model, bench.device, dtype, 1, 1),
+        **plain,
+    }
+    seconds = bench.interleave(contenders, max(1, bench.rounds // 2), warm_up=0)
+    codes = model.spec.num_image_tokens
+    drawn = dict.fromkeys(contenders, NUM_SAMPLES * codes) | {single: codes}
+    name = f"decoding, 32x32 codes, {NUM_SAMPLES} samples of one prompt"
+    yield from rate_rows("C7", name, f"tokens/{bench.unit}", drawn, seconds, Goal("ratio", ">=", 3.0))
+
+
+def _uncached(bench: Bench, model: ModelConfig, ours: float) -> Row:
+    """dalle-pytorch as it comes: axial layers without a cache. Its last tokens stand for all; each costs the same."""
+    generator = peers.dalle(model, axial=True).to(bench.device)
+    pairs = random_pairs(model, NUM_PROMPTS, seed=3)
+    text, codes = pairs.text_ids[:, 0].to(bench.device), pairs.target_image_ids[:, :-UNCACHED_TOKENS].to(bench.device)
+    run = partial(peers.dalle_codes, generator, text, cached=False, given=codes)
+    seconds = statistics.median(bench.interleave({"x": run}, 1, warm_up=0)["x"])
+    value = NUM_PROMPTS * model.spec.num_image_tokens / ours
+    peer = NUM_PROMPTS * UNCACHED_TOKENS / seconds
+    name = f"decoding, 32x32 codes, batch {NUM_PROMPTS}"
+    goal = Goal("ratio", ">=", 60.0)
+    return Row("C4", name, value, f"tokens/{bench.unit}", "dalle-pytorch, no cache", peer, goal)
+
+
+def _peers(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, rows: int, only: tuple[str, ...] = ()
+) -> dict[str, Callable[[], object]]:
     count = model.spec.num_image_tokens
-    prompt = random_rows(model, NUM_PROMPTS, model.spec.source_length(Direction.TEXT_TO_IMAGE) + 1, seed=3).to(device)
+    prompt = random_rows(model, rows, model.spec.source_length(Direction.TEXT_TO_IMAGE) + 1, seed=3).to(device)
     plain = plain_model(model).to(device, dtype).eval()
-    cache = (model.num_layers, 2, NUM_PROMPTS, model.num_heads, prompt.shape[1] + count, model.head_dim)
+    cache = (model.num_layers, 2, rows, model.num_heads, prompt.shape[1] + count, model.head_dim)
+    found: dict[str, Callable[[], object]] = {
+        "plain loop": lambda: generate(plain, prompt, torch.zeros(cache, device=device, dtype=dtype), count)
+    }
+    if only:
+        return {name: found[name] for name in only}
     peer = gpt2(model).to(device, dtype).eval()
     peer_generate = partial(
         peer.generate,
@@ -53,18 +99,26 @@ def _contenders(model: ModelConfig, device: torch.device, dtype: torch.dtype) ->
         top_k=0,
         pad_token_id=0,
     )
-    return {
-        OURS: _ours(model, device, dtype),
-        "plain loop": lambda: generate(plain, prompt, torch.zeros(cache, device=device, dtype=dtype), count),
+    found |= {
         "GPT-2 generate": peer_generate,
         "GPT-2 generate, static": partial(peer_generate, cache_implementation="static"),
     }
+    if peers.has(peers.X_TRANSFORMERS):
+        decoder = peers.x_transformer(model, joint_vocabulary(model)).to(device, dtype).eval()
+        found[peers.X_TRANSFORMERS] = partial(decoder.generate, prompt, count, cache_kv=True)
+    if peers.has(peers.DALLE):
+        generator = peers.dalle(model, axial=True, cached=True).to(device, dtype)
+        text = random_pairs(model, rows, seed=3).text_ids[:, 0].to(device)
+        found[peers.DALLE] = partial(peers.dalle_codes, generator, text, cached=True)
+    return found
 
 
-def _ours(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+def _ours(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, num_prompts: int, num_images: int
+) -> Callable[[], object]:
     model = ViLG(config, choose_implementation("auto", config.image_side)[0])
     init_weights(model, seed=0, std=config.init_std, num_layers=config.num_layers)
     model = model.to(device, dtype)
-    pairs = random_pairs(config, NUM_PROMPTS, seed=3).to(device)
+    pairs = random_pairs(config, num_prompts, seed=3).to(device)
     text, length = pairs.text_ids[:, 0], pairs.text_len[:, 0]
-    return lambda: draw_ids(model, text, length, SampleConfig(), num_images=1, seed=0)
+    return lambda: draw_ids(model, text, length, SampleConfig(), num_images=num_images, seed=0)

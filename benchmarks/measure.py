@@ -44,6 +44,8 @@ class Row:
     peer: str = ""
     peer_value: float | None = None
     goal: Goal | None = None
+    limit: float | None = None
+    """What the hardware or the pattern allows at best, in the row's unit."""
     less_is_better: bool = False
     counted: bool = False
     """True: a number that follows from sizes alone, no clock involved."""
@@ -56,6 +58,13 @@ class Row:
         if self.peer_value is None:
             return None
         return self.peer_value / self.value if self.less_is_better else self.value / self.peer_value
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """1 is the limit itself."""
+        if self.limit is None:
+            return None
+        return self.limit / self.value if self.less_is_better else self.value / self.limit
 
     @property
     def ok(self) -> bool | None:
@@ -72,6 +81,8 @@ class Row:
             "peer": self.peer or None,
             "peer_value": self.peer_value,
             "ratio": self.ratio,
+            "limit": self.limit,
+            "share_of_limit": self.share_of_limit,
             "goal": None if self.goal is None else str(self.goal),
             "ok": self.ok,
             "kind": "counted" if self.counted else "measured",
@@ -85,6 +96,8 @@ class Bench:
 
     device: torch.device
     rounds: int = 5
+    tiny: bool = False
+    """Smallest sizes, to see that everything runs; no figure means anything then."""
 
     @property
     def unit(self) -> str:
@@ -114,18 +127,40 @@ class Bench:
 
 
 def rate_rows(
-    id: str, metric: str, unit: str, amounts: Mapping[str, float], seconds: Mapping[str, list[float]], goal: Goal
+    id: str,
+    metric: str,
+    unit: str,
+    amounts: Mapping[str, float],
+    seconds: Mapping[str, list[float]],
+    goal: Goal | Mapping[str, Goal],
+    limit: float | None = None,
 ) -> list[Row]:
-    """One row per peer: ``amounts`` per median second, of ours and of the peer."""
+    """One row per peer: ``amounts`` per median second, of ours and of the peer; one goal for all, or by peer."""
     rates = {name: amounts[name] / statistics.median(seconds[name]) for name in seconds}
     return [
-        Row(id, metric, rates[OURS], unit, peer, rates[peer], goal, rounds={OURS: seconds[OURS], peer: seconds[peer]})
+        Row(
+            id,
+            metric,
+            rates[OURS],
+            unit,
+            peer,
+            rates[peer],
+            goal if isinstance(goal, Goal) else goal.get(peer),
+            limit,
+            rounds={OURS: seconds[OURS], peer: seconds[peer]},
+        )
         for peer in rates
         if peer != OURS
     ]
 
 
-def time_rows(id: str, metric: str, seconds: Mapping[str, list[float]], goals: Mapping[str, Goal]) -> list[Row]:
+def time_rows(
+    id: str,
+    metric: str,
+    seconds: Mapping[str, list[float]],
+    goals: Mapping[str, Goal],
+    limit: float | None = None,
+) -> list[Row]:
     """One row per peer: median milliseconds, less is better."""
     medians = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     return [
@@ -137,6 +172,7 @@ def time_rows(id: str, metric: str, seconds: Mapping[str, list[float]], goals: M
             peer,
             medians[peer],
             goals.get(peer),
+            limit,
             less_is_better=True,
             rounds={OURS: seconds[OURS], peer: seconds[peer]},
         )

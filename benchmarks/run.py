@@ -24,24 +24,28 @@ import torch
 from benchmarks.attention_layers import attention_layers
 from benchmarks.checkpoints import checkpoint_tools
 from benchmarks.counts import cache_capacity, cache_reads
-from benchmarks.decoding import decoding
+from benchmarks.decoding import decoding, samples_of_one_prompt
+from benchmarks.loss_head import loss_head
 from benchmarks.measure import Bench, Row
 from benchmarks.start import import_time, optimizer_update
-from benchmarks.training import training_step
+from benchmarks.training import training_step, training_step_of_peers
 
 Metric = Callable[[Bench], Iterator[Row]]
 
 METRICS: dict[str, Metric] = {
     "C1": training_step,
+    "C2": training_step_of_peers,
     "C3": attention_layers,
     "C4": decoding,
     "C5": cache_reads,
     "C6": cache_capacity,
+    "C7": samples_of_one_prompt,
+    "C8": loss_head,
     "C15": optimizer_update,
     "C16": import_time,
     "K1": checkpoint_tools,
 }
-PACKAGES = ("torch", "transformers", "numpy")
+PACKAGES = ("torch", "transformers", "x-transformers", "dalle-pytorch", "triton", "numpy")
 COLUMNS = "{:4} {:52} {:>10} {:24} {:23} {:>10} {:>7} {:>8}  {}"
 
 

@@ -1,0 +1,110 @@
+"""Packages that do the same, if they are installed: x-transformers, and dalle-pytorch with DALL-E's axial layers."""
+
+from __future__ import annotations
+
+import sys
+import types
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vilg.config.schema import ModelConfig
+
+X_TRANSFORMERS, DALLE = "x-transformers", "dalle-pytorch"
+_ABSENT = {
+    "omegaconf": ("OmegaConf",),
+    "taming": (),
+    "taming.models": (),
+    "taming.models.vqgan": ("VQModel", "GumbelVQ"),
+    "torchvision": ("transforms",),
+    "requests": (),
+    "youtokentome": (),
+    "pkg_resources": (),
+}
+"""What dalle-pytorch imports and does not use here."""
+
+
+def has(package: str) -> bool:
+    """Whether a peer is installed."""
+    return find_spec(package.replace("-", "_")) is not None
+
+
+def x_transformer(model: ModelConfig, vocabulary: int) -> Any:
+    """A dense causal decoder of x-transformers in the model's size, with its fused attention."""
+    from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
+    layers = Decoder(
+        dim=model.width, depth=model.num_layers, heads=model.num_heads, attn_dim_head=model.head_dim, attn_flash=True
+    )
+    length = model.spec.num_used + 1
+    return AutoregressiveWrapper(TransformerWrapper(num_tokens=vocabulary, max_seq_len=length, attn_layers=layers))
+
+
+def dalle(model: ModelConfig, *, axial: bool, cached: bool = False) -> Any:
+    """dalle-pytorch's generator in the model's size.
+
+    Args:
+        axial: its row and column layers in the paper's order; else all layers are dense.
+        cached: its mode for inference, in which axial layers are dense ones with a mask and have a cache.
+    """
+    _stand_in_for_absent_packages()
+    import dalle_pytorch
+
+    levels = 2  # any number of halvings will do: pictures are given as codes
+    vae = dalle_pytorch.DiscreteVAE(
+        image_size=model.image_side * 2**levels,
+        num_layers=levels,
+        num_tokens=model.image_vocab_size,
+        codebook_dim=16,
+        hidden_dim=8,
+    )
+    vae.decode = lambda codes: codes  # the tokens alone are compared
+    generator = dalle_pytorch.DALLE(
+        dim=model.width,
+        vae=vae,
+        num_text_tokens=model.text_vocab_size,
+        text_seq_len=model.num_text_slots,
+        depth=model.num_layers,
+        heads=model.num_heads,
+        dim_head=model.head_dim,
+        attn_types=("axial_row", "axial_col", "axial_row", "axial_row") if axial else ("full",),
+        rotary_emb=False,
+        shift_tokens=False,
+        optimize_for_inference=cached,
+    )
+    if cached or not axial:  # version 1.6.6 drops the cache where cond_scale is 1: hand it through
+        generator.forward_with_cond_scale = lambda *args, cond_scale=1, cache=None, **rest: generator(
+            *args, cache=cache, **rest
+        )
+    return generator
+
+
+def dalle_codes(generator: Any, text: Tensor, *, cached: bool, given: Tensor | None = None) -> Tensor:
+    """Draw codes with dalle-pytorch; with ``given`` [B, n] codes that is only the rest of the picture."""
+    generator = generator.eval()
+    if given is None:
+        return generator.generate_images(text, use_cache=cached)
+    with torch.no_grad():
+        codes = given
+        while codes.shape[1] < generator.image_seq_len:
+            logits = generator(text, codes)[:, -1]
+            codes = torch.cat([codes, logits.float().softmax(-1).multinomial(1) - generator.num_text_tokens], dim=1)
+    return codes
+
+
+def _stand_in_for_absent_packages() -> None:
+    roots = {name.partition(".")[0] for name in _ABSENT} - set(sys.modules)
+    absent = {root for root in roots if find_spec(root) is None}
+    for name, members in _ABSENT.items():
+        if name.partition(".")[0] not in absent:
+            continue
+        module = types.ModuleType(name)
+        module.__path__ = []
+        for member in members:
+            setattr(module, member, object)
+        sys.modules[name] = module
+    if "get_distribution" not in dir(sys.modules.get("pkg_resources", object)):
+        packages = sys.modules.setdefault("pkg_resources", types.ModuleType("pkg_resources"))
+        packages.get_distribution = lambda name: types.SimpleNamespace(version="1.6.6")  # type: ignore[attr-defined]
