@@ -23,7 +23,7 @@ def alone(bench: Bench) -> Iterator[Row]:
     yield Row("F2", "an invented time", 0.5, "s", goal=Goal("value", "<=", 1.0), less_is_better=True)
 
 
-METRICS = {"F1": fake, "F2": alone}
+METRICS = {"cpu": {"F1": fake, "F2": alone}, "gpu": {"F3": alone}}
 
 
 def test_rates_are_of_medians_and_ratios_above_one_are_better() -> None:
@@ -79,7 +79,8 @@ def test_only_some_metrics_and_strict(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "cpu", "--only", "F2,F9"], "no such metric: F9; there are F1, F2"),
+        (["--suite", "cpu", "--only", "F2,F9"], "no such metric: F9; there are F1, F2, F3"),
+        (["--suite", "cpu", "--only", "F3"], "--only F3: not in the cpu suite, which has F1, F2"),
         (["--suite", "cpu", "--rounds", "0"], "'0' is no number of rounds; 1 or more work"),
         (["--suite", "tpu"], "invalid choice: 'tpu'"),
     ],
@@ -97,3 +98,15 @@ def test_gpu_suite_says_when_there_is_none(capsys: pytest.CaptureFixture[str], m
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "no CUDA device" in captured.err
     assert captured.out == ""
+
+
+def test_rows_say_how_near_the_limit_they_are() -> None:
+    assert Row("F", "rate", 40.0, "x/s", limit=50.0).share_of_limit == pytest.approx(0.8)
+    assert Row("F", "time", 5.0, "ms", limit=4.0, less_is_better=True).record()["share_of_limit"] == pytest.approx(0.8)
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_dry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "gpu", "--dry-run", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in ("G0", "G1", "G2", "G5", "G6", "C8"))
