@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from megatron_vilg.data.images import load_pixels, to_image
 from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import ConfigError, DataError
 from megatron_vilg.generate import rerank
+from megatron_vilg.generate.behind import WorkBehind
 from megatron_vilg.generate.caption import GREEDY, caption_ids
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.load import load_parts
@@ -165,7 +166,7 @@ class Pipeline:
         ids = torch.empty(len(prompts), num_images, codes, dtype=torch.int64)
         pixels = torch.empty(len(prompts), num_images, 3, size, size)
         done, total = 0, len(prompts) * num_images * codes
-        decoding = _Behind(self.device)
+        decoding = WorkBehind(self.device)
         for batch in batches(len(prompts), num_images, max_batch or max(1, len(prompts) * num_images)):
 
             def count(pictures: int = len(batch.pictures)) -> None:
@@ -379,34 +380,6 @@ class Pipeline:
     def _arithmetic(self) -> Iterator[None]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
-
-
-class _Behind:
-    """Work that runs behind the main stream, one piece at a time; its results are fetched when the next one starts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.waiting: tuple[Tensor, tuple[Tensor, Any]] | None = None
-
-    def start(self, work: Callable[[], Tensor], into: tuple[Tensor, Any]) -> None:
-        """Start ``work``; its result is to be written to ``tensor[index]`` for ``into = (tensor, index)``."""
-        self.finish()
-        if self.stream is None:
-            self.waiting = (work(), into)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.waiting = (work(), into)
-
-    def finish(self) -> None:
-        """Fetch the result of the last piece."""
-        if self.waiting is None:
-            return
-        if self.stream is not None:
-            self.stream.synchronize()
-        result, (tensor, index) = self.waiting
-        tensor[index] = result.to(tensor)
-        self.waiting = None
 
 
 def _pixels(image: Picture, size: int) -> Tensor:
