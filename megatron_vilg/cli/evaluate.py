@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 _CAPTIONS = "captions"
+_TABLE7 = "table7"
 _SECTION = "sample."
 _SECONDS = "seconds.json"
 
@@ -30,15 +32,19 @@ def add_parser(subparsers: Any) -> None:
         "evaluate",
         help="measure what a run has learnt",
         description="Draw and caption pairs that training has seen and pairs it has not, and write report.json, "
-        "report.png and report.html. With the word `captions`: score a file of captions.",
+        "report.png and report.html. With the word `captions`: score a file of captions. With `table7`: compare "
+        "two-stage and end-to-end runs as the paper's Table 7 does.",
         epilog="example: vilg evaluate --load runs/demo --data data/demo --out runs/demo sample.temperature=0.7;  "
-        "vilg evaluate captions --references R.jsonl --candidates C.jsonl --json scores.json",
+        "vilg evaluate captions --references R.jsonl --candidates C.jsonl --json scores.json;  "
+        "vilg evaluate table7 --load runs/joint-0 runs/detached-0 --data data/demo --json table7.json --out report",
     )
     parser.add_argument(
-        "words", nargs="*", metavar="captions | sample.option=value", help="task, or settings of drawing"
+        "words", nargs="*", metavar="captions | table7 | sample.option=value", help="task, or settings of drawing"
     )
     run_options = parser.add_argument_group("a run")
-    run_options.add_argument("--load", metavar="RUN", type=Path, help="run folder, or an exported folder")
+    run_options.add_argument(
+        "--load", metavar="RUN", type=Path, nargs="+", help="run folder, or an exported folder; several for table7"
+    )
     run_options.add_argument("--data", metavar="D", type=Path, help="the pairs that it was trained on")
     run_options.add_argument("--out", metavar="E", type=Path, help="folder for the report")
     run_options.add_argument("--samples-per-prompt", metavar="N", type=_positive, default=1, help="judged; default 1")
@@ -50,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     captions = parser.add_argument_group("captions")
     captions.add_argument("--references", metavar="R.jsonl", type=Path, help='lines {"id": .., "captions": [..]}')
     captions.add_argument("--candidates", metavar="C.jsonl", type=Path, help='lines {"id": .., "caption": ..}')
-    captions.add_argument("--json", metavar="F", type=Path, help="file for the scores; default: print them")
+    captions.add_argument("--json", metavar="F", type=Path, help="file for the scores (also of table7); default: print")
     parser.set_defaults(run=run)
 
 
@@ -59,8 +65,13 @@ def run(args: argparse.Namespace) -> None:
     if args.words[:1] == [_CAPTIONS]:
         _need(args, f"evaluate {_CAPTIONS}", "references", "candidates")
         _score_captions(args)
+    elif args.words[:1] == [_TABLE7]:
+        _need(args, f"evaluate {_TABLE7}", "load", "data", "json")
+        _table7(args)
     else:
         _need(args, "evaluate", "load", "data", "out")
+        if len(args.load) > 1:
+            raise ConfigError([f"--load: {len(args.load)} runs; only table7 takes several. Works: one run"])
         _report(args)
 
 
@@ -100,7 +111,7 @@ def _report(args: argparse.Namespace) -> None:
     from megatron_vilg.models.features import load_feature_network
 
     _check_words(args.words)
-    pipeline = Pipeline.load(args.load, device=chosen_device(args.device))
+    pipeline = Pipeline.load(args.load[0], device=chosen_device(args.device))
     config = _with_settings(pipeline.config, args.words)
     pairs, scenes = read_eval_set(
         args.data,
@@ -120,12 +131,47 @@ def _report(args: argparse.Namespace) -> None:
         network,
         settings,
         scenes=scenes,
-        seconds=_seconds(args.load),
+        seconds=_seconds(args.load[0]),
         started=started,
         credits=_credits(pairs),
     )
     write_report(report, args.out)
     _log.info("report: %s", args.out / "report.png")
+
+
+def _table7(args: argparse.Namespace) -> None:
+    from megatron_vilg.config.load import dump_run_config
+    from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK
+    from megatron_vilg.evaluate.frechet import FEATURE_SIDE
+    from megatron_vilg.evaluate.pairs import read_eval_set
+    from megatron_vilg.evaluate.table7 import measure_table7, role_of
+    from megatron_vilg.evaluate.table7_report import write_table7
+    from megatron_vilg.generate.pipeline import Pipeline
+    from megatron_vilg.models.features import load_feature_network
+
+    words = args.words[1:]
+    _check_words(words)
+    runs = [Pipeline.load(path, device=chosen_device(args.device)) for path in args.load]
+    config = _with_settings(runs[0].config, words)
+    pairs, _ = read_eval_set(
+        args.data,
+        config.image_tokenizer.image_size,
+        max_bad_share=config.data.max_bad_share,
+        val_share=config.data.val_share,
+    )
+    network = load_feature_network(FEATURE_NETWORK)
+    table = measure_table7(runs, pairs, network, max_pairs=args.max_prompts, settings=config.sample)
+    table.figures |= {
+        "network": f"{FEATURE_NETWORK}, last layer, mean over positions (1280 numbers), pictures at {FEATURE_SIDE} px",
+        "drawing_settings": dataclasses.asdict(config.sample),
+        "runs": [
+            {"folder": path.name, "role": role_of(run.config), "seed": run.config.train.seed, "step": run.step}
+            for path, run in zip(args.load, runs, strict=True)
+        ],
+        "config": dump_run_config(runs[0].config),
+    }
+    write_table7(table, args.json, None if args.out is None else args.out / "table7.png")
+    _log.info("table 7: %s", args.json)
 
 
 def _check_words(words: list[str]) -> None:
@@ -139,8 +185,6 @@ def _check_words(words: list[str]) -> None:
 
 def _with_settings(config: RunConfig, words: list[str]) -> RunConfig:
     """The run's configuration with other settings of drawing."""
-    import dataclasses
-
     from megatron_vilg.config.load import load_run_config
 
     given = load_run_config(overrides=words).sample
