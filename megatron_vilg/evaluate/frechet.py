@@ -35,7 +35,9 @@ class Gaussian:
         values = features.astype(np.float64)
         mean = values.mean(axis=0)
         rows = (values - mean) / np.sqrt(len(values) - 1)
-        return cls(mean, np.linalg.qr(rows, mode="r") if len(rows) > rows.shape[1] else rows)
+        if len(rows) > rows.shape[1]:
+            _, rows = np.linalg.qr(rows)
+        return cls(mean, rows)
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:

@@ -25,6 +25,13 @@ FIGURES = ("loss", "pixel_l1", "code_distance")
 """Columns of what :meth:`Reconstructor.forward` returns."""
 
 
+def pixel_loss_of(config: ReconstructorConfig, tokenizer: ImageTokenizerConfig) -> Literal["logit_laplace", "l1"]:
+    """What ``reconstructor.loss`` comes to with this tokenizer."""
+    if config.loss == "auto":
+        return "logit_laplace" if tokenizer.kind == "dvae" else "l1"
+    return config.loss
+
+
 class Mapping(nn.Module):
     """LayerNorm, Linear, GELU, Linear: hidden states [..., D] to vectors in the place of codebook rows [..., C].
 
@@ -66,9 +73,7 @@ class Reconstructor(nn.Module):
         super().__init__()
         self.config = config
         self.side = tokenizer.grid_side
-        self.loss: Literal["logit_laplace", "l1"] = "l1"
-        if config.loss == "logit_laplace" or (config.loss == "auto" and tokenizer.kind == "dvae"):
-            self.loss = "logit_laplace"
+        self.loss = pixel_loss_of(config, tokenizer)
         self.kind = tokenizer.kind
         inner = config.mapping_width or model.width
         self.mapping = Mapping(model.width, inner, tokenizer.codebook_dim, model.norm_eps)
@@ -110,6 +115,12 @@ class Reconstructor(nn.Module):
         """
         if self.config.detach:
             hidden = hidden.detach()
+        # Gathered weights of a sharded generator are bfloat16; those here are float32 on every rank.
+        halves = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.bfloat16
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=halves):
+            return self._figures(hidden, pixels, ids)
+
+    def _figures(self, hidden: Tensor, pixels: Tensor, ids: Tensor) -> Tensor:
         helpers = self.helpers
         z_emb = self.mapping(hidden.detach() if helpers.warming else hidden)
         distance = torch.zeros(len(hidden), device=hidden.device)

@@ -14,7 +14,7 @@ from megatron_vilg.config.schema import LossConfig, ModelConfig
 from megatron_vilg.models.layers import Block
 from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.ops.attention import Implementation, Prepared, prepare
-from megatron_vilg.ops.cross_entropy import linear_cross_entropy
+from megatron_vilg.ops.cross_entropy import IGNORE, linear_cross_entropy
 from megatron_vilg.ops.rules import AttentionRule, Pattern, layer_patterns
 from megatron_vilg.sequence import Direction, ImageBoundary, TextToken
 
@@ -230,8 +230,9 @@ class ViLG(nn.Module):
         if pixels is None:
             return image_sums, text_sums
         assert self.reconstructor is not None, "pixels are for a model with a reconstructor"
-        figures = self.reconstructor(self.image_states(x[0::2]), pixels, targets[:, :split])
-        return image_sums, text_sums, figures
+        ids = targets[:, :split]
+        figures = self.reconstructor(self.image_states(x[0::2]), pixels, ids.clamp(min=0))
+        return image_sums, text_sums, figures * (ids[:, :1] != IGNORE)  # pairs without labels only fill a batch
 
     def image_states(self, x: Tensor) -> Tensor:
         """The last block's outputs of text-to-image rows [P, T, D] that belong to the image tokens: [P, N, D].

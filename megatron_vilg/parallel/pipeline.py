@@ -114,6 +114,7 @@ class Pipeline:
         hidden: what travels between stages.
         loss_of: applied on the last stage.
         loss: options of the sums that the last stage computes.
+        num_totals: how many numbers ``loss_of`` reports.
     """
 
     def __init__(
@@ -124,7 +125,9 @@ class Pipeline:
         hidden: HiddenShape,
         loss_of: LossOf,
         loss: LossConfig,
+        num_totals: int = 3,
     ) -> None:
+        self._num_totals = num_totals
         self._mesh, self._parallel, self._hidden = mesh, parallel, hidden
         self._modules = [StageModule(part, loss_of, loss) for part in parts]
         self._schedules: dict[tuple[int, bool], PipelineScheduleSingle | PipelineScheduleMulti] = {}
@@ -138,7 +141,7 @@ class Pipeline:
             backward: whether gradients are wanted.
 
         Returns:
-            The numbers to report, summed over micro-batches; on ranks without the last stage zeros: float32 [3].
+            The numbers to report, summed over micro-batches: float32 [num_totals], zeros where the last stage is not.
         """
         schedule = self._schedule(inputs, backward=backward)
         for module in self._modules:
@@ -149,7 +152,7 @@ class Pipeline:
         target = {"target": torch.zeros(self._parallel.num_microbatches, device=self._mesh.device)} if is_last else {}
         run(*(inputs if is_first else ()), **options, **target)
         totals = self._modules[-1].totals
-        return torch.zeros(3, device=self._mesh.device) if totals is None else totals
+        return torch.zeros(self._num_totals, device=self._mesh.device) if totals is None else totals
 
     @property
     def _num_stages(self) -> int:

@@ -67,6 +67,7 @@ RULES: tuple[Rule, ...] = (
     Rule("norm.*", Cut.COPY),
     Rule("heads.text.weight", Cut.VOCABULARY),
     Rule("heads.image.weight", Cut.VOCABULARY),
+    # Attached to the last stage after cutting: whole on each of its ranks, gradients averaged over data ranks.
     Rule("reconstructor.*", Cut.COPY, is_optional=True),
 )
 """One rule for each parameter of ``models.vilg.ViLG``."""

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from megatron_vilg.config.schema import OptimConfig, RunConfig
 from megatron_vilg.data.batch import PairBatch, build_targets
-from megatron_vilg.log import get_logger
 from megatron_vilg.models.critics import CriticGate, PatchCritic, critic_loss
 from megatron_vilg.models.features import load_feature_network
-from megatron_vilg.models.reconstructor import Helpers, Reconstructor
+from megatron_vilg.models.reconstructor import FIGURES, Helpers, Reconstructor, pixel_loss_of
 from megatron_vilg.models.tokenizers import AnyTokenizer
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel.clip import clip_gradients
+from megatron_vilg.parallel.gather import whole_tensors
 from megatron_vilg.parallel.init import init_weights
+from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
 from megatron_vilg.train.engine import NativeEngine, StepResult
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
 from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
 from megatron_vilg.train.weight_average import WeightAverage
-
-log = get_logger(__name__)
 
 PREFIX = "reconstructor."
 
@@ -30,19 +31,34 @@ PREFIX = "reconstructor."
 class EndToEndEngine(NativeEngine):
     """The native engine with a reconstructor on the last hidden states.
 
-    Generator and reconstructor have an optimizer, a clipping norm and a learning rate each. The critic, if there is
-    one, is trained on the pictures that the step decoded, and is neither exported nor part of the model.
+    Generator and reconstructor have an optimizer, a clipping norm and a learning rate each. The reconstructor lives on
+    the ranks of the last pipeline stage. It is small, so each of them holds it whole, and its gradients are averaged
+    over the data ranks; ranks of ``tp`` do the same with it.
+
+    The critic, if there is one, is trained on the pictures that the step decoded, and is neither exported nor part of
+    the model.
 
     Args:
-        run: resolved configuration with ``reconstructor.enabled``.
-        device: where everything lives.
+        run: resolved configuration with ``reconstructor.enabled``, checked for the number of processes.
+        mesh: the grid of ranks, or the device of a single process.
         tokenizer: the frozen image tokenizer; gives the codebook and the decoder's first weights.
     """
 
-    def __init__(self, run: RunConfig, device: torch.device | str, tokenizer: AnyTokenizer) -> None:
-        super().__init__(run, device, tokenizer.codebook)
+    num_totals = 3 + len(FIGURES)
+
+    def __init__(self, run: RunConfig, mesh: Mesh | torch.device | str, tokenizer: AnyTokenizer) -> None:
+        super().__init__(run, mesh, tokenizer.codebook)
         self.device = self.mesh.device
-        options = run.reconstructor
+        self.warming = False
+        self.part: Reconstructor | None = None
+        self.average: WeightAverage | None = None
+        self.critic: PatchCritic | None = None
+        self._rates = _rates_of(run.optim, run.reconstructor.lr_share * run.optim.lr, run.reconstructor.grad_clip)
+        if self.parts[-1].norm is not None:
+            self._build_part(self.parts[-1], tokenizer)
+
+    def _build_part(self, last: ViLG, tokenizer: AnyTokenizer) -> None:
+        run, options = self.run, self.run.reconstructor
         part = Reconstructor(options, run.model, run.image_tokenizer)
         named = nn.ModuleDict({"reconstructor": part})  # weights follow from their names in the whole model
         init_weights(named, seed=run.train.seed, std=run.model.init_std, num_layers=run.model.num_layers)
@@ -50,21 +66,14 @@ class EndToEndEngine(NativeEngine):
             part.decoder.load_state_dict(tokenizer.decoder.state_dict())
         part.to(self.device)
         part.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.part = part
-        self._rates = _rates_of(run.optim, options.lr_share * run.optim.lr, options.grad_clip)
+        self.part = last.reconstructor = part
         self.part_optimizer = build_optimizer(list(self._named_part()), self._rates, self.device)
         self.average = WeightAverage(part, options.ema_decay) if options.ema_decay else None
-        self._build_helpers(tokenizer)
-        self.model.reconstructor = part
-
-    def _build_helpers(self, tokenizer: AnyTokenizer) -> None:
-        run, options = self.run, self.run.reconstructor
-        self.helpers: Helpers = self.part.helpers
+        self.helpers: Helpers = part.helpers
         self.helpers.codebook = tokenizer.codebook.to(self.device)
         if options.perceptual_weight:
             network = load_feature_network(run.image_tokenizer_train.perceptual_network)
             self.helpers.network = network.to(self.device)
-        self.critic: PatchCritic | None = None
         self.gate = CriticGate(start_step=options.critic_start_step, threshold=options.critic_gate).to(self.device)
         if options.critic_weight:
             with torch.random.fork_rng(devices=[]):
@@ -74,81 +83,88 @@ class EndToEndEngine(NativeEngine):
             self.critic_optimizer = build_optimizer(self.critic.named_parameters(), self._critic_rates, self.device)
 
     def _named_part(self) -> Iterator[tuple[str, nn.Parameter]]:
+        assert self.part is not None
         return ((PREFIX + name, parameter) for name, parameter in self.part.named_parameters())
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters of this rank's parts of the generator, without the reconstructor's."""
+        return [named for named in super().named_parameters() if not named[0].startswith(PREFIX)]
 
     def train_step(self, batch: PairBatch) -> StepResult:
         """One step of both parts, and of the critic; one that is not finite changes nothing."""
-        run, options = self.run, self.run.reconstructor
-        self.model.train()
-        if run.model.dropout > 0.0:
-            torch.manual_seed(run.train.seed * 1_000_003 + self.step)
-        self.helpers.warming = self.step < options.warmup_steps
-        totals = self._forward(batch, backward=True)
-        of_generator = [p for name, p in self.model.named_parameters() if not name.startswith(PREFIX)]
-        norm = nn.utils.clip_grad_norm_([p for p in of_generator if p.grad is not None], run.optim.grad_clip)
-        part_norm = nn.utils.clip_grad_norm_(
-            [p for p in self.part.parameters() if p.grad is not None], options.grad_clip
-        )
+        run = self.run
+        self._set_mode(training=True)
+        self._warm(self.step < run.reconstructor.warmup_steps)
+        batch = batch.to(self.device)
+        targets = build_targets(batch, run.model.spec)
+        self._counts = TokenCounts.of(targets, run.model.spec.num_image_tokens).summed(self.mesh)
+        totals = self.mesh.sum(self._run_micro_batches(batch, targets, backward=True), (*DATA_AXES, "pp"))
+        norm = clip_gradients((p for _, p in self.named_parameters()), run.optim.grad_clip, self.mesh)
+        part_norm = self._clip_part()
         skipped = (~torch.isfinite(norm + part_norm + totals[0])).float()
-        rate = learning_rate(self.step, run.optim, run.train.num_steps)
-        # In the warm-up the generator keeps still: with a rate of 0 neither gradient nor decay moves it.
-        set_learning_rate(self.optimizer, 0.0 if self.helpers.warming else rate)
-        set_learning_rate(self.part_optimizer, rate * options.lr_share)
-        for optimizer in (self.optimizer, self.part_optimizer):
-            optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        extra = self._reports(totals) | {"grad_norm/reconstructor": part_norm.detach()}
+        self._update(skipped)
+        extra = self._reports(totals) | {"grad_norm/reconstructor": part_norm}
         accepted = not bool(skipped) if self.average is not None or self.critic is not None else True
-        if accepted and self.average is not None:
+        if accepted and self.average is not None and self.part is not None:
             self.average.update(self.part)
         if self.critic is not None:
             extra |= self._train_critic(batch, totals, accepted)
         self.step += 1
         return StepResult(totals[0], totals[1], totals[2], norm.detach(), skipped, extra)
 
-    @torch.no_grad()
     def eval_step(self, batch: PairBatch) -> StepResult:
         """Losses of a batch with dropout off."""
-        self.model.eval()
-        self.helpers.warming = False
-        totals = self._forward(batch, backward=False)
-        zero = torch.zeros_like(totals[0])
-        return StepResult(totals[0], totals[1], totals[2], zero, zero, self._reports(totals))
+        self._warm(False)
+        return super().eval_step(batch)
 
-    def _forward(self, batch: PairBatch, *, backward: bool) -> Tensor:
-        """Sums of (loss, image_ce, text_ce, reconstruction, pixel error, code distance) over micro-batches."""
+    def _warm(self, warming: bool) -> None:
+        self.warming = warming
+        if self.part is not None:
+            self.helpers.warming = warming
+
+    def _clip_part(self) -> Tensor:
+        """Average the reconstructor's gradients over data ranks, clip them; their norm before, on all ranks."""
+        norm = torch.zeros((), device=self.device)
+        if self.part is not None:
+            gradients = [p.grad for p in self.part.parameters() if p.grad is not None]
+            if self.mesh.data_size > 1:
+                flat = torch.cat([gradient.flatten() for gradient in gradients])
+                flat = self.mesh.sum(flat, DATA_AXES) / self.mesh.data_size
+                for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                    gradient.copy_(mean.view_as(gradient))
+            with_grad = [p for p in self.part.parameters() if p.grad is not None]
+            norm = nn.utils.clip_grad_norm_(with_grad, self._rates.grad_clip).detach()
+        return self.mesh.sum(norm, ("pp",))
+
+    def _update(self, skipped: Tensor) -> None:
+        run = self.run
+        rate = learning_rate(self.step, run.optim, run.train.num_steps)
+        # In the warm-up the generator keeps still: with a rate of 0 neither gradient nor decay moves it.
+        steps = [(self.optimizer, 0.0 if self.warming else rate, self._home)]
+        if self.part is not None:
+            steps.append((self.part_optimizer, rate * run.reconstructor.lr_share, self.device))
+        for optimizer, lr, home in steps:
+            set_learning_rate(optimizer, lr)
+            optimizer.found_inf = skipped.to(home)  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _more_inputs(self, batch: PairBatch) -> dict[str, Tensor]:
         if batch.pixels is None:
             raise ValueError("an end-to-end run needs batches with pixels; give the loader a PixelCache")
-        batch = batch.to(self.device)
-        targets = build_targets(batch, self.run.model.spec)
-        counts = TokenCounts.of(targets, self.run.model.spec.num_image_tokens)
-        pieces = self.run.parallel.num_microbatches if backward else 1
-        size = -(-len(batch) // pieces)
-        totals = torch.zeros(6, device=self.device)
-        generation_weight = 0.0 if self.helpers.warming else 1.0
-        for start in range(0, len(batch), size):
-            piece = batch.slice(start, start + size)
-            text_ids, image_ids, text_len = piece.rows()
-            with self._autocast():
-                image, text, figures = self.model(
-                    text_ids,
-                    image_ids,
-                    text_len=text_len,
-                    targets=targets[start : start + size],
-                    loss=self.run.loss,
-                    pixels=piece.pixels,
-                )
-            result = weighted_loss(image, text, counts, self.run.loss)
-            figures = figures.sum(0) / len(batch)
-            loss = generation_weight * result.loss + self.run.reconstructor.weight * figures[0]
-            if backward:
-                loss.backward()
-            totals += torch.cat([torch.stack([loss, result.image_ce, result.text_ce]), figures]).detach()
-        return totals
+        return {"pixels": batch.pixels}
+
+    def _loss_of(self, result: Any) -> tuple[Tensor, Tensor]:
+        """As the native engine's, and the reconstructor's figures [P, 3] as means over the pairs of the whole step."""
+        image, text, figures = result
+        pair = weighted_loss(image, text, self._counts, self.run.loss)
+        sums = figures.sum(0) / max(1, self._counts.image // self.run.model.spec.num_image_tokens)
+        loss = (0.0 if self.warming else 1.0) * pair.loss + self.run.reconstructor.weight * sums[0]
+        numbers = torch.cat([torch.stack([loss, pair.image_ce, pair.text_ce]), sums]).detach()
+        return loss * self.mesh.data_size, numbers
 
     def _reports(self, totals: Tensor) -> dict[str, Tensor]:
-        name = "nats" if self.part.loss == "logit_laplace" else "l1"
+        name = "nats" if pixel_loss_of(self.run.reconstructor, self.run.image_tokenizer) == "logit_laplace" else "l1"
         return {
             f"loss/reconstruction({name})": totals[3],
             "reconstruction/pixel_error(0..1)": 0.5 * totals[4],
@@ -181,6 +197,8 @@ class EndToEndEngine(NativeEngine):
     def state_dict(self) -> dict[str, Any]:
         """As the native engine's, with the reconstructor's optimizer, averages, gate and critic."""
         state = super().state_dict()
+        if self.part is None:
+            return state
         state["reconstructor_optimizer"] = optimizer_state(self.part_optimizer, self._named_part())
         state["gate"] = self.gate.state_dict()
         if self.average is not None:
@@ -193,13 +211,22 @@ class EndToEndEngine(NativeEngine):
     def resume(self, step: int) -> None:
         """Go on after ``step`` steps, once the tensors of ``state_dict`` have been filled in place."""
         super().resume(step)
-        self.helpers.critic = self.critic if bool(self.gate.is_open) else None
+        if self.critic is not None:
+            self.helpers.critic = self.critic if bool(self.gate.is_open) else None
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical names and whole tensors; of the reconstructor the averaged ones, where there are any."""
-        averaged = {} if self.average is None else self.average.named()
-        for name, value in super().export():
-            yield name, averaged.get(name.removeprefix(PREFIX), value) if name.startswith(PREFIX) else value
+        state = dict(self.state_dict()["model"])
+        if self.average is not None:
+            state |= {PREFIX + name: value for name, value in self.average.named().items()}
+        names = {name: (tensor.shape, tensor.dtype) for name, tensor in self._empty_model().state_dict().items()}
+        yield from whole_tensors(state, names, self.mesh)
+
+    def _empty_model(self) -> ViLG:
+        model = super()._empty_model()
+        with torch.device("meta"):
+            model.reconstructor = Reconstructor(self.run.reconstructor, self.run.model, self.run.image_tokenizer)
+        return model
 
 
 def _rates_of(optim: OptimConfig, lr: float, grad_clip: float) -> OptimConfig:

@@ -136,6 +136,9 @@ class NativeEngine:
         codebook: float32 [K, C], vectors of the image tokenizer; needed when ``model.codebook_dim`` is not 0.
     """
 
+    num_totals = 3
+    """Numbers that a micro-batch reports: (loss, image_ce, text_ce), and more where more is trained."""
+
     def __init__(self, run: RunConfig, mesh: Mesh | torch.device | str = "cpu", codebook: Tensor | None = None) -> None:
         self.run = run
         self.mesh = mesh if isinstance(mesh, Mesh) else Mesh(torch.device(mesh))
@@ -170,7 +173,7 @@ class NativeEngine:
         update(self.optimizer, skipped.to(self._home))
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return StepResult(totals[0], totals[1], totals[2], norm.detach(), skipped)
+        return StepResult(totals[0], totals[1], totals[2], norm.detach(), skipped, self._reports(totals))
 
     @torch.no_grad()
     def eval_step(self, batch: PairBatch) -> StepResult:
@@ -179,14 +182,14 @@ class NativeEngine:
         batch = batch.to(self.mesh.device)
         targets = build_targets(batch, self.run.model.spec)
         self._counts = TokenCounts.of(targets, self.run.model.spec.num_image_tokens)
-        totals = torch.zeros(3, device=self.mesh.device)
+        totals = torch.zeros(self.num_totals, device=self.mesh.device)
         for numbers, is_real in self._eval_rounds(len(batch)):
             labels = targets[numbers].masked_fill(~is_real[:, None], IGNORE)
             totals += self._run_micro_batches(batch.take(numbers), labels, backward=False)
         release_gathered(self.parts)
         totals = self.mesh.sum(totals, (*DATA_AXES, "pp"))
         zero = torch.zeros_like(totals[0])
-        return StepResult(totals[0], totals[1], totals[2], zero, zero)
+        return StepResult(totals[0], totals[1], totals[2], zero, zero, self._reports(totals))
 
     def _eval_rounds(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Which of ``count`` pairs this data rank takes in each round, as many as in training, and which of them are
@@ -198,22 +201,28 @@ class NativeEngine:
             yield numbers.clamp(max=count - 1), numbers < count
 
     def _run_micro_batches(self, batch: PairBatch, targets: Tensor, *, backward: bool) -> Tensor:
-        """This rank's share of (loss, image_ce, text_ce): float32 [3], zeros on stages before the last."""
+        """This rank's share of (loss, image_ce, text_ce, ...): float32 [num_totals], zeros before the last stage."""
         run = self.run
         text_ids, image_ids, text_len = batch.rows()
+        more = self._more_inputs(batch)
         if self._pipeline is not None:
-            options = {"text_len": text_len, "targets": targets}
+            options = {"text_len": text_len, "targets": targets} | more
             return self._pipeline.step((text_ids, image_ids), options, backward=backward)
         pieces = run.parallel.num_microbatches if backward else 1
         size = -(-len(batch) // pieces)
-        totals = torch.zeros(3, device=self.mesh.device)
+        totals = torch.zeros(self.num_totals, device=self.mesh.device)
         for start in range(0, len(batch), size):
             pairs, rows = slice(start, start + size), slice(2 * start, 2 * (start + size))
             if backward and self.mesh.is_distributed:
                 before_backward(self.model, run.parallel.zero, is_last=start + size >= len(batch))
             with self._autocast():
                 result = self.model(
-                    text_ids[rows], image_ids[rows], text_len=text_len[rows], targets=targets[pairs], loss=run.loss
+                    text_ids[rows],
+                    image_ids[rows],
+                    text_len=text_len[rows],
+                    targets=targets[pairs],
+                    loss=run.loss,
+                    **{name: tensor[pairs] for name, tensor in more.items()},
                 )
             loss, numbers = self._loss_of(result)
             if backward:
@@ -221,7 +230,15 @@ class NativeEngine:
             totals += numbers
         return totals
 
-    def _loss_of(self, result: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _more_inputs(self, batch: PairBatch) -> dict[str, Tensor]:
+        """Further inputs of the model, one row per pair; for engines that train more than the generator."""
+        return {}
+
+    def _reports(self, totals: Tensor) -> dict[str, Tensor]:
+        """What the totals behind the first three mean, by metric name."""
+        return {}
+
+    def _loss_of(self, result: Any) -> tuple[Tensor, Tensor]:
         """Sums of a micro-batch to the loss for its backward pass and (loss, image_ce, text_ce), float32 [3].
 
         Gradients are averaged over data ranks, but the counts are those of all of them: hence the factor.
@@ -248,7 +265,8 @@ class NativeEngine:
         pairs = run.train.batch_size // self.mesh.data_size // parallel.num_microbatches
         shape = (2 * pairs, run.model.spec.length // parallel.tensor, run.model.width)
         dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-        return Pipeline(self.parts, self.mesh, parallel, HiddenShape(shape, dtype), self._loss_of, run.loss)
+        hidden = HiddenShape(shape, dtype)
+        return Pipeline(self.parts, self.mesh, parallel, hidden, self._loss_of, run.loss, self.num_totals)
 
     def state_dict(self) -> dict[str, Any]:
         """``{"model": {name: tensor}, "optimizer": {slot: {name: tensor}}}``, the live tensors or shards."""
@@ -264,8 +282,7 @@ class NativeEngine:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical names (those of ``ViLG``) and whole tensors, one at a time; yields on the main rank only."""
-        with torch.device("meta"):
-            names = {name: (tensor.shape, tensor.dtype) for name, tensor in ViLG(self.run.model).state_dict().items()}
+        names = {name: (tensor.shape, tensor.dtype) for name, tensor in self._empty_model().state_dict().items()}
         yield from whole_tensors(self.state_dict()["model"], names, self.mesh)
 
     def whole_model(self) -> ViLG | None:
@@ -276,7 +293,11 @@ class NativeEngine:
             for _ in self.export():
                 raise AssertionError("only the main rank is given tensors")
             return None
-        with torch.device("meta"):
-            model = ViLG(self.run.model, self.parts[0].implementation)
+        model = self._empty_model()
         model.load_state_dict({name: t.to(self.mesh.device) for name, t in self.export()}, assign=True)
         return model.requires_grad_(False)
+
+    def _empty_model(self) -> ViLG:
+        """The whole model on the meta device."""
+        with torch.device("meta"):
+            return ViLG(self.run.model, self.parts[0].implementation)

@@ -110,7 +110,7 @@ def build_engine(
         return NativeEngine(run, mesh, codebook)
     if image_tokenizer is None:
         raise ValueError("reconstructor.enabled: the engine needs the image tokenizer")
-    return EndToEndEngine(run, mesh.device, image_tokenizer)
+    return EndToEndEngine(run, mesh, image_tokenizer)
 
 
 def draw_samples(engine: Engine, writer: MetricWriter | SilentWriter, on_sample: SampleHook) -> None:
