@@ -403,6 +403,13 @@ class TrainConfig:
     """Initial weights, order, noise."""
     max_skipped_in_row: PositiveInt = 20
     """Non-finite steps in a row after which the run stops."""
+    rollback_factor: NonNegative = 0.0
+    """Cross-entropies above this multiple of their running mean take the run back to a checkpoint from before, and past
+    the pairs in between. 0: never."""
+    rollback_patience: PositiveInt = 3
+    """Log lines in a row that must be so high."""
+    max_rollbacks: PositiveInt = 3
+    """After so many the run stops instead."""
     eval_every: Count = 1000
     """Steps between measurements on held-out pairs. 0: never."""
     eval_pairs: PositiveInt = 128
@@ -435,6 +442,8 @@ class LogConfig:
     """Steps between log lines."""
     tensorboard: bool = True
     """Whether scalars and sample pictures go to ``tensorboard/`` too."""
+    instruments_every: Count = 0
+    """Steps between looks at attention logits, log Z and gradients per loss term (one process). 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

@@ -157,6 +157,13 @@ class MetricWriter:
         self._bar.refresh()
         return values
 
+    def rewind(self, step: int) -> None:
+        """Forget what was written after ``step``: the run has gone back there."""
+        keep_until(self.path, step)
+        self._last_step = step
+        self._bar.n = step
+        self._bar.refresh()
+
     def images(self, name: str, pixels: Tensor, step: int) -> None:
         """Pictures to tensorboard, as one grid. ``pixels``: float [B, 3, S, S] in [0, 1] or uint8."""
         if self._board is not None:
@@ -203,6 +210,9 @@ class SilentWriter:
     def due(self, step: int) -> bool:
         """As on the rank that reports, because all ranks read their losses together."""
         return step % self.config.every == 0 or step == self._num_steps
+
+    def rewind(self, step: int) -> None:
+        """Nothing was written."""
 
     def log(self, step: int, metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Nothing is written."""

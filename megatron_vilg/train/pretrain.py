@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.pair_pixels import PixelCache
 from megatron_vilg.data.token_cache import TokenCache
@@ -22,9 +23,11 @@ from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.parallel.mesh import Mesh
+from megatron_vilg.train.course import Course
 from megatron_vilg.train.deepspeed import DeepSpeedEngine
 from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
+from megatron_vilg.train.instruments import Instruments
 from megatron_vilg.train.metrics import MetricWriter, SilentWriter
 from megatron_vilg.train.optim import learning_rate
 from megatron_vilg.train.signals import StopSignals
@@ -62,33 +65,33 @@ def pretrain(
     Returns:
         Whether the run is complete; False: a signal stopped it, the step is saved.
     """
-    if run.train.num_threads:
-        torch.set_num_threads(run.train.num_threads)
+    torch.set_num_threads(run.train.num_threads or torch.get_num_threads())
     mesh = mesh or Mesh(torch.device("cpu"))
     engine = build_engine(run, mesh, codebook, image_tokenizer)
     loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh)
-    resume_latest(engine, checkpointer, identity := manifest_of(run, cache))
+    course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache)))
     window, must_stop = StepWindow(run.train.max_skipped_in_row), False
     with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
         while engine.step < run.train.num_steps and not must_stop:
             with writer.loading():
-                batch = loader.batch(engine.step)
-            result = engine.train_step(batch)
+                batch = loader.batch(course.batch_number(engine.step))
+            result, seen = watched_step(engine, batch, run.log.instruments_every)
             step = engine.step
             writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
             window.add(batch.sample_ids, result)
             measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
-            if writer.due(step) or measure:
-                values = window.read() | {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
-                if measure:
-                    values |= evaluate(engine, held_out, run.train.eval_pairs)
-                writer.log(step, values)
-            if on_sample and run.train.sample_every and step % run.train.sample_every == 0:
-                draw_samples(engine, writer, on_sample)
+            if writer.due(step) or measure or seen:
+                values = window.read() | seen | {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
+                writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
+                if course.lost(step, values):
+                    course.go_back(engine, checkpointer, identity, mesh)
+                    writer.rewind(engine.step)
+                    continue
+            draw_samples(engine, run, writer, on_sample)
             must_stop = mesh.any(stop.requested)
             if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
-                checkpointer.save(step, engine.state_dict(), at_step(identity, run, step))
+                checkpointer.save(step, engine.state_dict(), at_step(identity, run, step, course))
         checkpointer.finish()
     if engine.step < run.train.num_steps:
         log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
@@ -113,8 +116,22 @@ def build_engine(
     return EndToEndEngine(run, mesh, image_tokenizer)
 
 
-def draw_samples(engine: Engine, writer: MetricWriter | SilentWriter, on_sample: SampleHook) -> None:
-    """Have the main rank draw with the whole model, which all ranks gather for it."""
+def watched_step(engine: Engine, batch: PairBatch, every: int) -> tuple[StepResult, dict[str, float]]:
+    """A training step, and every so many steps what the instruments show of it."""
+    if not every or (engine.step + 1) % every or not isinstance(engine, NativeEngine):
+        return engine.train_step(batch), {}
+    instruments = Instruments(engine.model)
+    seen = instruments.before(batch)
+    result = engine.train_step(batch)
+    return result, seen | instruments.after()
+
+
+def draw_samples(
+    engine: Engine, run: RunConfig, writer: MetricWriter | SilentWriter, on_sample: SampleHook | None
+) -> None:
+    """Every ``train.sample_every`` steps, have the main rank draw with the whole model, which all gather for it."""
+    if on_sample is None or not run.train.sample_every or engine.step % run.train.sample_every:
+        return
     model = engine.whole_model()
     if isinstance(writer, MetricWriter) and model is not None:
         on_sample(model, engine.step, writer)
@@ -154,23 +171,27 @@ def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
     )
 
 
-def at_step(identity: Manifest, run: RunConfig, step: int) -> Manifest:
+def at_step(identity: Manifest, run: RunConfig, step: int, course: Course | None = None) -> Manifest:
     """``identity`` after ``step`` finished steps."""
-    return dataclasses.replace(identity, step=step, samples_seen=step * run.train.batch_size)
+    counters = {} if course is None else course.counters
+    return dataclasses.replace(identity, step=step, samples_seen=step * run.train.batch_size, counters=counters)
 
 
-def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest) -> None:
-    """Fill the engine from the newest sound checkpoint, if there is any.
+def resume_latest(
+    engine: Engine, checkpointer: Checkpointer, identity: Manifest
+) -> Mapping[str, int | float | str] | None:
+    """Fill the engine from the newest sound checkpoint, if there is any; returns the counters in it.
 
     Raises:
         CheckpointError: the checkpoint belongs to another configuration; both sides are printed.
     """
     path = checkpointer.latest()
     if path is None:
-        return
+        return None
     manifest = checkpointer.load(path, engine.state_dict(), expected=identity)
     engine.resume(manifest.step)
     log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)
+    return manifest.counters
 
 
 def export(engine: Engine, run: RunConfig, out: Path, identity: Manifest) -> None:

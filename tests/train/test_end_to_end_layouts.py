@@ -74,7 +74,7 @@ def assert_same(name: str, layouts: dict[str, tuple[int, dict[str, Any]]]) -> No
     world_size, parallel = layouts[name]
     run = joint_case(parallel, ema_decay=0.5)
     assert not any(problem.startswith("reconstructor") for problem in check(run, world_size))
-    expected, found = one_process(), run_distributed(joint_steps, world_size, run)
+    expected, found = one_process(), run_distributed(joint_steps, world_size, run, timeout=400.0)
     seen = set()
     for rank in found:
         assert rank["numbers"] == pytest.approx(expected["numbers"], abs=2e-5)

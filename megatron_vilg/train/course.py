@@ -1,0 +1,96 @@
+"""Whether a run still is on its course, and the way back when it is not: an older checkpoint, and other pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from megatron_vilg.checkpoint.files import remove
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.config.schema import TrainConfig
+from megatron_vilg.errors import TrainingError
+from megatron_vilg.log import get_logger
+from megatron_vilg.parallel.mesh import Mesh
+from megatron_vilg.train.engine import Engine
+
+log = get_logger(__name__)
+
+WATCHED = ("loss/text_to_image(nats/token)", "loss/image_to_text(nats/token)")
+"""Cross-entropies, summed: they are positive in every run, and an end-to-end loss need not be."""
+_DECAY = 0.9
+_SKIPPED, _ROLLBACKS, _MEAN = "batches_skipped", "rollbacks", "healthy_loss"
+
+
+class Course:
+    """The running mean of the watched losses, and how many batches were left behind by going back.
+
+    All ranks see the same losses, so they decide alike. The state is a few plain numbers that are saved in the
+    manifest of every checkpoint.
+    """
+
+    def __init__(self, options: TrainConfig, counters: Mapping[str, int | float | str] | None = None) -> None:
+        saved = counters or {}
+        self.options = options
+        self.skipped = int(saved.get(_SKIPPED, 0))
+        self.rollbacks = int(saved.get(_ROLLBACKS, 0))
+        self._mean = float(saved.get(_MEAN, math.nan))
+        self._first_bad = 0
+        self._bad_in_row = 0
+
+    @property
+    def counters(self) -> dict[str, int | float | str]:
+        """What a checkpoint must keep."""
+        found: dict[str, int | float | str] = {_SKIPPED: self.skipped, _ROLLBACKS: self.rollbacks}
+        return found | ({} if math.isnan(self._mean) else {_MEAN: self._mean})
+
+    def batch_number(self, step: int) -> int:
+        """Which batch the step with this number takes: later ones once batches were left behind."""
+        return step + self.skipped
+
+    def lost(self, step: int, values: Mapping[str, float]) -> bool:
+        """Note the losses of a log line; whether the run is to go back."""
+        if not self.options.rollback_factor:
+            return False
+        loss = sum(values[name] for name in WATCHED)
+        if math.isnan(self._mean) and math.isfinite(loss):
+            self._mean = loss
+        if not math.isfinite(loss) or loss > self.options.rollback_factor * self._mean:
+            self._first_bad = self._first_bad if self._bad_in_row else step
+            self._bad_in_row += 1
+        else:
+            self._bad_in_row = 0
+            self._mean = _DECAY * self._mean + (1.0 - _DECAY) * loss
+        return self._bad_in_row >= self.options.rollback_patience
+
+    def go_back(self, engine: Engine, checkpointer: Checkpointer, identity: Manifest, mesh: Mesh) -> None:
+        """Take the newest checkpoint from before the losses rose, and leave out the batches since then.
+
+        Later checkpoints are removed: a run that is killed now must not resume from them.
+
+        Raises:
+            TrainingError: no such checkpoint, or it happened ``train.max_rollbacks`` times already.
+        """
+        before = [step for step in checkpointer.steps() if step < self._first_bad]
+        if self.rollbacks >= self.options.max_rollbacks or not before:
+            why = "there is no checkpoint from before" if not before else f"after {self.rollbacks} rollbacks"
+            raise TrainingError(
+                f"train.rollback_factor={self.options.rollback_factor:g}: the losses rose above that multiple of their "
+                f"running mean at step {self._first_bad}, {why}. Lower optim.lr, set model.qk_norm=true or "
+                "loss.z_loss=1e-5, look at log.instruments_every=20, or save checkpoints more often."
+            )
+        later = [step for step in checkpointer.steps() if step >= self._first_bad]
+        mesh.any(False)  # all ranks have looked before one removes
+        if mesh.is_main:
+            for step in later:
+                remove(checkpointer.path(step))
+        mesh.any(False)
+        manifest = checkpointer.load(checkpointer.path(before[-1]), engine.state_dict(), expected=identity)
+        self.skipped += engine.step - manifest.step
+        self.rollbacks += 1
+        self._bad_in_row = 0
+        log.warning(
+            "losses above %g times their mean since step %d: back to step %d, past the batches in between (%d in all)",
+            *(self.options.rollback_factor, self._first_bad, manifest.step, self.skipped),
+        )
+        engine.resume(manifest.step)

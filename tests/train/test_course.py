@@ -1,0 +1,98 @@
+"""Going back from a divergence: when, where to, and with which pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import read_manifest
+from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, RunConfig, TrainConfig
+from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.errors import TrainingError
+from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.train.course import WATCHED, Course
+from megatron_vilg.train.metrics import MetricWriter
+from megatron_vilg.train.pretrain import pretrain
+from tests.tiny import tiny_config, tiny_run
+from tests.train.token_caches import write_cache
+
+OPTIONS = TrainConfig(rollback_factor=1.5, rollback_patience=2)
+
+
+def losses(total: float) -> dict[str, float]:
+    return dict.fromkeys(WATCHED, total / 2)
+
+
+def test_only_losses_that_stay_high_are_a_divergence() -> None:
+    course = Course(OPTIONS)
+    answers = [course.lost(step, losses(total)) for step, total in enumerate([4.0, 3.9, 9.0, 3.8, 9.0, math.nan])]
+    assert answers == [False] * 5 + [True]
+    off = Course(TrainConfig())
+    assert not any(off.lost(step, losses(math.nan)) for step in range(5))
+
+
+def test_counters_carry_everything_over() -> None:
+    course = Course(OPTIONS)
+    course.lost(1, losses(4.0))
+    course.skipped, course.rollbacks = 7, 2
+    again = Course(OPTIONS, course.counters)
+    assert again.counters == course.counters and again.batch_number(3) == 10
+    assert not again.lost(2, losses(6.1)) and again.lost(3, losses(6.1)), "the mean is still 4"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TokenCache:
+    return write_cache(tmp_path / "tokens", {"train": 10})
+
+
+def course_run(cache: TokenCache, **train: object) -> RunConfig:
+    base = tiny_run(tiny_config(text_vocab_size=cache.settings["text_vocab_size"]), num_steps=8, eval_every=0)
+    options: dict[str, object] = {"sample_every": 1, "rollback_factor": 1.5, "rollback_patience": 1}
+    return dataclasses.replace(
+        base,
+        data=DataConfig(),
+        train=dataclasses.replace(base.train, **(options | train)),
+        checkpoint=CheckpointConfig(every=2, keep_last=4),
+        log=LogConfig(every=1, tensorboard=False),
+    )
+
+
+class Poison:
+    """Spoils the weights after one step, as often as asked."""
+
+    def __init__(self, step: int, times: int = 1) -> None:
+        self.step, self.times = step, times
+
+    def __call__(self, model: ViLG, step: int, writer: MetricWriter) -> None:
+        if step == self.step and self.times:
+            self.times -= 1
+            with torch.no_grad():
+                for parameter in model.heads.parameters():  # type: ignore[union-attr]
+                    parameter.mul_(300.0)
+
+
+def test_run_goes_back_and_past_the_pairs(tmp_path: Path, cache: TokenCache) -> None:
+    run = course_run(cache)
+    assert pretrain(run, cache, tmp_path / "run", on_sample=Poison(5))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert max(sum(line[name] for name in WATCHED) for line in lines) < 1.5 * sum(lines[0][name] for name in WATCHED)
+    folder = Checkpointer(tmp_path / "run" / "checkpoints", run.checkpoint).latest()
+    assert folder is not None
+    counters = read_manifest(folder).counters
+    # Step 6 was high; the checkpoint of step 4 was the last one before it.
+    assert (counters["batches_skipped"], counters["rollbacks"]) == (2, 1)
+
+
+def test_run_that_keeps_diverging_stops(tmp_path: Path, cache: TokenCache) -> None:
+    run = course_run(cache, max_rollbacks=1)
+    with pytest.raises(TrainingError, match=r"train.rollback_factor=1.5: .* at step 6, after 1 rollbacks. Lower"):
+        pretrain(run, cache, tmp_path / "a", on_sample=Poison(5, times=9))
+    with pytest.raises(TrainingError, match="there is no checkpoint from before"):
+        pretrain(run, cache, tmp_path / "b", on_sample=Poison(1))
