@@ -162,6 +162,9 @@ def _check_reconstructor(run: RunConfig) -> Iterable[str]:
     options, section = run.reconstructor, "reconstructor"
     if not options.enabled:
         return
+    if run.train.engine != "native":
+        rule = "trains the generator alone, without a reconstructor (reconstructor.enabled=true)"
+        yield f"train.engine={run.train.engine}: {rule}. Works: native."
     if run.data.target_view_probability:
         rule = "a reconstructor learns the pictures themselves, not shifted copies (reconstructor.enabled=true)"
         yield _problem("data.target_view_probability", run.data.target_view_probability, rule, [0])

@@ -22,7 +22,7 @@ from megatron_vilg.parallel.init import init_weights
 from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
 from megatron_vilg.train.engine import NativeEngine, StepResult
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
-from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate, update
 from megatron_vilg.train.weight_average import WeightAverage
 
 PREFIX = "reconstructor."
@@ -145,8 +145,7 @@ class EndToEndEngine(NativeEngine):
             steps.append((self.part_optimizer, rate * run.reconstructor.lr_share, self.device))
         for optimizer, lr, home in steps:
             set_learning_rate(optimizer, lr)
-            optimizer.found_inf = skipped.to(home)  # type: ignore[attr-defined]
-            optimizer.step()
+            update(optimizer, skipped.to(home))
             optimizer.zero_grad(set_to_none=True)
 
     def _more_inputs(self, batch: PairBatch) -> dict[str, Tensor]:

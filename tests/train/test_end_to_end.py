@@ -238,3 +238,8 @@ def test_options_that_do_not_fit_are_named(options: dict[str, Any], message: str
 def test_shifted_targets_are_refused() -> None:
     run = dataclasses.replace(joint_run(), data=DataConfig(num_views=2, target_view_probability=0.5))
     assert any("data.target_view_probability=0.5: a reconstructor learns" in problem for problem in check(run))
+
+
+def test_deepspeed_is_refused() -> None:
+    run = dataclasses.replace(joint_run(), train=dataclasses.replace(joint_run().train, engine="deepspeed"))
+    assert any("train.engine=deepspeed: trains the generator alone" in problem for problem in check(run))
