@@ -17,7 +17,7 @@ from megatron_vilg.config.schema import RunConfig, SampleConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.evaluate.frechet import Gaussian, features_of, frechet_distance
 from megatron_vilg.evaluate.pairs import EvalSet, Kind
-from megatron_vilg.evaluate.reconstruction import score_reconstruction, structural_similarity
+from megatron_vilg.evaluate.reconstruction import reconstruct, score_reconstruction, structural_similarity
 from megatron_vilg.evaluate.statistics import mean_interval, sample_indices
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.features import FeatureNetwork
@@ -44,10 +44,6 @@ class Contestant(Protocol):
 
     def decode_end_to_end(self, ids: Tensor, prompts: Sequence[str]) -> Tensor:
         """Codes [B, n, N] through the hidden states: pixels [B, n, 3, S, S] in [-1, 1]."""
-        ...
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] to their codes [B, N]."""
         ...
 
 
@@ -188,7 +184,7 @@ def _decoded(
     codes = {
         role: run.draw_ids(prompts, num_images=1, settings=settings, seed=seed).cpu() for role, run in part.items()
     }
-    codes["gold"] = part[JOINT].encode_pixels(real)[:, None].cpu()
+    codes["gold"] = reconstruct(part[JOINT].image_tokenizer, real)[0][:, None]
     found = {}
     for row in ROWS:
         ids = codes[row.codes]

@@ -254,11 +254,6 @@ class Pipeline:
             return torch.empty(0, self.model.spec.num_image_tokens, dtype=torch.int64, device=self.device)
         return torch.cat(parts)
 
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] in [-1, 1] to codes int64 [B, N]."""
-        return torch.cat([self.image_tokenizer.encode(part.to(self.device)) for part in pixels.split(_DECODE_BATCH)])
-
     def caption_ids(
         self,
         images: Sequence[Picture] | Tensor,

@@ -71,6 +71,7 @@ class Course:
         Raises:
             TrainingError: no such checkpoint, or it happened ``train.max_rollbacks`` times already.
         """
+        checkpointer.finish()  # what is still being written counts
         before = [step for step in checkpointer.steps() if step < self._first_bad]
         if self.rollbacks >= self.options.max_rollbacks or not before:
             why = "there is no checkpoint from before" if not before else f"after {self.rollbacks} rollbacks"
