@@ -139,7 +139,7 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
         "num_prompts": {kind.value: len(numbers) for kind, numbers in measurement.chosen.items()},
         "instrument": _instrument(measurement) if drawings is not None else None,
         "drawing_settings": dataclasses.asdict(subject.config.sample)
-        | {"samples_per_prompt": settings.samples_per_prompt, "captions": "greedy"},
+        | {"samples_per_prompt": settings.samples_per_prompt},
         "seconds": {},
         "versions": _versions(),
         "seed": settings.seed,
