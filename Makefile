@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: setup demo demo-full test check check-slow bench clean
+.PHONY: setup demo demo-full test check check-slow check-slurm bench clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,10 @@ check: $(STAMP)
 
 check-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Needs SLURM and root; on Debian: apt-get install munge slurmctld slurmd slurm-client
+check-slurm: $(STAMP)
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/run.py --suite cpu

@@ -48,7 +48,7 @@ def test_every_target_exists() -> None:
     text = README + (ROOT / "CONTRIBUTING.md").read_text()
     named = {word for line in re.findall(r"\bmake ([a-z -]+)", commands(text)) for word in line.split()}
     assert named <= targets
-    assert {"setup", "demo", "demo-full", "test", "check", "check-slow", "bench"} <= targets
+    assert {"setup", "demo", "demo-full", "test", "check", "check-slow", "check-slurm", "bench"} <= targets
 
 
 @pytest.mark.parametrize("text", [commands(README), QUICKSTART], ids=["README.md", "quickstart.sh"])

@@ -8,14 +8,22 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vilg import __version__
+from megatron_vilg.cli.device import add_device_option, chosen_device
+from megatron_vilg.cli.options import add_config_options, load_from_args
+from megatron_vilg.config.world import World, read_world
+from megatron_vilg.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "pydantic", "pillow", "tensorboard", "resvg-py")
-_OPTIONAL = ("deepspeed", "triton", "transformers")
+_OPTIONAL = ("deepspeed", "torchao", "triton", "transformers")
 _GIB = 2**30
 
 
@@ -24,17 +32,35 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "doctor",
         help="say what this machine offers",
-        description="Say what this machine offers: versions, devices, threads, npm, fonts, disk. Exit code 1 if "
-        "something that every run needs is missing.",
-        epilog="example: vilg doctor",
+        description="Say what this machine offers: versions, devices, threads, npm, fonts, disk. Started by torchrun "
+        "or srun it also says whether all processes answer, have the same versions, see one folder, and can sum along "
+        "each axis of the layout; ranks that do not are named. Exit code 1 if something that every run needs is "
+        "missing.",
+        epilog="example: vilg doctor; srun python -m megatron_vilg doctor --path /shared/runs parallel.tensor=2",
     )
     parser.add_argument("--path", type=Path, default=Path(), help="where runs will be written (default: here)")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for other processes")
+    add_device_option(parser)
+    add_config_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the lines; 1 if a base package is missing."""
-    checks: tuple[tuple[str, Callable[[], str]], ...] = (
+    """Print the lines; 1 if a base package is missing or the processes cannot work together."""
+    world = read_world()
+    if world.is_main:
+        for name, answer in _checks(args.path):
+            print(f"{name:<14} {answer()}", flush=True)
+    missing = [name for name in _PACKAGES if _version(name) is None]
+    if missing:
+        print(f"{'missing':<14} {', '.join(missing)}: install them with `pip install -e .`")
+    if world.size == 1 or missing:
+        return 1 if missing else 0
+    return _together(args, world)
+
+
+def _checks(path: Path) -> tuple[tuple[str, Callable[[], str]], ...]:
+    return (
         ("python", lambda: f"{platform.python_version()} on {platform.platform()}"),
         ("megatron_vilg", lambda: __version__),
         ("packages", lambda: _versions(_PACKAGES)),
@@ -44,14 +70,52 @@ def run(args: argparse.Namespace) -> int:
         ("memory", _memory),
         ("npm", _npm),
         ("fonts", _fonts),
-        ("disk", lambda: _disk(args.path)),
+        ("disk", lambda: _disk(path)),
     )
-    for name, answer in checks:
-        print(f"{name:<14} {answer()}")
-    missing = [name for name in _PACKAGES if _version(name) is None]
-    if missing:
-        print(f"{'missing':<14} {', '.join(missing)}: install them with `pip install -e .`")
-    return 1 if missing else 0
+
+
+def _together(args: argparse.Namespace, world: World) -> int:
+    """What several processes find out together; rank 0 prints it."""
+    run = load_from_args(args).run
+    from megatron_vilg.parallel.launch import device_of
+    from megatron_vilg.parallel.layout import Layout
+    from megatron_vilg.parallel.probe import Probe
+
+    if Layout.of(run.parallel, world.size).world_size != world.size:
+        raise ConfigError(
+            [
+                f"{world.size} processes: tensor x pipeline x replica x shard does not give them. "
+                "Works: parallel.shard=-1 and factors that divide their number"
+            ]
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError([f"{name}: not set, so {world.size} processes cannot meet. Works: torchrun or srun."])
+    device = device_of(world, chosen_device(args.device))
+    probe = Probe(world, args.timeout)
+    versions = {name: _version(name) or "missing" for name in (*_PACKAGES, *_OPTIONAL)}
+    versions |= {"python": platform.python_version(), "megatron_vilg": __version__, "device": _device_name(device)}
+    findings = [*probe.meet(versions), probe.share(args.path)]
+    if not findings[0].problems:
+        findings += probe.reduce(run.parallel, device)
+    problems = [problem for finding in findings for problem in finding.problems]
+    if world.is_main:
+        for finding in findings:
+            print(f"{finding.name:<14} {finding.answer}")
+            for problem in finding.problems:
+                print(f"{'':<14} {problem}")
+    sys.stdout.flush()
+    probe.part()
+    # A collective that hangs would keep the process from ending.
+    os._exit(1 if problems else 0)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def _version(package: str) -> str | None:

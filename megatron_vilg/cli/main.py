@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from megatron_vilg import __version__, log
 from megatron_vilg.config.world import read_world
-from megatron_vilg.errors import VilgError
+from megatron_vilg.errors import LostRankError, VilgError
 from megatron_vilg.parallel.slurm import adopt_slurm_ranks
 
 EXIT_ERROR = 2
 """A mistake that the message explains, argparse's own included."""
+EXIT_STOPPED = 75
+"""A signal stopped the run and nothing is lost; the same command goes on (EX_TEMPFAIL of sysexits.h: try again)."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C, as shells count it (128 + SIGINT)."""
 
@@ -48,14 +50,23 @@ VERBS: tuple[Verb, ...] = (
     Verb("evaluate", f"{_CLI}.evaluate", "measure what a run has learnt; score a file of captions", True),
     Verb("checkpoint", f"{_CLI}.checkpoint", "merge, shard, convert, inspect and verify checkpoints", True),
     Verb("config", f"{_CLI}.config", "print every option, its value, its origin, its meaning", True, has_aliases=True),
-    Verb("doctor", f"{_CLI}.doctor", "say what this machine offers: versions, devices, disk, fonts"),
+    Verb(
+        "plan",
+        f"{_CLI}.plan",
+        "say what a layout costs in memory, traffic and time",
+        True,
+        has_aliases=True,
+    ),
+    Verb("doctor", f"{_CLI}.doctor", "say what this machine offers: versions, devices, disk, fonts, ranks", True),
 )
 """All verbs, in the order of the help page."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 only on full success, 2 on any error a message explains."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher puts this in front of everything; the environment says the same.
+    arguments = [word for word in given if not word.startswith(("--local_rank=", "--local-rank="))]
     try:
         adopt_slurm_ranks()
         world = read_world()
@@ -70,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return args.run(args) or 0
+    except LostRankError as error:
+        print(f"vilg {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        return _leave_at_once(EXIT_ERROR)
     except VilgError as error:
         print(f"vilg {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -80,6 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (``vilg config | head``) has left; Python would complain again while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _leave_at_once(code: int) -> int:
+    """End without the usual tidying: the process group's would wait for the rank that is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _find_verb(arguments: Sequence[str]) -> Verb | None:

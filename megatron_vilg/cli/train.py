@@ -7,12 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from megatron_vilg import log
 from megatron_vilg.cli.device import add_device_option, chosen_device
+from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
-from megatron_vilg.config.world import read_world
+from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.config.world import World, read_world
 
-STOPPED = 130
-"""Exit code of a run that a signal stopped after saving; the same command goes on."""
+_log = log.get_logger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,15 +36,27 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare what is missing, then train; 0 when the run is complete, 3 when a signal stopped it."""
+    """Prepare what is missing, then train; 0 when the run is complete, 75 when a signal stopped it."""
     config = run_config_from_args(args, is_joint=True)
+    from megatron_vilg.train.signals import StopRaises
+
+    world = read_world()
+    with log.also_to_file(args.out / "logs" / f"rank-{world.rank:04d}.log"):
+        with StopRaises(is_alone=world.size == 1) as stop:
+            return 0 if _train(args, config, world) else EXIT_STOPPED
+        _log.warning("stopped by %s between two steps of work; the same command goes on", stop.name)
+        return EXIT_STOPPED
+
+
+def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
+    """Whether the run is complete; False: stopped, and saved."""
     from megatron_vilg.cli.samples import SamplePictures
-    from megatron_vilg.parallel.launch import device_of, joined
+    from megatron_vilg.parallel.launch import device_of, joined, place
     from megatron_vilg.parallel.mesh import build_mesh
     from megatron_vilg.train.pretrain import pretrain
     from megatron_vilg.train.stages import prepare, timed
 
-    world = read_world()
+    _log.info("rank %d of %d: %s", world.rank, world.size, place())
     device = device_of(world, chosen_device(args.device))
     with joined(world, device, config.parallel.timeout_seconds) as job:
         ready = job.main_first(
@@ -58,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
             ),
         )
         if ready is None:
-            return STOPPED
+            return False
         with timed(args.out, "train") if world.is_main else nullcontext():
-            complete = pretrain(
+            return pretrain(
                 ready.run,
                 ready.cache,
                 args.out,
@@ -70,4 +84,3 @@ def run(args: argparse.Namespace) -> int:
                 mesh=build_mesh(ready.run.parallel, device),
                 on_sample=SamplePictures(ready, args.out),
             )
-    return 0 if complete else STOPPED

@@ -6,13 +6,11 @@ import argparse
 from pathlib import Path
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
+from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
 from megatron_vilg.log import get_logger
 
 _log = get_logger(__name__)
-
-EXIT_STOPPED = 130
-"""A signal stopped the run after a step; it can be gone on with."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

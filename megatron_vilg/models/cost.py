@@ -106,6 +106,7 @@ class Flops:
         return self.linear + self.attention_dense + self.heads
 
 
+@lru_cache(maxsize=64)
 def forward_flops(config: ModelConfig) -> Flops:
     """FLOPs of one pair's forward pass; the backward pass takes twice as many."""
     spec, width = config.spec, config.width
@@ -169,3 +170,71 @@ def _in_window(query: int, key: int, side: int, half: int, *, wrap: bool) -> boo
     if not wrap:
         return abs(query // side - key // side) <= half and abs(query % side - key % side) <= half
     return 2 * half + 1 >= side or (key - query + half * side + half) % side <= 2 * half
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes per value, and the share of a model that one holder has."""
+
+    compute: int
+    """Of matrix products: 2 for bf16, 4 for fp32."""
+    residual: int
+    """Of hidden states between blocks."""
+    split: int = 1
+    """Holders that share heads, hidden features and, between blocks, positions."""
+    autocast: bool = False
+    """Whether products cast their inputs: queries, keys and values then keep one copy of theirs each."""
+
+
+STATISTIC_BYTES = 4
+"""Means, deviations and log-sums are float32."""
+
+
+def input_bytes_per_row(config: ModelConfig, sizes: Sizes) -> float:
+    """A block's input for one row: what recomputing a whole block keeps."""
+    return config.spec.length * config.width * sizes.residual / sizes.split
+
+
+def block_bytes_per_row(config: ModelConfig, sizes: Sizes, *, scores: bool, attention_inside: bool = True) -> float:
+    """What one block keeps of one row for its backward pass, its input included.
+
+    The same count as in arXiv 2205.05198, section 4.1, with queries and keys normalised and without dropout by default.
+
+    Args:
+        config: sizes of the model.
+        sizes: bytes per value and number of holders.
+        scores: whether softmax results are kept too, as by attention that is not fused.
+        attention_inside: False if queries, keys, values and scores are computed again in the backward pass.
+    """
+    length, width, split = config.spec.length, config.width, sizes.split
+    norms = 4 if config.sandwich_norm else 2
+    copies = 4 if sizes.autocast else 2
+    per_position = 2 * sizes.residual * width / split  # inputs of both norms
+    per_position += copies * sizes.compute * width  # their results, whole rows on each holder
+    per_position += norms * 2 * STATISTIC_BYTES / split
+    per_position += sizes.compute * width / split  # input of the output projection
+    per_position += 2 * config.mlp_ratio * sizes.compute * width / split  # around the GELU
+    if config.sandwich_norm:
+        per_position += 2 * sizes.compute * width / split
+    if config.dropout:
+        per_position += 2 * width / split  # masks, one byte each
+    per_position += 3 * sizes.compute * width / split  # queries, keys, values
+    if config.qk_norm:
+        per_position += 2 * sizes.compute * width / split + 4 * STATISTIC_BYTES * config.num_heads / split
+    if attention_inside:
+        per_position += STATISTIC_BYTES * config.num_heads / split  # log-sums of fused attention
+        if scores:
+            per_position += sizes.compute * config.num_heads * length / split
+    return length * per_position
+
+
+def backward_bytes_per_row(config: ModelConfig, sizes: Sizes) -> float:
+    """What passes through the backward pass of a block for one row: the hidden state's gradient and the widest one."""
+    per_position = (sizes.residual + config.mlp_ratio * sizes.compute) * config.width
+    return config.spec.length * per_position / sizes.split
+
+
+def mask_bytes_per_row(config: ModelConfig, sizes: Sizes) -> float:
+    """Written-out masks of one row, one for each kind of layer; kept for the whole forward and backward pass."""
+    kinds = len(set(layer_kinds(config.num_layers, config.pattern)))
+    return kinds * config.spec.length**2 * sizes.compute

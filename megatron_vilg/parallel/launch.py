@@ -100,6 +100,8 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
                 _report_lost(world, beat, error)
             beat.note_failure(error)
             raise
+        # All ranks leave together: launchers take the first end as a reason to end the others.
+        dist.all_reduce(torch.zeros(1))
         dist.destroy_process_group()
 
 

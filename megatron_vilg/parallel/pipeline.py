@@ -18,24 +18,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 
 from megatron_vilg.config.schema import LossConfig, ParallelConfig
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel import layout
+from megatron_vilg.parallel.layout import stage_layers
 from megatron_vilg.parallel.mesh import Mesh
 from megatron_vilg.parallel.zero import Zero, before_backward
-
-
-def stage_layers(num_layers: int, num_stages: int) -> list[range]:
-    """The layers of each stage; where they do not divide, stages in the middle have one more.
-
-    The first stage also has the embedding and the last one the heads, so these two get an extra layer last.
-    """
-    base, extra = divmod(num_layers, num_stages)
-    order = sorted(range(num_stages), key=lambda stage: (stage in (0, num_stages - 1), stage))
-    larger = set(order[:extra])
-    ranges, start = [], 0
-    for stage in range(num_stages):
-        stop = start + base + (stage in larger)
-        ranges.append(range(start, stop))
-        start = stop
-    return ranges
 
 
 def keep_stage(model: ViLG, stage: int, num_stages: int) -> None:
@@ -52,7 +38,7 @@ def keep_stage(model: ViLG, stage: int, num_stages: int) -> None:
 
 def stages_of_rank(parallel: ParallelConfig, rank: int) -> list[int]:
     """The stages that a rank of ``pp`` holds: every ``pipeline``-th one."""
-    return list(range(rank, parallel.pipeline * parallel.stages_per_rank, parallel.pipeline))
+    return layout.stages_of_rank(parallel.pipeline, parallel.stages_per_rank, rank)
 
 
 LossOf = Callable[[Any], tuple[Tensor, Tensor]]

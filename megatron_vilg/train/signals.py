@@ -42,3 +42,38 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
+
+
+class StopRequestedError(BaseException):
+    """A stop request that came where no step border is near; nothing that forgives errors shall catch it."""
+
+
+class StopRaises:
+    """Around everything else that a run does: SIGTERM and SIGUSR1 end it wherever it is, as its work can be resumed.
+
+    The block is left quietly, ``stop.name`` says by which signal. Inside it ``StopSignals`` still wins.
+
+    Args:
+        is_alone: False where a launcher started several processes: once the block was left without success, further
+            signals are ignored until the process ends, since launchers end all others when the first one has ended, and
+            each shall have the exit code of a process that saved.
+    """
+
+    def __init__(self, *, is_alone: bool) -> None:
+        self.name = ""
+        self._is_alone = is_alone
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRaises:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._former[number] = signal.signal(number, self._raise)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
+        for number, handler in self._former.items():
+            signal.signal(number, handler if self._is_alone else signal.SIG_IGN)
+        return isinstance(error, StopRequestedError)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        raise StopRequestedError(self.name)

@@ -112,6 +112,7 @@ def running_cluster(num_nodes: int = 2) -> Iterator[Cluster]:
         _start(cluster)
         yield cluster
     finally:
+        _cancel_jobs(cluster)
         _stop(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -148,6 +149,15 @@ def _start(cluster: Cluster) -> None:
     while f"idle {len(cluster.nodes)}" not in cluster.run("sinfo", "-h", "-o", "%T %D"):
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.1)
+
+
+def _cancel_jobs(cluster: Cluster) -> None:
+    """End all jobs while their daemons still live; without them the processes would go on."""
+    with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+        cluster.run("scancel", "--partition=all", timeout=20)
+        deadline = time.monotonic() + 30
+        while cluster.run("squeue", "--noheader", timeout=20).strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
 def _stop(folder: Path) -> None:

@@ -1,0 +1,196 @@
+"""``vilg plan``: what a layout costs each GPU, whether it fits, and which layouts would."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_vilg.cli.options import add_config_options, load_from_args
+from megatron_vilg.config.check import check
+from megatron_vilg.config.schema import ParallelConfig, RunConfig
+from megatron_vilg.errors import ConfigError
+from megatron_vilg.parallel.estimate import AXES, KINDS, Estimate, estimate
+from megatron_vilg.parallel.proposal import GIB, Hardware, StepTime, fits, nearest_layout, propose, step_time
+
+EXIT_DOES_NOT_FIT = 1
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb; ``subparsers`` is what ``ArgumentParser.add_subparsers`` returns."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "plan",
+        help="say what a layout costs",
+        description="Say what a layout costs each GPU: parameters, memory by kind, bytes sent per step and axis, idle "
+        "time, FLOPs, and a step's time at given peaks. Impossible layouts are refused, with the nearest that works. "
+        "Exit code 1 if the layout does not fit the memory.",
+        epilog="example: vilg plan --preset paper-10b --world-size 256 parallel.tensor=2; "
+        "vilg plan --preset paper-10b --world-size 32 --propose",
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="GPUs (default: the product of the layout)")
+    parser.add_argument("--propose", action="store_true", help="list the fastest layouts that fit, by estimate")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the figures to a file as well")
+    given = parser.add_argument_group("hardware that times and fits are computed from")
+    hardware = Hardware()
+    given.add_argument("--gpu-memory", type=float, default=hardware.memory, metavar="GIB", help="per GPU")
+    given.add_argument("--peak-tflops", type=float, default=hardware.peak, metavar="T", help="dense bf16")
+    given.add_argument(
+        "--efficiency", type=float, default=hardware.efficiency, help="share of the peak that is reached"
+    )
+    given.add_argument("--gpus-per-node", type=int, default=hardware.gpus_per_node, metavar="N")
+    given.add_argument("--node-bandwidth", type=float, default=hardware.node_bandwidth, metavar="GB/s", help="per GPU")
+    given.add_argument(
+        "--network-bandwidth", type=float, default=hardware.network_bandwidth, metavar="GB/s", help="per GPU"
+    )
+    add_config_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; 1 if the layout, or with ``--propose`` every layout, is too large."""
+    config = load_from_args(args).run
+    # Presets leave the size of the text vocabulary to its tokenizer; a plan takes the size that was asked for.
+    config = config.resolve(text_vocab_size=config.model.text_vocab_size or config.text_tokenizer.vocab_size)
+    hardware = Hardware(
+        memory=args.gpu_memory,
+        peak=args.peak_tflops,
+        efficiency=args.efficiency,
+        gpus_per_node=args.gpus_per_node,
+        node_bandwidth=args.node_bandwidth,
+        network_bandwidth=args.network_bandwidth,
+    )
+    _check_hardware(hardware, args.world_size)
+    parallel = config.parallel
+    fixed = parallel.tensor * parallel.pipeline * parallel.replica
+    world_size = args.world_size or fixed * max(1, parallel.shard)
+    if args.propose:
+        found = propose(config, world_size, hardware)
+        _print_proposals(config, world_size, hardware, found)
+        _write(args.json, {"proposals": [_as_json(each, cost, hardware) for each, cost in found]})
+        return 0 if found else EXIT_DOES_NOT_FIT
+    _refuse_impossible(config, world_size)
+    cost = estimate(config, world_size)
+    _print_plan(config, cost, hardware)
+    _write(args.json, _as_json(config, cost, hardware))
+    return 0 if fits(cost, hardware) else EXIT_DOES_NOT_FIT
+
+
+def _check_hardware(hardware: Hardware, world_size: int | None) -> None:
+    values = dataclasses.asdict(hardware) | ({} if world_size is None else {"world size": world_size})
+    problems = [f"{name}={value}: must be above 0" for name, value in values.items() if value <= 0]
+    if hardware.efficiency > 1:
+        problems.append(f"--efficiency={hardware.efficiency}: is a share of the peak. Works: above 0, up to 1")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _refuse_impossible(config: RunConfig, world_size: int) -> None:
+    problems = check(config, world_size)
+    if not problems:
+        return
+    near = nearest_layout(config, world_size)
+    if near is not None:
+        problems.append(f"the nearest layout of {world_size} processes that works: {layout_words(near)}")
+    raise ConfigError(problems)
+
+
+def layout_words(parallel: ParallelConfig) -> str:
+    """The options that give a layout, to be pasted behind a command."""
+    names = ["tensor", "pipeline", "replica", "shard", "zero", "num_microbatches", "recompute"]
+    if parallel.schedule != "1f1b":
+        names += ["schedule", "stages_per_rank"]
+    return " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in names)
+
+
+def _print_plan(config: RunConfig, cost: Estimate, hardware: Hardware) -> None:
+    layout, rank, time = cost.layout, cost.fullest, step_time(cost, hardware)
+    pairs = layout.pairs_each(config.train.batch_size)
+    _line("model", f"{cost.parameters / 1e9:.3f} B parameters, {cost.stack_parameters / 1e9:.3f} B of them in blocks")
+    _line(
+        "layout",
+        f"{layout.world_size} GPUs = tensor {layout.tensor} x pipeline {layout.pipeline} x replica {layout.replica} x "
+        f"shard {layout.shard}; ZeRO {config.parallel.zero}, {layout.num_microbatches} micro-batches of {pairs} pairs, "
+        f"recompute {config.parallel.recompute}, {config.train.precision}",
+    )
+    _line("parameters", f"{rank.parameters / 1e6:.1f} M kept on the fullest rank")
+    _line("memory", "  ".join(f"{kind} {rank.memory[kind] / GIB:.2f}" for kind in KINDS) + "  GiB, largest of each")
+    if rank.host:
+        _line("main memory", f"{rank.host / GIB:.2f} GiB for weights, gradients and optimizer")
+    verdict = "fits" if fits(cost, hardware) else "DOES NOT FIT"
+    _line(
+        "peak",
+        f"{rank.peak / GIB:.2f} GiB at the fullest moment; {verdict} {hardware.memory:g} GiB "
+        f"({hardware.memory_share:.0%} of it may be filled)",
+    )
+    sent = cost.busiest
+    _line("sent", "  ".join(f"{axis} {sent[axis] / 1e9:.2f}" for axis in AXES) + "  GB per rank and step")
+    _line("bubble", f"{cost.bubble:.1%} of a step waits in the pipeline")
+    _line(
+        "FLOPs",
+        f"{cost.flops_kept:.3e} per step with kept attention only, {cost.flops_dense:.3e} with dense attention, "
+        f"{cost.flops_executed:.3e} executed",
+    )
+    _line("step", _time_words(config, time))
+    if config.train.engine != "native":
+        _line("engine", f"the native engine's figures; {config.train.engine} has buffers of its own beside them")
+    _line(
+        "computed with",
+        f"{hardware.peak:g} TFLOP/s x {hardware.efficiency:g}, {hardware.node_bandwidth:g} GB/s inside a node of "
+        f"{hardware.gpus_per_node}, {hardware.network_bandwidth:g} GB/s between nodes; not measured",
+    )
+
+
+def _time_words(config: RunConfig, time: StepTime) -> str:
+    pairs = config.train.batch_size / time.step
+    days = config.train.num_steps * time.step / 86_400
+    return (
+        f"{time.step:.2f} s = compute {time.compute:.2f} + idle {time.idle:.2f} + tensor {time.tensor:.2f} + "
+        f"data {time.data:.2f}; {pairs:.0f} pairs/s, MFU {time.mfu:.1%}, {days:.1f} days for "
+        f"{config.train.num_steps} steps"
+    )
+
+
+def _print_proposals(
+    config: RunConfig, world_size: int, hardware: Hardware, found: list[tuple[RunConfig, Estimate]]
+) -> None:
+    title = f"{world_size} GPUs of {hardware.memory:g} GiB, {config.train.batch_size} pairs a step"
+    if not found:
+        print(f"{title}: no layout fits. Works: more GPUs or memory, or parallel.cpu_offload=true")
+        return
+    print(f"{title}; fastest first, by estimate:")
+    for each, cost in found:
+        time = step_time(cost, hardware)
+        print(f"{time.step:8.2f} s  {cost.fullest.peak / GIB:6.1f} GiB  {layout_words(each.parallel)}")
+
+
+def _line(name: str, text: str) -> None:
+    print(f"{name:<14} {text}")
+
+
+def _as_json(config: RunConfig, cost: Estimate, hardware: Hardware) -> dict[str, Any]:
+    time = step_time(cost, hardware)
+    return {
+        "layout": dataclasses.asdict(cost.layout) | {"world_size": cost.layout.world_size},
+        "options": layout_words(config.parallel),
+        "parameters": cost.parameters,
+        "stack_parameters": cost.stack_parameters,
+        "ranks": [dataclasses.asdict(rank) for rank in cost.ranks],
+        "peak_bytes": cost.fullest.peak,
+        "fits": fits(cost, hardware),
+        "sent_bytes": cost.busiest,
+        "bubble": cost.bubble,
+        "flops": {"kept": cost.flops_kept, "dense": cost.flops_dense, "executed": cost.flops_executed},
+        "seconds": dataclasses.asdict(time) | {"step": time.step},
+        "hardware": dataclasses.asdict(hardware),
+    }
+
+
+def _write(path: Path | None, content: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"--json={path}: cannot be written ({error.strerror}); name another file"]) from error

@@ -1,0 +1,296 @@
+"""What a layout costs each rank: parameters, memory by kind, bytes sent by axis, idle time. Arithmetic only, no torch.
+
+The cuts are those of ``parallel/plan.py`` and ``parallel/zero.py``; tests compare these figures with tensors that were
+really allocated and bytes that were really sent. Times follow from peak figures that the caller gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from megatron_vilg.config.schema import ModelConfig, RunConfig
+from megatron_vilg.models.cost import (
+    Sizes,
+    backward_bytes_per_row,
+    block_bytes_per_row,
+    forward_flops,
+    input_bytes_per_row,
+    mask_bytes_per_row,
+    num_parameters,
+    num_stack_parameters,
+    parameter_shapes,
+)
+from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
+from megatron_vilg.parallel.plan import Cut, rule_of
+
+MASTER_BYTES = 4
+"""Weights, gradients and gradient sums are kept in float32."""
+OPTIMIZER_BYTES = {
+    "adamw": 8.0,
+    "apex_fused_adam": 8.0,
+    "adamw_8bit": 2 * (1 + 4 / 256),
+    "adamw_4bit": 2 * (0.5 + 4 / 128),
+}
+"""Bytes per parameter of the optimizer's state: two moments, quantised ones with a float32 scale per block."""
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+AXES = ("tp", "shard", "replica", "pp")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Values of one rank's pieces of the model, after the cut over ``tp``."""
+
+    whole: int
+    """As they are when gathered over ``shard``."""
+    sharded: int
+    """The share of the rank that has most of them."""
+    block: int
+    """The largest block, gathered."""
+    rest: int
+    """Everything outside blocks, gathered."""
+    shared: int
+    """Values that every rank of ``tp`` holds; their gradients are summed over it."""
+    layers: int
+    has_embedding: bool
+    has_heads: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RankCost:
+    """One rank of the pipeline; ranks along the other axes cost the same."""
+
+    parameters: int
+    """Values this rank keeps between steps."""
+    memory: dict[str, float]
+    """Largest bytes by kind (``KINDS``); they do not all peak together."""
+    peak: float
+    """Largest bytes of all kinds together, at one time."""
+    host: float
+    """Bytes in main memory instead, with ``parallel.cpu_offload``."""
+    sent: dict[str, float]
+    """Bytes this rank sends per step, by axis (``AXES``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A whole layout."""
+
+    layout: Layout
+    parameters: int
+    stack_parameters: int
+    ranks: tuple[RankCost, ...]
+    bubble: float
+    """Share of a step in which a rank of the pipeline waits for others."""
+    flops_kept: float
+    """Per optimizer step over all ranks: what the model needs, attention counted where its rules allow it."""
+    flops_dense: float
+    """The same with attention from everywhere to everywhere."""
+    flops_executed: float
+    """``flops_kept`` and what is computed again."""
+
+    @property
+    def fullest(self) -> RankCost:
+        """The rank of the pipeline with the highest peak."""
+        return max(self.ranks, key=lambda rank: rank.peak)
+
+    @property
+    def busiest(self) -> dict[str, float]:
+        """Bytes sent per step by axis, of the rank that sends most over it."""
+        return {axis: max(rank.sent[axis] for rank in self.ranks) for axis in AXES}
+
+
+def estimate(run: RunConfig, world_size: int) -> Estimate:
+    """Costs of a resolved configuration that ``config.check`` has nothing against, for ``world_size`` processes."""
+    layout = Layout.of(run.parallel, world_size)
+    flops, pairs = forward_flops(run.model), run.train.batch_size
+    again = {"none": 0, "selective": flops.attention_kept, "block": flops.linear + flops.attention_kept}
+    ranks = tuple(_rank_cost(run, layout, rank) for rank in range(layout.pipeline))
+    return Estimate(
+        layout=layout,
+        parameters=num_parameters(run.model),
+        stack_parameters=num_stack_parameters(run.model),
+        ranks=ranks,
+        bubble=bubble(layout),
+        flops_kept=3.0 * pairs * flops.kept,
+        flops_dense=3.0 * pairs * flops.dense,
+        flops_executed=pairs * (3.0 * flops.kept + again[run.parallel.recompute]),
+    )
+
+
+def bubble(layout: Layout) -> float:
+    """``(p - 1) / (v m + p - 1)`` for p ranks, m micro-batches and v stages on each (arXiv 2104.04473, section 2.2)."""
+    idle = layout.pipeline - 1
+    return idle / (layout.stages_per_rank * layout.num_microbatches + idle)
+
+
+@lru_cache(maxsize=1024)
+def part_of(model: ModelConfig, layout: Layout, rank: int) -> Part:
+    """What a rank of the pipeline holds of the model; copies and micro-batches of ``layout`` do not matter."""
+    stages = stages_of_rank(layout.pipeline, layout.stages_per_rank, rank)
+    ranges = stage_layers(model.num_layers, layout.num_stages)
+    layers = {layer for stage in stages for layer in ranges[stage]}
+    has_embedding, has_heads = 0 in stages, layout.num_stages - 1 in stages
+    blocks = dict.fromkeys(layers, 0)
+    rest = sharded = shared = 0
+    for name, shape in parameter_shapes(model).items():
+        top = name.split(".")
+        if top[0] == "blocks" and int(top[1]) not in layers:
+            continue
+        if (top[0] == "embed" and not has_embedding) or (top[0] in ("norm", "heads") and not has_heads):
+            continue
+        local = local_shape(name, shape, layout.tensor)
+        size = prod(local)
+        if top[0] == "blocks":
+            blocks[int(top[1])] += size
+        else:
+            rest += size
+        sharded += -(-local[0] // layout.shard) * prod(local[1:])
+        if layout.tensor > 1 and rule_of(name).cut in (Cut.SEQUENCE, Cut.HEADS, Cut.AFTER_SUM):
+            shared += size
+    return Part(
+        whole=sum(blocks.values()) + rest,
+        sharded=sharded,
+        block=max(blocks.values()),
+        rest=rest,
+        shared=shared,
+        layers=len(layers),
+        has_embedding=has_embedding,
+        has_heads=has_heads,
+    )
+
+
+def local_shape(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
+    """Shape of a parameter on one rank of ``tp``."""
+    dim = rule_of(name).cut.dim
+    if dim is None:
+        return shape
+    dim = min(dim, len(shape) - 1)
+    return (*shape[:dim], shape[dim] // tensor, *shape[dim + 1 :])
+
+
+def _rank_cost(run: RunConfig, layout: Layout, rank: int) -> RankCost:
+    part = part_of(run.model, dataclasses.replace(layout, replica=1, num_microbatches=1), rank)
+    sizes = _sizes(run, layout)
+    memory, peak = _memory(run, layout, part, sizes, rank)
+    offloaded = ("weights", "gradients", "optimizer")
+    host = sum(memory[kind] for kind in offloaded) if run.parallel.cpu_offload else 0.0
+    if run.parallel.cpu_offload:
+        memory = memory | dict.fromkeys(offloaded, 0.0)
+        peak -= host
+    return RankCost(part.sharded, memory, peak, host, _sent(run, layout, part, sizes, rank))
+
+
+def _sizes(run: RunConfig, layout: Layout) -> Sizes:
+    is_alone, is_bf16 = layout.world_size == 1, run.train.precision == "bf16"
+    # Alone, autocast leaves hidden states between blocks in float32; sharded modules get and give bf16.
+    return Sizes(
+        compute=2 if is_bf16 else 4,
+        residual=2 if is_bf16 and not is_alone else 4,
+        split=layout.tensor,
+        autocast=is_bf16 and is_alone,
+    )
+
+
+def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int) -> tuple[dict[str, float], float]:
+    """Bytes by kind, and of the fullest moment."""
+    parallel, model = run.parallel, run.model
+    rows = 2 * layout.pairs_each(run.train.batch_size)
+    block_whole = rows * block_bytes_per_row(model, sizes, scores=run.ops.attention == "dense")
+    block_kept = {
+        "none": block_whole,
+        "selective": rows * block_bytes_per_row(model, sizes, scores=False, attention_inside=False),
+        "block": rows * input_bytes_per_row(model, sizes),
+    }[parallel.recompute]
+    recomputed = block_whole - block_kept
+    kept = layout.micro_batches_in_flight(rank) * part.layers * block_kept
+    passing = rows * backward_bytes_per_row(model, sizes)
+    masks = rows * mask_bytes_per_row(model, sizes) if run.ops.attention in ("dense", "sdpa") else 0.0
+    weights, optimizer = MASTER_BYTES * part.sharded, OPTIMIZER_BYTES[run.optim.name] * part.sharded
+    has_earlier = layout.num_microbatches > 1
+    keeps_whole_gradients = layout.world_size > 1 and parallel.zero == 1 and has_earlier
+    gradients = MASTER_BYTES * (part.whole if keeps_whole_gradients else part.sharded)
+    gathered, on_their_way = _buffers(run, layout, part, sizes)
+    logits = _logits(run, layout, part, sizes)
+    memory = {
+        "weights": float(weights),
+        "gradients": float(gradients),
+        "optimizer": float(optimizer),
+        "activations": kept + recomputed + passing + masks,
+        "logits": logits,
+        "buffers": gathered + on_their_way,
+    }
+    # Gradients of a single micro-batch come as activations go; those of earlier ones are there all the time.
+    earlier = gradients if has_earlier else 0.0
+    turning = kept + earlier + max(logits, recomputed + passing)
+    before_last = gradients * (1 - (part.block + part.rest) / part.whole) if part.layers > 1 else 0.0
+    end = max(earlier, before_last) + block_kept + recomputed + passing + on_their_way
+    return memory, weights + optimizer + gathered + masks + max(turning, end, gradients)
+
+
+def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[float, float]:
+    """Gathered weights; gradients on their way to their shard."""
+    if layout.world_size == 1:
+        if not sizes.autocast:
+            return 0.0, 0.0
+        layers = part.layers if run.parallel.recompute != "block" else 1
+        return float(sizes.compute * part.block * layers), 0.0  # autocast's copies, kept for the backward pass
+    gathered = part.rest + 2 * part.block if run.parallel.zero == 3 else part.whole
+    return float(sizes.compute * gathered), float((sizes.compute + MASTER_BYTES) * max(part.block, part.rest))
+
+
+def _logits(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> float:
+    """The heads: one chunk of logits, and gradients that are computed beside the loss."""
+    if not part.has_heads:
+        return 0.0
+    model, spec = run.model, run.model.spec
+    pairs = layout.pairs_each(run.train.batch_size)
+    saved = chunk = 0.0
+    for count, vocabulary in (
+        (spec.num_image_tokens, model.image_vocab_size),
+        (spec.num_text_slots + 1, model.text_vocab_size),
+    ):
+        share = vocabulary // layout.tensor
+        saved += sizes.residual * pairs * count * model.width * 3  # norm's input, its result, and the gradient
+        saved += (MASTER_BYTES if layout.world_size == 1 or layout.tensor > 1 else sizes.compute) * share * model.width
+        chunk = max(chunk, _chunk_rows(pairs * count, share) * share * (2.0 * sizes.compute + MASTER_BYTES))
+    return saved + chunk
+
+
+def _chunk_rows(rows: int, vocabulary: int) -> int:
+    """``ops.cross_entropy.chunk_rows`` on a GPU."""
+    return min(rows, max(128, (32 << 20) // (4 * vocabulary), -(-rows // 24)))
+
+
+def _sent(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int) -> dict[str, float]:
+    """Bytes per step and axis. A ring over n ranks sends (n - 1) / n of what is gathered or scattered, an all-reduce
+    twice that."""
+    parallel, model, spec = run.parallel, run.model, run.model.spec
+    micro = layout.num_microbatches
+    rows = 2 * layout.pairs_each(run.train.batch_size)
+    hidden = rows * spec.length * model.width * sizes.compute
+
+    def ring(size: int) -> float:
+        return (size - 1) / size
+
+    gathers = 2 * micro if parallel.zero == 3 else 1
+    reduces = 1 if parallel.zero == 1 else micro
+    shard = ring(layout.shard) * part.whole * (gathers * sizes.compute + reduces * MASTER_BYTES)
+    replica = 2 * ring(layout.replica) * part.sharded * MASTER_BYTES
+    # Each block gathers and scatters twice, forward and backward; recomputing repeats the forward ones.
+    exchanges = part.layers * (12 if parallel.recompute == "block" else 8)
+    exchanges += 2 * (part.has_embedding + part.has_heads)
+    per_micro = ring(layout.tensor) * (exchanges * hidden + 2 * part.shared * sizes.compute)
+    if part.has_heads:
+        predicted = rows // 2 * (spec.num_image_tokens + spec.num_text_slots + 1)
+        per_micro += 2 * ring(layout.tensor) * predicted * (model.width + 4) * MASTER_BYTES
+    stages = stages_of_rank(layout.pipeline, layout.stages_per_rank, rank)
+    borders = sum((stage > 0) + (stage < layout.num_stages - 1) for stage in stages)
+    return {
+        "tp": micro * per_micro,
+        "shard": shard if layout.world_size > 1 else 0.0,
+        "replica": replica,
+        "pp": micro * borders * hidden / layout.tensor,
+    }

@@ -1,0 +1,86 @@
+"""``vilg plan``: table, file, refusals with the nearest layout, proposals; without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vilg.cli.main import main
+from megatron_vilg.config.check import check
+from megatron_vilg.config.load import load_run_config
+
+PAPER = ["plan", "--preset", "paper-10b"]
+
+
+def test_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert main([*PAPER, "--world-size", "64", "--json", str(file), "parallel.tensor=2"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert "9.666 B" in lines["model"] and "tensor 2 x pipeline 1 x replica 1 x shard 32" in lines["layout"]
+    assert "fits 80 GiB" in lines["peak"] and "not measured" in lines["computed"]
+    content = json.loads(file.read_text())
+    assert content["layout"]["world_size"] == 64 and content["fits"]
+    (rank,) = content["ranks"]
+    assert set(rank["memory"]) == {"weights", "gradients", "optimizer", "activations", "logits", "buffers"}
+    assert set(content["sent_bytes"]) == {"tp", "shard", "replica", "pp"}
+    assert content["flops"]["kept"] < content["flops"]["dense"] < content["flops"]["executed"]
+    seconds = content["seconds"]
+    parts = sum(seconds[name] for name in ("compute", "idle", "tensor", "data"))
+    assert seconds["step"] == pytest.approx(parts)
+
+
+def test_what_is_too_large_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(PAPER) == 1
+    assert "DOES NOT FIT 80 GiB" in capsys.readouterr().out
+
+
+def test_impossible_layouts_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PAPER, "--world-size", "16", "parallel.tensor=3"]) == 2
+    error = capsys.readouterr().err
+    assert "parallel.tensor=3: must divide model.num_heads=64" in error
+    (line,) = [line for line in error.splitlines() if "nearest layout of 16 processes" in line]
+    settings = [word for word in line.split() if word.startswith("parallel.")]
+    assert "parallel.tensor=2" in settings or "parallel.tensor=4" in settings
+    run = load_run_config("paper-10b", overrides=settings)
+    assert check(run.resolve(text_vocab_size=18_000), 16) == []
+
+
+def test_proposals_fit_and_come_fastest_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert main([*PAPER, "--world-size", "8", "--propose", "--gpu-memory", "141", "--json", str(file)]) == 0
+    assert "8 GPUs of 141 GiB" in capsys.readouterr().out
+    proposals = json.loads(file.read_text())["proposals"]
+    seconds = [each["seconds"]["step"] for each in proposals]
+    assert 1 <= len(proposals) <= 5 and seconds == sorted(seconds)
+    for each in proposals:
+        assert each["fits"] and each["layout"]["world_size"] == 8
+        run = load_run_config("paper-10b", overrides=each["options"].split())
+        assert check(run.resolve(text_vocab_size=18_000), 8) == []
+    assert main([*PAPER, "--world-size", "2", "--propose", "--gpu-memory", "16"]) == 1
+    assert "no layout fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--world-size", "0"], "world size=0: must be above 0"),
+        (["--efficiency", "1.5"], "--efficiency=1.5: is a share of the peak"),
+        (["--json", "/no/such/folder/f.json"], "--json=/no/such/folder/f.json: cannot be written"),
+    ],
+)
+def test_messages(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "demo", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_torch_is_needed() -> None:
+    code = (
+        "import sys; from megatron_vilg.cli.main import main; main(['plan', '--preset', 'paper-10b']);"
+        "print(*({'torch', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr.strip() == ""

@@ -1,0 +1,142 @@
+"""What ``vilg plan`` computes is what ranks really hold: counted, not believed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from megatron_vilg.config.check import require
+from megatron_vilg.config.presets import PRESETS
+from megatron_vilg.config.schema import OpsConfig, ParallelConfig, RunConfig
+from megatron_vilg.parallel.account import local_bytes, pretend_to_be
+from megatron_vilg.parallel.estimate import KINDS, bubble, estimate
+from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
+from megatron_vilg.parallel.mesh import build_mesh
+from megatron_vilg.train.engine import NativeEngine, cut_parts
+from tests.helpers import run_distributed
+from tests.live_bytes import LiveBytes
+from tests.parallel.cases import case_model, case_run, codebook
+from tests.tiny import tiny_batch
+
+SIZES = {"width": 128, "num_layers": 6, "image_side": 8, "conv_kernel": 5, "codebook_dim": 0}
+MODEL = case_model(**SIZES, text_vocab_size=64, image_vocab_size=64)
+BATCH = 8
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def paper_10b(**parallel: Any) -> RunConfig:
+    run = PRESETS["paper-10b"]()
+    return dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, **parallel)).resolve()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks"),
+    [
+        ({"tensor": 2, "shard": 32}, (0,)),
+        ({"tensor": 2, "pipeline": 4, "shard": 8, "num_microbatches": 8, "zero": 1}, (0, 63)),
+        ({"pipeline": 2, "replica": 4, "shard": 8, "num_microbatches": 4}, (0,)),
+    ],
+)
+def test_a_rank_of_64_holds_what_was_planned(parallel: dict[str, Any], ranks: tuple[int, ...]) -> None:
+    run = paper_10b(**parallel)
+    require(run, 64)
+    cost = estimate(run, 64)
+    assert cost.stack_parameters == pytest.approx(9.66e9, rel=0.001)
+    for rank in ranks:
+        with pretend_to_be(rank, 64):
+            held = local_bytes(cut_parts(run, build_mesh(run.parallel, "cpu")), run)
+        planned = cost.ranks[rank // (64 // run.parallel.pipeline)]
+        for kind in ("weights", "optimizer"):
+            assert getattr(held, kind) == pytest.approx(planned.memory[kind], rel=0.05)
+        assert max(held.gradients, held.whole_gradients) == pytest.approx(planned.memory["gradients"], rel=0.05)
+
+
+def measured_peak(run: RunConfig) -> int:
+    """Most bytes of tensors that live at once in the second step, optimizer state included."""
+    mesh = build_mesh(run.parallel, "cpu")
+    engine = NativeEngine(run, mesh, codebook(run))
+    size = BATCH // mesh.data_size
+    batch = tiny_batch(run.model, BATCH).slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
+    engine.train_step(batch)
+    known = [local(p) for _, p in engine.named_parameters()]
+    known += [local(value) for state in engine.optimizer.state.values() for value in state.values()]
+    with LiveBytes(known) as live:
+        engine.train_step(batch)
+    return live.peak
+
+
+def run_of(precision: str, **parallel: Any) -> RunConfig:
+    run = case_run(parallel, MODEL, batch_size=BATCH, precision=precision)
+    return dataclasses.replace(run, ops=OpsConfig(attention="sdpa"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "parallel"),
+    [
+        ("fp32", {}),
+        ("bf16", {"num_microbatches": 2}),
+        ("fp32", {"recompute": "block"}),
+        ("fp32", {"recompute": "selective", "num_microbatches": 2}),
+    ],
+)
+def test_one_process_uses_the_planned_memory(precision: str, parallel: dict[str, Any]) -> None:
+    run = run_of(precision, **parallel)
+    assert measured_peak(run) == pytest.approx(estimate(run, 1).fullest.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("precision", "parallel"),
+    [
+        ("bf16", {"zero": 3, "recompute": "block"}),
+        ("fp32", {"zero": 1, "num_microbatches": 2}),
+        ("fp32", {"tensor": 2}),
+        ("fp32", {"pipeline": 2, "num_microbatches": 4, "zero": 1}),
+    ],
+)
+def test_two_processes_use_the_planned_memory(precision: str, parallel: dict[str, Any]) -> None:
+    run = run_of(precision, **parallel)
+    assert max(run_distributed(measured_peak, 2, run, timeout=240.0)) == pytest.approx(
+        estimate(run, 2).fullest.peak, rel=0.05
+    )
+
+
+def test_layers_of_stages() -> None:
+    assert [layer for layers in stage_layers(48, 16) for layer in layers] == list(range(48))
+    assert [len(layers) for layers in stage_layers(6, 4)] == [1, 2, 2, 1]
+    assert stages_of_rank(2, 3, 1) == [1, 3, 5]
+
+
+def test_idle_share_follows_the_schedule() -> None:
+    assert bubble(Layout(tensor=1, pipeline=1, replica=1, shard=8)) == 0
+    assert bubble(Layout(tensor=1, pipeline=4, replica=1, shard=1, num_microbatches=13)) == pytest.approx(3 / 16)
+    interleaved = Layout(tensor=1, pipeline=4, replica=1, shard=1, stages_per_rank=2, num_microbatches=12)
+    assert bubble(interleaved) == pytest.approx(3 / 27)
+
+
+def test_traffic_follows_the_zero_number() -> None:
+    """Design of ``parallel/zero.py``: gathers in bf16, sums in fp32; M = 4 micro-batches over 8 shards."""
+    whole = estimate(paper_10b(), 1).parameters
+    for zero, gathers, reduces in ((1, 1, 1), (2, 1, 4), (3, 8, 4)):
+        cost = estimate(paper_10b(shard=8, zero=zero, num_microbatches=4), 8)
+        assert cost.busiest["shard"] == pytest.approx(7 / 8 * whole * (2 * gathers + 4 * reduces))
+        assert cost.busiest["tp"] == cost.busiest["pp"] == cost.busiest["replica"] == 0
+    copies = estimate(paper_10b(replica=4, shard=8, num_microbatches=4), 32)
+    assert copies.busiest["replica"] == pytest.approx(2 * 3 / 4 * 4 * whole / 8, rel=0.001)
+
+
+def test_kinds_are_complete_and_offload_moves_states_to_main_memory() -> None:
+    here, away = (estimate(paper_10b(shard=8, cpu_offload=flag), 8).fullest for flag in (False, True))
+    assert tuple(here.memory) == KINDS
+    assert here.host == 0 and away.host == pytest.approx(16 * here.parameters)
+    assert away.memory["optimizer"] == 0 and away.peak < here.peak
+
+
+def test_default_layout() -> None:
+    assert Layout.of(ParallelConfig(tensor=2, pipeline=2), 16).shard == 4
