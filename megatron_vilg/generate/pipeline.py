@@ -291,7 +291,8 @@ class Pipeline:
         found = self.caption_ids(
             images, settings=settings, beam=beam, length_penalty=length_penalty, seed=seed, max_batch=max_batch
         )
-        return [self.text_tokenizer.decode(ids) for ids in found]
+        # On one line: byte tokens can spell a line break, which no caption that was encoded ever holds.
+        return [" ".join(self.text_tokenizer.decode(ids).split()) for ids in found]
 
     def caption_log_likelihood(self, ids: Tensor, prompts: Sequence[str], *, max_batch: int | None = None) -> Tensor:
         """``log P(prompt | picture)`` in nats for codes [B, N] and their prompts: float32 [B]."""

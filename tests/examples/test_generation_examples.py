@@ -23,8 +23,9 @@ def test_draw_then_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     caption = runpy.run_path(str(EXAMPLES / "caption_images.py"))["main"]
     caption(str(tmp_path / "run"), pictures)
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows] == pictures * 2
-    assert {row[1] for row in rows} == {"greedy", "beam 5"} and all(row[3].endswith(" nats") for row in rows)
+    assert [row[0] for row in rows] == pictures * 3
+    assert {row[1] for row in rows} == {"greedy", "beam 5", "best of 32"}
+    assert all(row[3].endswith(" nats") for row in rows)
 
 
 @pytest.mark.parametrize("name", ["styles.txt", "poetry.txt"])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.ops.attention import attention, choose_implementation
