@@ -39,11 +39,16 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """A test that runs a command configures logging; the next test shall not notice."""
-    logger = logging.getLogger("megatron_vilg")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    _forget_logging()  # what a fixture of a module configured
     yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    _forget_logging()
+
+
+def _forget_logging() -> None:
+    logger = logging.getLogger("megatron_vilg")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
