@@ -23,7 +23,9 @@ from megatron_vilg.parallel.watch import Heartbeat
 
 log = get_logger(__name__)
 Value = TypeVar("Value")
-_POLL = timedelta(seconds=30)
+_POLL = timedelta(seconds=1)
+"""Waiting in C++ keeps signals from being handled, so it must not last."""
+_POLLS_PER_MESSAGE = 30
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out|Broken pipe", re.IGNORECASE)
 _MOST_NAMED = 8
 
@@ -48,8 +50,11 @@ class Job:
             if self.store is not None:
                 self.store.set(name, "done")
             return result
+        polls = 0
         while not self._has(name):
-            log.info("waiting for the main process: %s", name)
+            polls += 1
+            if polls % _POLLS_PER_MESSAGE == 0:
+                log.info("waiting for the main process: %s", name)
         return work()
 
     def _has(self, name: str) -> bool:
@@ -123,9 +128,14 @@ def place() -> str:
     return f"node {node_name()}, process {os.getpid()}"
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception says that another process did not answer, rather than what is wrong with this one."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Whether an exception, or what caused it, says that another process did not answer, rather than what is wrong with
+    this one."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _meet(world: World, timeout: timedelta) -> dist.Store:

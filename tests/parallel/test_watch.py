@@ -64,3 +64,6 @@ def test_errors_of_its_own_are_told_from_lost_partners() -> None:
     assert not is_lost_connection(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_lost_connection(ValueError("timed out"))
     assert not is_lost_connection(ConfigError(["x"]))
+    wrapped = ConfigError(["the checkpoint cannot be written"])
+    wrapped.__cause__ = RuntimeError("Connection closed by peer")
+    assert is_lost_connection(wrapped)
