@@ -90,7 +90,7 @@ def test_damage_is_named_and_nothing_is_written(tmp_path: Path, how: str, words:
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist, torch.multiprocessing as mp
 from deepspeed.ops import __compatible_ops__ as ops
 import deepspeed
@@ -98,6 +98,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from tests.tiny import tiny_config, tiny_model
 
 def work(rank, world, stage, out):
+    os.environ["LOCAL_RANK"] = str(rank)
     ops["deepspeed_shm_comm"] = False  # would be compiled
     dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=world)
     deepspeed.init_distributed(dist_backend="gloo")
