@@ -50,7 +50,8 @@ def _add_demo(verbs: Any) -> None:
         "--styles",
         default="",
         metavar="A,B",
-        help="some of noto,twemoji,openmoji,fluent-flat,fluent-3d,emojione (default: all)",
+        help="some of fluent-flat,fluent-3d,fluent-contrast,emojione,emojione-mono,openmoji,noto,twemoji, or all "
+        "(default: the first six)",
     )
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
     parser.add_argument(
@@ -112,12 +113,12 @@ def _add_encode(verbs: Any) -> None:
 def run_demo(args: argparse.Namespace) -> int:
     """Write the demo set."""
     from megatron_vilg.data.demo import DemoOptions, write_demo
-    from megatron_vilg.data.emoji import STYLES
+    from megatron_vilg.data.emoji import DEMO_STYLES, STYLES
 
     options = DemoOptions(
         concepts=args.concepts,
         held_out_concepts=args.held_out_concepts,
-        styles=_words(args.styles) or tuple(STYLES),
+        styles=tuple(STYLES) if args.styles == "all" else _words(args.styles) or DEMO_STYLES,
         size=args.size,
         languages=_words(args.languages),
         scenes=args.scenes,

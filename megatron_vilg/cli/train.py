@@ -59,17 +59,14 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
     _log.info("rank %d of %d: %s", world.rank, world.size, place())
     device = device_of(world, chosen_device(args.device))
     with joined(world, device, config.parallel.timeout_seconds) as job:
-        ready = job.main_first(
-            "prepared",
-            lambda: prepare(
-                config,
-                args.data,
-                args.out,
-                text_tokenizer=args.text_tokenizer,
-                image_tokenizer=args.image_tokenizer,
-                device=device,
-                world=world,
-            ),
+        ready = prepare(
+            config,
+            args.data,
+            args.out,
+            text_tokenizer=args.text_tokenizer,
+            image_tokenizer=args.image_tokenizer,
+            device=device,
+            job=job,
         )
         if ready is None:
             return False

@@ -8,6 +8,8 @@ from pathlib import Path
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
+from megatron_vilg.config.world import read_world
+from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
 
 _log = get_logger(__name__)
@@ -18,7 +20,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "train-vqgan",
         help="train the image tokenizer",
-        description="Train the image tokenizer on pictures. Again with the same --out: goes on where it stopped.",
+        description="Train the image tokenizer on pictures. Again with the same --out: goes on where it stopped. "
+        "Processes of torchrun or srun share each batch.",
         epilog="example: vilg train-vqgan --preset demo --data data/emoji --out runs/demo "
         "image_tokenizer_train.num_steps=700",
     )
@@ -35,9 +38,14 @@ def run(args: argparse.Namespace) -> int:
     """Train; the exit code is 0 only when the tokenizer is complete."""
     config = run_config_from_args(args)
     from megatron_vilg.data.pixels import read_train_and_held_out
-    from megatron_vilg.train.vqgan import train_image_tokenizer
+    from megatron_vilg.parallel.launch import device_of, joined
+    from megatron_vilg.parallel.replicas import Replicas
+    from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
 
-    device = chosen_device(args.device)
+    world = read_world()
+    if problem := uneven_parts(config, world.size):
+        raise ConfigError([problem])
+    device = device_of(world, chosen_device(args.device))
     size = config.image_tokenizer.image_size
     train, held_out = read_train_and_held_out(
         args.data, size, max_bad_share=config.data.max_bad_share, val_share=config.data.val_share
@@ -46,5 +54,8 @@ def run(args: argparse.Namespace) -> int:
         _log.warning("%s has no split besides train: quality is measured on training pictures", args.data)
         held_out = train
     _log.info("%d training pictures, %d to measure on, %d px", len(train), len(held_out), size)
-    quality = train_image_tokenizer(config, train, held_out, args.out / "image_tokenizer", device=device)
+    with joined(world, device, config.parallel.timeout_seconds):
+        quality = train_image_tokenizer(
+            config, train, held_out, args.out / "image_tokenizer", device=device, replicas=Replicas.of_group()
+        )
     return 0 if quality is not None else EXIT_STOPPED

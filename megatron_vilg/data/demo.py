@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_vilg.data.emoji import STYLES, Concept, EmojiSet, renderer_version
+from megatron_vilg.data.emoji import DEMO_STYLES, STYLES, Concept, EmojiSet, renderer_version
 from megatron_vilg.data.scenes import draw_scenes
 from megatron_vilg.data.shards import ShardWriter, file_sha256
 from megatron_vilg.data.token_files import check_same, read_json, write_json
@@ -46,7 +46,7 @@ class DemoOptions:
     """Concepts to train on, chosen by seed among simple ones; 0: every emoji there is."""
     held_out_concepts: int = 8
     """Concepts never trained on, in addition; with ``concepts = 0``: 5 % of all instead."""
-    styles: tuple[str, ...] = tuple(STYLES)
+    styles: tuple[str, ...] = DEMO_STYLES
     """Keys of ``emoji.STYLES``."""
     size: int = 64
     """Side of the pictures in pixels."""

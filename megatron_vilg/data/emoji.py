@@ -1,4 +1,4 @@
-"""Emoji as image-text data: concepts with Chinese and English names, drawn in six styles."""
+"""Emoji as image-text data: concepts with Chinese and English names, drawn in up to eight styles."""
 
 from __future__ import annotations
 
@@ -51,8 +51,21 @@ STYLES: dict[str, Style] = {
               "Fluent Emoji 3D, Microsoft, packaged by LobeHub, https://github.com/lobehub/fluent-emoji"),
         Style("emojione", "复古表情风格", "retro EmojiOne style", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0",
               "EmojiOne 2 (EmojiTwo), https://github.com/EmojiTwo/emojitwo"),
+        Style("fluent-contrast", "微软黑白风格", "Microsoft black and white style",
+              "@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT",
+              "Fluent Emoji High Contrast, Microsoft, https://github.com/microsoft/fluentui-emoji"),
+        Style("emojione-mono", "复古黑白风格", "retro black and white style",
+              "@iconify-json/emojione-monotone", "1.2.1", "CC-BY-4.0",
+              "EmojiOne 2 monotone (EmojiTwo), https://github.com/EmojiTwo/emojitwo"),
     )
 }  # fmt: skip
+
+
+DEMO_STYLES = ("fluent-flat", "fluent-3d", "fluent-contrast", "emojione", "emojione-mono", "openmoji")
+"""Five of the six share their drawings with another one: flat, glossy, and black and white of one drawing by Microsoft;
+coloured, and black and white of one by EmojiOne. So a picture in a style that its concept was never shown in follows
+from what was shown. Where a set draws everything anew, in another pose and other colours, nobody can know it.
+"""
 
 
 @dataclass(frozen=True, slots=True)

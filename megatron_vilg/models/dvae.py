@@ -141,13 +141,13 @@ class DVAE(nn.Module):
         grid: Tensor = self.encoder(pixels.contiguous(memory_format=torch.channels_last))
         return grid.flatten(2).transpose(1, 2).float()
 
-    def soft_codes(self, logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def soft_codes(self, logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
         """Gumbel-softmax: logits [B, N, K] to mixtures of codes [B, N, C]; the colder, the closer to one code.
 
         Args:
-            generator: on the device of the logits.
+            uniforms: float32 [B, N, K], uniform on [0, 1).
         """
-        uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp_(1e-20, 1.0 - 1e-7)
+        uniform = uniforms.clamp(1e-20, 1.0 - 1e-7)
         noisy = logits - (-uniform.log()).log()
         return (noisy / temperature).softmax(-1) @ self.code
 

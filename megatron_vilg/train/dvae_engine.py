@@ -39,16 +39,13 @@ class DVAEEngine(TokenizerEngine):
         """Nothing: a dVAE's codes learn from the first step on."""
 
     def train_step(self, step: int, pixels: Tensor) -> TokenizerStep:
-        """Learn from one batch [B, 3, S, S] in [-1, 1]."""
+        """Learn from this process's part [b, 3, S, S] of a batch, in [-1, 1]."""
         options, model = self.options, self.model
         pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
         model.train()
-        noise = torch.Generator(self.device).manual_seed(
-            seeded(options.seed, "gumbel", step).initial_seed()  # a device has its own stream: same seed, same device
-        )
         with self._autocast():
             logits = model.features(pixels)
-        vectors = model.soft_codes(logits, temperature_at(step, options), noise)
+        vectors = model.soft_codes(logits, temperature_at(step, options), self._uniforms(step, logits))
         with self._autocast():
             parameters = model.parameters_of(vectors)
         losses = {
@@ -65,12 +62,24 @@ class DVAEEngine(TokenizerEngine):
         finite, norm = self._update(model, self.optimizer, total, self._rates, step)
         losses |= {"loss/total": total, "grad_norm": norm}
         if finite:
-            ids = logits.detach().argmax(-1)
+            ids = self.replicas.whole(logits.detach().argmax(-1))
             self.code_counts += torch.bincount(ids.flatten(), minlength=len(self.code_counts))
             if step < (1.0 - options.frozen_codebook_fraction) * options.num_steps:
                 self.revived += model.follow(ids, seeded(options.seed, "revive", step))
         self._note(finite)
-        return TokenizerStep({name: value.detach() for name, value in losses.items()}, finite)
+        return self._report(losses, finite)
+
+    def _uniforms(self, step: int, logits: Tensor) -> Tensor:
+        """Uniform numbers for logits [b, N, K]: those of picture i of a batch are the same on whatever process it is.
+
+        A device has a stream of its own: same seed and same kind of device, same numbers.
+        """
+        found = torch.empty(logits.shape, device=logits.device)
+        for row, numbers in enumerate(found):
+            picture = row * self.replicas.size + self.replicas.rank
+            seed = seeded(self.options.seed, f"gumbel {picture}", step).initial_seed()
+            numbers.uniform_(generator=torch.Generator(self.device).manual_seed(seed))
+        return found
 
     def state_metrics(self, step: int) -> dict[str, float | Tensor]:
         """Temperature and weight of the divergence."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,9 @@ from megatron_vilg.data.token_writer import write_token_cache
 from megatron_vilg.errors import ConfigError, MissingPackageError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
-from megatron_vilg.train.vqgan import train_image_tokenizer
+from megatron_vilg.parallel.launch import Job
+from megatron_vilg.parallel.replicas import Replicas
+from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
 
 log = get_logger(__name__)
 SECONDS = "seconds.json"
@@ -65,9 +67,12 @@ def prepare(
     text_tokenizer: Path | None = None,
     image_tokenizer: Path | None = None,
     device: torch.device | str = "cpu",
-    world: World | None = None,
+    job: Job | None = None,
 ) -> Prepared | None:
     """Make what is missing in ``out``: configuration, text tokenizer, image tokenizer, token cache.
+
+    The main process does what one can do, and the others then read it; the image tokenizer is trained by all of them
+    if they can share its batches evenly.
 
     Args:
         run: checked configuration.
@@ -76,7 +81,7 @@ def prepare(
         text_tokenizer: folder of a trained one to copy instead of training one.
         image_tokenizer: the same for images.
         device: where the image tokenizer is trained and used.
-        world: this process; all but the main one only read, and are called when that one has returned.
+        job: all processes, which make this call together; None: this one alone.
 
     Returns:
         None when a signal stopped a stage; the same call goes on.
@@ -85,11 +90,31 @@ def prepare(
         ConfigError: a token cache was given without tokenizers, or sizes do not fit together.
         DataError, CheckpointError: pairs or tokenizers that cannot be read, or a cache of other tokenizers.
     """
-    world = world or World()
+    job = job or Job(World(), None)
     is_cache = (data / CACHE_MANIFEST).is_file() and "settings" in json.loads((data / CACHE_MANIFEST).read_text())
-    for name, given in ((TEXT_TOKENIZER, text_tokenizer), (IMAGE_TOKENIZER, image_tokenizer)):
-        if given is not None:
-            _copy_once(given, out / name)
+    given = {TEXT_TOKENIZER: text_tokenizer, IMAGE_TOKENIZER: image_tokenizer}
+    run, text = job.main_first("text", lambda: _configuration(run, data, out, given, is_cache, job.world))
+    _train_image_tokenizer(run, data, out, device, job)
+    if not (out / IMAGE_TOKENIZER).is_dir():  # a signal stopped its training
+        return None
+    images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
+
+    def encoded() -> Prepared:
+        finished = data if is_cache else None if job.world.is_main else out / TOKENS
+        cache = _token_cache(run, data, out, text, images, finished)
+        pixels = _pixels(run, data, out, cache, is_cache=is_cache) if run.reconstructor.enabled else None
+        return Prepared(run, cache, text, images, pixels)
+
+    return job.main_first("tokens", encoded)
+
+
+def _configuration(
+    run: RunConfig, data: Path, out: Path, given: Mapping[str, Path | None], is_cache: bool, world: World
+) -> tuple[RunConfig, TextTokenizer]:
+    """Take over given tokenizers, train the text tokenizer if there is none; the checked and resolved configuration."""
+    for name, folder in given.items():
+        if folder is not None:
+            _copy_once(folder, out / name)
         elif is_cache and not (out / name).is_dir():
             option = name.replace("_", "-")
             raise ConfigError([f"--data={data}: is a token cache; name its tokenizer with --{option} FOLDER"])
@@ -104,14 +129,7 @@ def prepare(
         raise MissingPackageError("\n".join(missing))
     if world.is_main:
         write_run_folder_config(run, out)
-        _train_image_tokenizer(run, data, out, device)
-    if not (out / IMAGE_TOKENIZER).is_dir():  # a signal stopped its training
-        return None
-    images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
-    finished = data if is_cache else None if world.is_main else out / TOKENS
-    cache = _token_cache(run, data, out, text, images, finished)
-    pixels = _pixels(run, data, out, cache, is_cache=is_cache) if run.reconstructor.enabled else None
-    return Prepared(run, cache, text, images, pixels)
+    return run, text
 
 
 def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, *, is_cache: bool) -> PixelCache:
@@ -127,18 +145,28 @@ def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, *, is_cach
         return write_pixel_cache(out / PIXELS, cache, records)
 
 
-def _train_image_tokenizer(run: RunConfig, data: Path, out: Path, device: torch.device | str) -> None:
-    if (out / IMAGE_TOKENIZER).is_dir():
-        return
-    with timed(out, IMAGE_TOKENIZER):
-        train, held_out = read_train_and_held_out(
-            data,
-            run.image_tokenizer.image_size,
-            max_bad_share=run.data.max_bad_share,
-            val_share=run.data.val_share,
-        )
-        held_out = train if held_out is None else held_out
-        train_image_tokenizer(run, train, held_out, out / IMAGE_TOKENIZER, device=device)
+def _train_image_tokenizer(run: RunConfig, data: Path, out: Path, device: torch.device | str, job: Job) -> None:
+    """Nothing if it is there; else by all processes, or by the main one where its batches cannot be shared evenly."""
+
+    def train(replicas: Replicas) -> None:
+        if (out / IMAGE_TOKENIZER).is_dir():
+            return
+        with timed(out, IMAGE_TOKENIZER) if job.world.is_main else nullcontext():
+            train, held_out = read_train_and_held_out(
+                data,
+                run.image_tokenizer.image_size,
+                max_bad_share=run.data.max_bad_share,
+                val_share=run.data.val_share,
+            )
+            held_out = train if held_out is None else held_out
+            train_image_tokenizer(run, train, held_out, out / IMAGE_TOKENIZER, device=device, replicas=replicas)
+
+    everyone = Replicas.of_group()
+    if problem := uneven_parts(run, everyone.size):
+        log.warning("the first process trains the image tokenizer alone. %s", problem)
+        job.main_first("image tokenizer", lambda: train(Replicas()) if job.world.is_main else None)
+    else:
+        train(everyone)
 
 
 def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:

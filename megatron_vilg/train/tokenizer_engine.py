@@ -15,6 +15,7 @@ from megatron_vilg.config.schema import ImageTokenizerTrainConfig, OptimConfig, 
 from megatron_vilg.models.features import load_feature_network
 from megatron_vilg.models.pixel_losses import edge_error, perceptual_distance, pixel_error
 from megatron_vilg.models.tokenizers import AnyTokenizer, build_image_tokenizer
+from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
 from megatron_vilg.train.pixel_source import PixelSource
 from megatron_vilg.train.weight_average import WeightAverage
@@ -31,9 +32,13 @@ class TokenizerStep:
 
 
 class TokenizerEngine(ABC):
-    """A tokenizer, its optimizer and counters on one device. Every step is a function of (seed, step, weights)."""
+    """A tokenizer, its optimizer and counters on one device. Every step is a function of (seed, step, weights).
 
-    def __init__(self, run: RunConfig, device: torch.device | str = "cpu") -> None:
+    Several processes hold the same and see ``replicas.part`` of each batch: their weights stay equal to those of one
+    process, but for the critic's batch statistics and its adaptive weight, which are those of a part.
+    """
+
+    def __init__(self, run: RunConfig, device: torch.device | str = "cpu", replicas: Replicas | None = None) -> None:
         """Build everything from ``image_tokenizer_train.seed``.
 
         Raises:
@@ -42,6 +47,7 @@ class TokenizerEngine(ABC):
         """
         self.options = run.image_tokenizer_train
         self.device = torch.device(device)
+        self.replicas = replicas or Replicas()
         self.network = (
             load_feature_network(self.options.perceptual_network).to(self.device)
             if self.options.perceptual_weight
@@ -68,7 +74,7 @@ class TokenizerEngine(ABC):
 
     @abstractmethod
     def train_step(self, step: int, pixels: Tensor) -> TokenizerStep:
-        """Learn from one batch [B, 3, S, S] in [-1, 1]."""
+        """Learn from this process's part [b, 3, S, S] of a batch, in [-1, 1]; losses are means over the whole batch."""
 
     @abstractmethod
     def state_metrics(self, step: int) -> dict[str, float | Tensor]:
@@ -106,13 +112,15 @@ class TokenizerEngine(ABC):
             "loss/pixel(l1)": pixel_error(output, pixels).mean(),
             "loss/edge(l1)": edge_error(output, pixels).mean(),
         }
-        chosen = round(self.options.perceptual_share * len(pixels))
+        chosen = round(self.options.perceptual_share * len(pixels) * self.replicas.size)
         if self.network is not None and chosen:
+            # The first ones of the whole batch: parts may have more or fewer of them, or none.
+            own = len(self.replicas.part(torch.empty(chosen)))
             # fp32 on CPU: there bfloat16 makes the backward pass of depthwise convolutions slower.
             enabled = self.device.type != "cpu" and self.options.precision == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-                distance = perceptual_distance(self.network, output[:chosen], pixels[:chosen])
-            losses["loss/perceptual"] = distance.mean()
+                distance = perceptual_distance(self.network, output[:own], pixels[:own]) if own else output.new_zeros(1)
+            losses["loss/perceptual"] = distance.sum() * (self.replicas.size / chosen)
         return losses
 
     def _update(
@@ -121,12 +129,16 @@ class TokenizerEngine(ABC):
         """One optimizer step, left out if the gradient is not finite."""
         optimizer.zero_grad()
         loss.backward()
+        self.replicas.average_gradients(module.parameters())
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.options.grad_clip)
         finite = bool(torch.isfinite(norm))
         if finite:
             set_learning_rate(optimizer, learning_rate(step, rates, self.options.num_steps))
             optimizer.step()
         return finite, norm
+
+    def _report(self, losses: Mapping[str, Tensor], finite: bool) -> TokenizerStep:
+        return TokenizerStep(self.replicas.means({name: value.detach() for name, value in losses.items()}), finite)
 
     def _note(self, finite: bool) -> None:
         """Count a skipped step, or average the weights of an accepted one; last in every step."""

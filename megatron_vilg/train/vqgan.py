@@ -20,9 +20,10 @@ from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.quantizer import codebook_use
 from megatron_vilg.models.tokenizers import AnyTokenizer
+from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.codebook_watch import CodebookWatch
 from megatron_vilg.train.dvae_engine import DVAEEngine
-from megatron_vilg.train.metrics import Column, MetricWriter
+from megatron_vilg.train.metrics import Column, MetricWriter, SilentWriter
 from megatron_vilg.train.pixel_source import PixelsInMemory, PixelSource
 from megatron_vilg.train.signals import StopSignals
 from megatron_vilg.train.tokenizer_engine import TokenizerEngine, TokenizerStep
@@ -101,6 +102,7 @@ def train_image_tokenizer(
     out: Path,
     *,
     device: torch.device | str = "cpu",
+    replicas: Replicas | None = None,
 ) -> Reconstruction | None:
     """Train until ``image_tokenizer_train.num_steps``, from the newest checkpoint beside ``out`` if there is one.
 
@@ -113,11 +115,14 @@ def train_image_tokenizer(
         out: folder of the finished tokenizer. Checkpoints (two), metrics.jsonl, tensorboard/ and samples/ go to
             ``image_tokenizer_training`` beside it.
         device: where to train.
+        replicas: this process and others that make the same call, each with a part of every batch; the first one
+            writes.
 
     Returns:
         Quality on held-out pictures; None when a signal stopped the run (the step is saved).
 
     Raises:
+        ConfigError: ``image_tokenizer_train.batch_size`` does not divide by the number of processes.
         TrainingError: too many steps in a row were not finite.
         CheckpointError: the checkpoints beside ``out`` belong to another model or other pictures.
         MissingPackageError: the perceptual network's package is not installed.
@@ -127,30 +132,49 @@ def train_image_tokenizer(
     if run.image_tokenizer.code_choice != "nearest":
         rule = "such a tokenizer can be imported (vilg checkpoint convert), not trained here"
         raise ConfigError([f"image_tokenizer.code_choice={run.image_tokenizer.code_choice}: {rule}. Works: nearest."])
-    options = run.image_tokenizer_train
+    options, replicas = run.image_tokenizer_train, replicas or Replicas()
+    if problem := uneven_parts(run, replicas.size):
+        raise ConfigError([problem])
     pixels = PixelsInMemory(source, run) if isinstance(source, Tensor) else source
     held_out = held_out[:MAX_EVALUATED]
     work = out.with_name(WORK_NAME)
     checkpointer = Checkpointer(work / "checkpoints", CheckpointConfig(every=options.checkpoint_every))
     identity = _identity(run, pixels)
     done = _finished(out, identity, options.num_steps)
-    if done is not None:
+    if replicas.from_main(done is not None):
         log.info("%s is already trained", out)
-        return measure_reconstruction(done.to(device), held_out)
-    engine = build_tokenizer_engine(run, device)
+        return measure_reconstruction((done or load_image_tokenizer(out)).to(device), held_out)
+    engine = build_tokenizer_engine(run, device, replicas)
     step = _loop(run, engine, pixels, held_out, identity, checkpointer, work)
     if step < options.num_steps:
         return None
     tokenizer = engine.finished()
     quality = measure_reconstruction(tokenizer, held_out)
-    save_image_tokenizer(tokenizer, out, step=step, extra=_facts(identity, quality))
+    if replicas.is_main:
+        save_image_tokenizer(tokenizer, out, step=step, extra=_facts(identity, quality))
+    replicas.any(False)  # nobody goes on before the folder is there
     log.info("%s: held-out l1 %.4f, %.2f dB, %d codes in use", out, quality.l1, quality.psnr, quality.used)
     return quality
 
 
-def build_tokenizer_engine(run: RunConfig, device: torch.device | str = "cpu") -> TokenizerEngine:
+def uneven_parts(run: RunConfig, num_processes: int) -> str:
+    """What is wrong with training the tokenizer on so many processes; empty: nothing."""
+    size = run.image_tokenizer_train.batch_size
+    if size % num_processes == 0:
+        return ""
+    works = ", ".join(str(count) for count in range(1, size + 1) if size % count == 0)
+    return (
+        f"image_tokenizer_train.batch_size={size}: does not divide by the {num_processes} processes that share each "
+        f"batch. Works: a multiple of {num_processes}, or as many processes as {works}."
+    )
+
+
+def build_tokenizer_engine(
+    run: RunConfig, device: torch.device | str = "cpu", replicas: Replicas | None = None
+) -> TokenizerEngine:
     """The engine that ``image_tokenizer.kind`` asks for."""
-    return DVAEEngine(run, device) if run.image_tokenizer.kind == "dvae" else VQGANEngine(run, device)
+    kind = DVAEEngine if run.image_tokenizer.kind == "dvae" else VQGANEngine
+    return kind(run, device, replicas)
 
 
 def _loop(
@@ -163,35 +187,46 @@ def _loop(
     work: Path,
 ) -> int:
     """Resume, train until the end or a signal; return the finished steps, which are saved."""
-    options = run.image_tokenizer_train
+    options, replicas = run.image_tokenizer_train, engine.replicas
     step = _resume(engine, checkpointer, identity)
     tokens, skipped_in_row = options.batch_size * run.image_tokenizer.grid_side**2, 0
     watch = CodebookWatch(run.image_tokenizer.codebook_size)
-    log_options = dataclasses.replace(run.log, every=options.log_every)
-    writer = MetricWriter(
-        work, log_options, num_steps=options.num_steps, start_step=step, columns=COLUMNS, items="images"
-    )
-    with StopSignals() as stop, writer:
-        while step < options.num_steps and not stop.requested:
+    must_stop = False
+    with StopSignals() as stop, _open_writer(run, engine, work, step) as writer:
+        while step < options.num_steps and not must_stop:
             engine.before_step(step, source)
             with writer.loading():
-                batch = source.batch(step)
+                batch = replicas.part(source.batch(step))
             result = engine.train_step(step, batch)
             step += 1
-            writer.count(items=len(batch), tokens=tokens)
+            writer.count(items=options.batch_size, tokens=tokens)
             skipped_in_row = 0 if result.finite else skipped_in_row + 1
             if skipped_in_row >= run.train.max_skipped_in_row:
                 raise TrainingError(_complaint(run, step))
             shows = step % options.picture_every == 0 or step == options.num_steps
             if writer.due(step) or shows:
-                writer.log(step, _metrics(engine, result, watch, step, held_out if shows else None))
-            if shows:
+                measured = held_out if shows and replicas.is_main else None
+                writer.log(step, _metrics(engine, result, watch, step, measured))
+            if shows and isinstance(writer, MetricWriter):
                 _show(engine.finished(), held_out, writer, work, step)
-            if step % options.checkpoint_every == 0 or step == options.num_steps or stop.requested:
+            must_stop = replicas.any(stop.requested)
+            is_due = step % options.checkpoint_every == 0 or step == options.num_steps or must_stop
+            if is_due and replicas.is_main:
                 checkpointer.save(step, engine.state_dict(), dataclasses.replace(identity, step=step))
-    if stop.received is not None:
-        log.info("stopped by %s after step %d; the same command goes on from there", stop.received.name, step)
+    if must_stop:
+        log.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
     return step
+
+
+def _open_writer(run: RunConfig, engine: TokenizerEngine, work: Path, start_step: int) -> MetricWriter | SilentWriter:
+    """Metrics are the same on all processes; the main one writes them."""
+    options = run.image_tokenizer_train
+    log_options = dataclasses.replace(run.log, every=options.log_every)
+    if not engine.replicas.is_main:
+        return SilentWriter(log_options, num_steps=options.num_steps)
+    return MetricWriter(
+        work, log_options, num_steps=options.num_steps, start_step=start_step, columns=COLUMNS, items="images"
+    )
 
 
 def _identity(run: RunConfig, source: PixelSource) -> Manifest:
@@ -224,7 +259,7 @@ def _finished(out: Path, identity: Manifest, num_steps: int) -> AnyTokenizer | N
 
 def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manifest) -> int:
     """Fill the engine from the newest sound checkpoint, if there is any; return the finished steps."""
-    path = checkpointer.latest()
+    path = engine.replicas.from_main(checkpointer.latest() if engine.replicas.is_main else None)
     if path is None:
         return 0
     found = read_sound_manifest(path)

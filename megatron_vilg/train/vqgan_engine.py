@@ -14,6 +14,7 @@ from megatron_vilg.log import get_logger
 from megatron_vilg.models.critics import CriticGate, PatchCritic, adaptive_weight, critic_loss, deceive_loss
 from megatron_vilg.models.quantizer import Quantised
 from megatron_vilg.models.vqgan import VQGAN
+from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.optim import build_optimizer, optimizer_state
 from megatron_vilg.train.pixel_source import PixelSource, seeded
 from megatron_vilg.train.tokenizer_engine import TokenizerEngine, TokenizerStep, rates_of
@@ -53,9 +54,9 @@ class VQGANEngine(TokenizerEngine):
 
     model: VQGAN
 
-    def __init__(self, run: RunConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(self, run: RunConfig, device: torch.device | str = "cpu", replicas: Replicas | None = None) -> None:
         """Build everything from ``image_tokenizer_train.seed``; raises what the base class does."""
-        super().__init__(run, device)
+        super().__init__(run, device, replicas)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed + 1)
             critic = PatchCritic(self.options.critic_channels) if self.options.critic_weight else None
@@ -99,7 +100,7 @@ class VQGANEngine(TokenizerEngine):
         self.model.quantizer.fit_kmeans(vectors, seeded(self.options.seed, "k-means"))
 
     def train_step(self, step: int, pixels: Tensor) -> TokenizerStep:
-        """Learn from one batch [B, 3, S, S] in [-1, 1]."""
+        """Learn from this process's part [b, 3, S, S] of a batch, in [-1, 1]."""
         phase = phase_of(step, self.options)
         pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
         self.model.train()
@@ -115,7 +116,8 @@ class VQGANEngine(TokenizerEngine):
         if quantised is not None:
             losses |= {"loss/commitment": quantised.commitment_loss, "loss/codebook": quantised.codebook_loss}
             total = total + self.model.config.commitment_weight * quantised.commitment_loss + quantised.codebook_loss
-        critic_works = self.critic is not None and self.gate.update(step, 0.5 * losses["loss/pixel(l1)"].detach())
+        pixel_error = self.replicas.mean(0.5 * losses["loss/pixel(l1)"].detach())
+        critic_works = self.critic is not None and self.gate.update(step, pixel_error)
         if critic_works:
             adversarial, weight = self._adversarial(output, reconstruction)
             losses |= {"loss/adversarial": adversarial, "critic/weight": weight}
@@ -128,7 +130,7 @@ class VQGANEngine(TokenizerEngine):
         if finite and critic_works:
             losses |= {"loss/critic": self._train_critic(pixels, output.detach(), step)}
         self._note(finite)
-        return TokenizerStep({name: value.detach() for name, value in losses.items()}, finite)
+        return self._report(losses, finite)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         with self._autocast():
@@ -151,6 +153,7 @@ class VQGANEngine(TokenizerEngine):
         weight = torch.full_like(adversarial, self.options.critic_weight)
         if self.options.critic_adaptive_weight:
             weight = weight * adaptive_weight(reconstruction, adversarial, self.model.decoder.last_weight)
+            weight = self.replicas.mean(weight)
         return adversarial, weight
 
     def _train_critic(self, real: Tensor, fake: Tensor, step: int) -> Tensor:
@@ -161,7 +164,10 @@ class VQGANEngine(TokenizerEngine):
         return loss
 
     def _follow(self, vectors: Tensor, ids: Tensor, phase: Phase, step: int) -> None:
+        """Count the codes [M] of the vectors [b, N, C], and let the codebook follow; both of the whole batch."""
+        ids = self.replicas.whole(ids.view(vectors.shape[:2])).flatten()
         self.code_counts += torch.bincount(ids, minlength=len(self.code_counts))
         if phase is Phase.LEARNING:
             draws = seeded(self.options.seed, "revive", step)
-            self.revived += self.model.quantizer.follow(vectors.detach().flatten(0, 1), ids, draws)
+            everyone = self.replicas.whole(vectors.detach()).flatten(0, 1)
+            self.revived += self.model.quantizer.follow(everyone, ids, draws)

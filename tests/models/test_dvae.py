@@ -59,7 +59,9 @@ def test_cold_soft_codes_are_codes_and_hot_ones_are_mixtures(small: DVAE) -> Non
     logits = 3.0 * torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3))
 
     def drawn(temperature: float) -> torch.Tensor:
-        return small.soft_codes(logits, temperature, torch.Generator().manual_seed(4)).detach()
+        return small.soft_codes(
+            logits, temperature, torch.rand(logits.shape, generator=torch.Generator().manual_seed(4))
+        ).detach()
 
     distance = torch.cdist(drawn(1e-3).flatten(0, 1), small.codebook).amin(1)
     assert distance.max() < 1e-2
@@ -70,7 +72,7 @@ def test_cold_soft_codes_are_codes_and_hot_ones_are_mixtures(small: DVAE) -> Non
 def test_gumbel_samples_follow_the_distribution(small: DVAE) -> None:
     logits = torch.zeros(1, 20_000, 32)
     logits[..., 0] = math.log(31.0)  # half of all probability
-    vectors = small.soft_codes(logits, 1e-4, torch.Generator().manual_seed(0))
+    vectors = small.soft_codes(logits, 1e-4, torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)))
     first = (vectors[0] - small.code[0]).norm(dim=1) < 1e-2
     assert first.float().mean().item() == pytest.approx(0.5, abs=0.02)
 
