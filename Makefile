@@ -33,10 +33,10 @@ $(BENCH_STAMP): $(STAMP)
 	touch $@
 
 demo: $(STAMP)
-	VILG=$(BIN)/vilg examples/quickstart.sh
+	VILG=$(BIN)/vilg PYTHON=$(BIN)/python examples/quickstart.sh
 
 demo-full: $(STAMP)
-	VILG=$(BIN)/vilg FULL=1 examples/quickstart.sh
+	VILG=$(BIN)/vilg PYTHON=$(BIN)/python FULL=1 examples/quickstart.sh
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

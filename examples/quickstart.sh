@@ -7,7 +7,9 @@
 #   SEED=0            same seed, same machine: same report, but for the seconds
 #   FULL=1            all emoji and composed scenes instead of 120 concepts: hours on two cores, meant for a GPU
 #   SMOKE=1           two minutes instead of twenty: few pairs, few steps; shows that it works, not that it learns
+#   WORKERS=2         processes that train together; without it one per core up to 4, and one where there is a GPU
 #   VILG=vilg         the command to run
+#   PYTHON=python3    the interpreter that it belongs to
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,17 +21,32 @@ SEED="${SEED:-0}"
 VILG="${VILG:-vilg}"
 PYTHON="${PYTHON:-python3}"
 
+if [[ -z "${WORKERS:-}" ]]; then
+  WORKERS=1
+  cores="$(nproc 2>/dev/null || echo 1)"
+  if ! { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; then
+    WORKERS=$((cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
+  fi
+fi
+
 # Waiting threads that spin steal the time of everything else on a machine with few cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+launch=($VILG)
+if ((WORKERS > 1)); then
+  # A process per core, of one thread each, gets through a third more pairs than one process with as many threads.
+  launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$WORKERS" -m megatron_vilg)
+fi
 
 data_options=()
 train_options=("train.seed=$SEED" "image_tokenizer_train.seed=$SEED")
+choice_options=()
 if [[ "${SMOKE:-0}" == 1 ]]; then
   data_options+=(--concepts 12 --held-out-concepts 2)
   train_options+=(
     image_tokenizer_train.num_steps=30 image_tokenizer_train.warmup_steps=3
     train.num_steps=30 optim.warmup_steps=3 train.eval_every=15 train.sample_every=15 data.num_views=1
   )
+  choice_options+=(sample.rerank=2 sample.caption_candidates=2)
 fi
 
 if [[ "${FULL:-0}" == 1 ]]; then
@@ -42,7 +59,7 @@ say "1/5 pairs of Chinese captions and pictures: $DATA"
 $VILG data demo --out "$DATA" "${data_options[@]}"
 
 say "2/5 train both directions: $OUT"
-$VILG train --preset "$name" --data "$DATA" --out "$OUT" "${train_options[@]}"
+"${launch[@]}" train --preset "$name" --data "$DATA" --out "$OUT" "${train_options[@]}"
 
 # A few trained pairs, and held-out ones whose concept and style were never seen together, as files: their captions
 # become prompts, their pictures are to be captioned.
@@ -66,7 +83,7 @@ say "4/5 caption"
 $VILG caption --load "$OUT" "$examples"/*/*.png
 
 say "5/5 measure: $OUT/report.json"
-$VILG evaluate --load "$OUT" --data "$DATA" --out "$OUT"
+$VILG evaluate --load "$OUT" --data "$DATA" --out "$OUT" "${choice_options[@]}"
 
 say "done"
 "$PYTHON" examples/show_report.py "$OUT/report.json"

@@ -19,6 +19,7 @@ _FLAGS = {
     "min_p": "--min-p",
     "guidance": "--cfg-scale",
     "guidance_schedule": "--cfg-schedule",
+    "parts_guidance": "--parts-scale",
 }
 """Field of ``SampleConfig`` to the option that sets it."""
 
@@ -39,6 +40,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, default: str, with_
             dest="guidance_schedule",
             choices=("constant", "linear", "cosine"),
             help="at full scale from the start, or growing from 1",
+        )
+        group.add_argument(
+            "--parts-scale",
+            dest="parts_guidance",
+            type=float,
+            metavar="X",
+            help="how much MANNER and THING of a prompt MANNER的THING pull on their own; 0: off",
         )
 
 

@@ -21,7 +21,8 @@ from megatron_vilg.generate.behind import WorkBehind
 from megatron_vilg.generate.caption import GREEDY, caption_ids
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.load import load_parts
-from megatron_vilg.generate.text_to_image import Progress, batches, draw_batch, draw_ids
+from megatron_vilg.generate.prompt_parts import prompt_parts
+from megatron_vilg.generate.text_to_image import Progress, Prompts, batches, draw_batch, draw_ids
 from megatron_vilg.generate.weights import use_bf16, use_int8
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
@@ -116,6 +117,17 @@ class Pipeline:
             lengths[row] = len(kept)
         return ids.to(self.device), lengths.to(self.device)
 
+    def encode_with_parts(self, prompts: Sequence[str], settings: SampleConfig) -> Prompts:
+        """Prompts as ids, with those of their parts where ``settings`` lets them pull on their own."""
+        ids, length = self.encode_prompts(prompts)
+        parts = [prompt_parts(prompt) if settings.parts_guidance else () for prompt in prompts]
+        most = max((len(each) for each in parts), default=0)
+        if not most:
+            return Prompts.whole(ids, length)
+        texts = [text for each in parts for text in (*each, *[""] * (most - len(each)))]
+        part_ids, part_length = self.encode_prompts(texts, warn=False)
+        return Prompts(ids, length, part_ids.unflatten(0, (-1, most)), part_length.unflatten(0, (-1, most)))
+
     def draw_ids(
         self,
         prompts: Sequence[str],
@@ -129,13 +141,12 @@ class Pipeline:
         progress: Progress | None = None,
     ) -> Tensor:
         """Codes of ``num_images`` pictures for each prompt: int64 [B, n, N]. See ``text_to_image.draw_ids``."""
-        text_ids, text_len = self.encode_prompts(prompts)
+        settings = settings or self.config.sample
         with self._arithmetic():
             return draw_ids(
                 self.model,
-                text_ids,
-                text_len,
-                settings or self.config.sample,
+                self.encode_with_parts(prompts, settings),
+                settings,
                 num_images=num_images,
                 seed=seed,
                 max_batch=max_batch,
@@ -160,8 +171,8 @@ class Pipeline:
         A finished batch passes the image tokenizer while the next one is drawn (on a GPU, in a stream of its own), and
         its pixels leave the device. So a device never holds more than ``max_batch`` pictures.
         """
-        text_ids, text_len = self.encode_prompts(prompts)
         settings, codes = settings or self.config.sample, self.model.spec.num_image_tokens
+        encoded = self.encode_with_parts(prompts, settings)
         size = self.image_tokenizer.config.image_size
         ids = torch.empty(len(prompts), num_images, codes, dtype=torch.int64)
         pixels = torch.empty(len(prompts), num_images, 3, size, size)
@@ -177,7 +188,7 @@ class Pipeline:
 
             with self._arithmetic():
                 drawn = draw_batch(
-                    self.model, text_ids, text_len, batch, settings,
+                    self.model, encoded, batch, settings,
                     seed=seed, first_prompt=first_prompt, after_step=count,
                 )  # fmt: skip
             prompt, image = torch.tensor(batch.pictures).unbind(1)

@@ -19,7 +19,7 @@ from megatron_vilg.generate.cache import CacheKind
 from megatron_vilg.generate.decode import Decoder, Prefix, inference, prefill
 from megatron_vilg.generate.static import Recording, StaticDecoder
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.sampling import guidance_scales, guided, sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_weights, mixed, sample, sample_uniforms
 from megatron_vilg.sequence import Direction
 
 Progress = Callable[[int, int], None]
@@ -27,6 +27,41 @@ Progress = Callable[[int, int], None]
 
 FULL_ENOUGH = 0.75
 """Whole prompts are drawn together if they fill this share of a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """B prompts as ids, and what each consists of."""
+
+    ids: Tensor
+    """int64 [B, L], PAD behind ``length``."""
+    length: Tensor
+    """int64 [B]; 0 draws without a caption."""
+    part_ids: Tensor
+    """int64 [B, p, L]: parts that pull on their own where ``parts_guidance`` says so."""
+    part_length: Tensor
+    """int64 [B, p]; 0: the prompt has fewer parts."""
+
+    @classmethod
+    def whole(cls, ids: Tensor, length: Tensor) -> Prompts:
+        """Prompts without parts."""
+        return cls(ids, length, ids[:, None][:, :0], length[:, None][:, :0])
+
+    def conditions(self, chosen: Tensor, settings: SampleConfig) -> tuple[Tensor, Tensor]:
+        """Text of the chosen prompts int64 [b] under each of G conditions, in the order of ``ops.sampling.mixed``: the
+        prompts, their parts one after the other, nothing. Without guidance the prompts alone.
+
+        Returns:
+            int64 [G * b, L] and [G * b].
+        """
+        ids, length = [self.ids[chosen]], [self.length[chosen]]
+        if any(guidance_weights(settings, 1, self.part_ids.shape[1])):
+            if settings.parts_guidance:
+                ids += self.part_ids[chosen].unbind(1)
+                length += self.part_length[chosen].unbind(1)
+            ids.append(torch.zeros_like(ids[0]))
+            length.append(torch.zeros_like(length[0]))
+        return torch.cat(ids), torch.cat(length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +95,7 @@ def batches(num_prompts: int, num_images: int, max_batch: int) -> Iterator[Batch
 
 def draw_ids(
     model: ViLG,
-    text_ids: Tensor,
-    text_len: Tensor,
+    prompts: Prompts,
     settings: SampleConfig,
     *,
     num_images: int,
@@ -78,9 +112,8 @@ def draw_ids(
     prompts (but for the last bits of matrix products, which can tip a draw that falls on a border).
 
     Args:
-        text_ids: int64 [B, L] on the model's device, PAD behind ``text_len``.
-        text_len: int64 [B]; 0 draws without a caption.
-        settings: how to sample. Guidance other than 1 doubles the rows: each picture is also continued without text.
+        prompts: B of them, on the model's device.
+        settings: how to sample. With guidance each picture is also continued without text, and after each part.
         seed: of all random streams.
         max_batch: pictures drawn at a time; None: all.
         image_prefix: codes [B, m] that every picture of a prompt begins with, in raster order.
@@ -89,9 +122,9 @@ def draw_ids(
     Returns:
         int64 [B, num_images, N].
     """
-    total, size = len(text_ids), model.spec.num_image_tokens
+    total, size = len(prompts.ids), model.spec.num_image_tokens
     num_given = 0 if image_prefix is None else image_prefix.shape[1]
-    ids = torch.empty(total, num_images, size, dtype=torch.int64, device=text_ids.device)
+    ids = torch.empty(total, num_images, size, dtype=torch.int64, device=prompts.ids.device)
     if image_prefix is not None:
         ids[:, :, :num_given] = image_prefix[:, None]
     if num_given == size or not ids.numel():
@@ -106,7 +139,7 @@ def draw_ids(
                 progress(done, steps)
 
         drawn = draw_batch(
-            model, text_ids, text_len, batch, settings,
+            model, prompts, batch, settings,
             seed=seed, image_prefix=image_prefix, first_prompt=first_prompt, cache=cache, after_step=count,
         )  # fmt: skip
         prompt, image = torch.tensor(batch.pictures, device=ids.device).unbind(1)
@@ -116,8 +149,7 @@ def draw_ids(
 
 def draw_batch(
     model: ViLG,
-    text_ids: Tensor,
-    text_len: Tensor,
+    prompts: Prompts,
     batch: Batch,
     settings: SampleConfig,
     *,
@@ -128,27 +160,26 @@ def draw_batch(
     after_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Codes int64 [pictures, N] of one batch; the other arguments are those of ``draw_ids``."""
-    device, size = text_ids.device, model.spec.num_image_tokens
+    device, size = prompts.ids.device, model.spec.num_image_tokens
     sources = torch.tensor(batch.sources, device=device)
     given = None if image_prefix is None else image_prefix[sources]
     streams = [(first_prompt + prompt, image) for prompt, image in batch.pictures]
     uniforms = sample_uniforms(seed, streams, size).to(device)
     with inference(model):
-        prefix = _read(model, text_ids[sources], text_len[sources], given, settings)
+        prefix = _read(model, *prompts.conditions(sources, settings), given)
         count = 0 if given is None else given.shape[1]
         draw = _draw_recorded if device.type == "cuda" else _draw_stepwise
-        ids = draw(model, prefix, batch.shared_by, settings, uniforms, cache, after_step)
+        weights = guidance_weights(settings, size, prompts.part_ids.shape[1])
+        ids = draw(model, prefix, batch.shared_by, settings, weights, uniforms, cache, after_step)
     if given is None:
         return ids
     return torch.cat([given.repeat_interleave(batch.shared_by, dim=0), ids[:, count:]], dim=1)
 
 
-def _read(model: ViLG, text_ids: Tensor, text_len: Tensor, given: Tensor | None, settings: SampleConfig) -> Prefix:
-    """The sources of a batch, each different one read once; with guidance those without text behind them."""
-    if settings.guidance != 1.0:
-        text_ids = torch.cat([text_ids, torch.zeros_like(text_ids)])
-        text_len = torch.cat([text_len, torch.zeros_like(text_len)])
-        given = None if given is None else torch.cat([given, given])
+def _read(model: ViLG, text_ids: Tensor, text_len: Tensor, given: Tensor | None) -> Prefix:
+    """The sources of a batch under all conditions, each different one read once."""
+    if given is not None:
+        given = given.repeat(len(text_ids) // len(given), 1)
     parts = [text_len[:, None], text_ids] + ([] if given is None else [given])
     distinct, index = torch.cat(parts, dim=1).unique(dim=0, return_inverse=True)
     slots = text_ids.shape[1]
@@ -161,6 +192,7 @@ def _draw_stepwise(
     prefix: Prefix,
     num_targets: int,
     settings: SampleConfig,
+    weights: list[list[float]],
     uniforms: Tensor,
     cache: CacheKind,
     after_step: Callable[[], None],
@@ -168,18 +200,14 @@ def _draw_stepwise(
     """Codes [pictures, N]; those that were given stay empty."""
     decoder = Decoder(model, prefix, num_targets, cache)
     size = model.spec.num_image_tokens
-    scales = guidance_scales(settings, size)
     ids = torch.zeros(len(uniforms), size, dtype=torch.int64, device=uniforms.device)
     logits = prefix.logits.repeat_interleave(num_targets, dim=0)
     for token in range(prefix.num_given, size):
-        if settings.guidance != 1.0:
-            conditional, free = logits.chunk(2)
-            logits = guided(conditional, free, scales[token])
-        drawn = sample(logits, settings, uniforms[:, token])
+        drawn = sample(mixed(logits, weights[token]), settings, uniforms[:, token])
         ids[:, token] = drawn
         after_step()
         if token + 1 < size:
-            logits = decoder.step(drawn if settings.guidance == 1.0 else drawn.repeat(2))
+            logits = decoder.step(drawn.repeat(len(weights[token]) + 1) if weights[token] else drawn)
     return ids
 
 
@@ -191,6 +219,7 @@ class RecordedDrawing:
         decoder: StaticDecoder,
         prefix: Prefix,
         settings: SampleConfig,
+        weights: list[list[float]],
         uniforms: Tensor,
         *,
         compiled: bool = False,
@@ -198,7 +227,7 @@ class RecordedDrawing:
         self.decoder, self.settings, self.uniforms = decoder, settings, uniforms
         device, size = uniforms.device, uniforms.shape[1]
         self.forward = torch.compile(decoder.step) if compiled else decoder.step
-        self.scales = torch.tensor(guidance_scales(settings, size), device=device)
+        self.weights = torch.tensor(weights, device=device)
         self.logits = prefix.logits.repeat_interleave(decoder.num_targets, dim=0).float()
         self.ids = torch.zeros(size, len(uniforms), dtype=torch.int64, device=device)
 
@@ -209,10 +238,7 @@ class RecordedDrawing:
     def sample(self) -> Tensor:
         """Draw the token at the decoder's position, and note it."""
         position = self.decoder.position[None]
-        logits = self.logits
-        if self.settings.guidance != 1.0:
-            conditional, free = logits.chunk(2)
-            logits = torch.lerp(free, conditional, self.scales.index_select(0, position))
+        logits = mixed(self.logits, self.weights.index_select(0, position)[0])
         drawn = sample(logits, self.settings, self.uniforms.index_select(1, position)[:, 0])
         self.ids.index_copy_(0, position, drawn[None])
         return drawn
@@ -220,7 +246,8 @@ class RecordedDrawing:
     def step(self) -> None:
         """Draw a token and predict the next."""
         drawn = self.sample()
-        self.logits.copy_(self.forward(drawn if self.settings.guidance == 1.0 else drawn.repeat(2)))
+        conditions = self.weights.shape[1] + 1
+        self.logits.copy_(self.forward(drawn.repeat(conditions) if conditions > 1 else drawn))
 
 
 def _draw_recorded(
@@ -228,12 +255,13 @@ def _draw_recorded(
     prefix: Prefix,
     num_targets: int,
     settings: SampleConfig,
+    weights: list[list[float]],
     uniforms: Tensor,
     cache: CacheKind,
     after_step: Callable[[], None],
 ) -> Tensor:
     """``_draw_stepwise`` on a GPU: one step is recorded, then replayed."""
-    drawing = RecordedDrawing(StaticDecoder(model, prefix, num_targets, cache), prefix, settings, uniforms)
+    drawing = RecordedDrawing(StaticDecoder(model, prefix, num_targets, cache), prefix, settings, weights, uniforms)
     recording = Recording(drawing.step, drawing.state())
     for _ in range(prefix.num_given, model.spec.num_image_tokens - 1):
         recording.replay()

@@ -25,9 +25,38 @@ def sample_uniforms(seed: int, streams: Sequence[tuple[int, int]], count: int) -
     return torch.from_numpy(rows)
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: ``unconditional + scale * (conditional - unconditional)``, logits in fp32."""
-    return torch.lerp(unconditional.float(), conditional.float(), scale)
+def mixed(logits: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
+    """Guidance: ``free + sum over i of weights[i] * (conditional_i - free)``, in fp32.
+
+    With one condition that is classifier-free guidance (Ho and Salimans 2022); with several it is their conjunction
+    (Liu et al. 2022, equation 11), for tokens instead of noise.
+
+    Args:
+        logits: [G * B, V]: those of every sample under each of G - 1 conditions, and last without any. With G = 1 they
+            are returned as they are.
+        weights: G - 1 numbers.
+
+    Returns:
+        [B, V].
+    """
+    if len(weights) == 0:
+        return logits
+    *conditional, free = logits.float().chunk(len(weights) + 1)
+    result = free
+    for number, each in enumerate(conditional):
+        result = result + weights[number] * (each - free)
+    return result
+
+
+def guidance_weights(settings: SampleConfig, count: int, num_parts: int) -> list[list[float]]:
+    """Weights for ``mixed`` of each of ``count`` tokens: that of the prompt, then those of its parts.
+
+    Empty lists where nothing but the prompt counts, so that nothing else needs to be computed.
+    """
+    parts = [settings.parts_guidance] * num_parts if settings.parts_guidance else []
+    if settings.guidance == 1.0 and not parts:
+        return [[] for _ in range(count)]
+    return [[scale, *parts] for scale in guidance_scales(settings, count)]
 
 
 def guidance_scales(settings: SampleConfig, count: int) -> list[float]:

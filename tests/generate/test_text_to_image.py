@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,14 +15,15 @@ from torch import Tensor
 from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.generate.decode import inference, prefill
 from megatron_vilg.generate.static import StaticDecoder
-from megatron_vilg.generate.text_to_image import Batch, RecordedDrawing, batches, draw_batch, draw_ids
+from megatron_vilg.generate.text_to_image import Batch, Prompts, RecordedDrawing, batches, draw_batch, draw_ids
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.sampling import guidance_scales, sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_scales, guidance_weights, sample, sample_uniforms
 from megatron_vilg.sequence import Direction
 from tests.tiny import tiny_batch, tiny_config, tiny_model
 
 PLAIN = SampleConfig(temperature=0.8, top_k=7)
 GUIDED = SampleConfig(temperature=0.9, top_p=0.95, guidance=2.0)
+PARTS = SampleConfig(temperature=0.9, top_k=9, guidance=1.5, parts_guidance=0.5)
 GROWING = SampleConfig(temperature=0.9, min_p=0.05, guidance=3.0, guidance_schedule="cosine")
 
 
@@ -30,7 +33,13 @@ def prompts(model: ViLG, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def draw_without_cache(
-    model: ViLG, text: Tensor, length: Tensor, config: SampleConfig, seed: int, stream: Any
+    model: ViLG,
+    text: Tensor,
+    length: Tensor,
+    config: SampleConfig,
+    seed: int,
+    stream: Any,
+    parts: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:
     """One picture, every token from a forward pass over whole rows."""
     size = model.spec.num_image_tokens
@@ -38,13 +47,52 @@ def draw_without_cache(
     codes = torch.zeros(1, size, dtype=torch.int64)
     with inference(model):
         for token in range(size):
-            logits = model.logits(text[None], codes, length[None], Direction.TEXT_TO_IMAGE)[:, token]
-            if config.guidance != 1.0:
-                no_text, none = torch.zeros_like(text[None]), torch.zeros_like(length[None])
-                free = model.logits(no_text, codes, none, Direction.TEXT_TO_IMAGE)[:, token]
-                logits = free + guidance_scales(config, size)[token] * (logits - free)
+
+            def after(ids: Tensor, count: Tensor, token: int = token) -> Tensor:
+                return model.logits(ids[None], codes, count[None], Direction.TEXT_TO_IMAGE)[:, token]
+
+            free, scale = after(0 * text, 0 * length), guidance_scales(config, size)[token]
+            logits = free + scale * (after(text, length) - free)
+            for part, count in parts:
+                logits = logits + config.parts_guidance * (after(part, count) - free)
             codes[:, token] = sample(logits, config, uniform[:, token])
     return codes[0]
+
+
+def with_parts(model: ViLG, seed: int = 0) -> Prompts:
+    """Three prompts: of two parts, of one, of none."""
+    (text, length), (part, count) = prompts(model, 3, seed), prompts(model, 6, seed + 1)
+    count = count.clamp(min=1) * torch.tensor([1, 1, 1, 0, 0, 0])
+    part = part * (torch.arange(part.shape[1]) < count[:, None])
+    return Prompts(text, length, part.unflatten(0, (3, 2)), count.unflatten(0, (3, 2)))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_parts_pull_on_their_own_as_without_cache(guidance: float) -> None:
+    model = tiny_model(tiny_config(num_layers=4, conv_kernel=3))
+    config, asked = dataclasses.replace(PARTS, guidance=guidance), with_parts(model)
+    drawn = draw_ids(model, asked, config, num_images=2, seed=4)
+    for prompt in range(3):
+        parts = list(zip(asked.part_ids[prompt], asked.part_length[prompt], strict=True))
+        for image in range(2):
+            place = (prompt, image)
+            expected = draw_without_cache(model, asked.ids[prompt], asked.length[prompt], config, 4, place, parts)
+            assert torch.equal(drawn[prompt, image], expected)
+    off = dataclasses.replace(config, parts_guidance=0.0)
+    alone = draw_ids(model, Prompts.whole(asked.ids, asked.length), off, num_images=2, seed=4)
+    assert torch.equal(draw_ids(model, asked, off, num_images=2, seed=4), alone)
+    assert not torch.equal(drawn[0], alone[0]) and torch.equal(drawn[2], alone[2])
+    for max_batch in (1, 4):
+        assert torch.equal(draw_ids(model, asked, config, num_images=2, seed=4, max_batch=max_batch), drawn)
+
+
+def test_parts_need_no_rows_where_nothing_pulls() -> None:
+    model = tiny_model(tiny_config())
+    asked, chosen = with_parts(model), torch.tensor([2, 0])
+    for config, conditions in ((PLAIN, 1), (GUIDED, 2), (PARTS, 4)):
+        ids, length = asked.conditions(chosen, config)
+        assert ids.shape == (2 * conditions, model.spec.num_text_slots) and length.shape == (2 * conditions,)
+        assert torch.equal(ids[:2], asked.ids[chosen]) and (conditions == 1 or not length[-2:].any())
 
 
 @settings(max_examples=15, deadline=None)
@@ -57,7 +105,7 @@ def draw_without_cache(
 def test_same_seed_same_ids_as_without_cache(config: SampleConfig, seed: int, **sizes: Any) -> None:
     model = tiny_model(tiny_config(**sizes))
     text, length = prompts(model, 2, seed)
-    drawn = draw_ids(model, text, length, config, num_images=2, seed=seed)
+    drawn = draw_ids(model, Prompts.whole(text, length), config, num_images=2, seed=seed)
     for prompt in range(2):
         for image in range(2):
             expected = draw_without_cache(model, text[prompt], length[prompt], config, seed, (prompt, image))
@@ -68,37 +116,41 @@ def test_same_seed_same_ids_as_without_cache(config: SampleConfig, seed: int, **
 def test_max_batch_and_cache_change_nothing(config: SampleConfig) -> None:
     model = tiny_model()
     text, length = prompts(model, 3)
-    whole = draw_ids(model, text, length, config, num_images=3, seed=5)
+    whole = draw_ids(model, Prompts.whole(text, length), config, num_images=3, seed=5)
     assert whole.shape == (3, 3, 16) and len(whole.flatten(0, 1).unique(dim=0)) == 9
     for max_batch in (1, 2, 3, 4, 7, 100):
-        assert torch.equal(whole, draw_ids(model, text, length, config, num_images=3, seed=5, max_batch=max_batch))
-    assert torch.equal(whole, draw_ids(model, text, length, config, num_images=3, seed=5, cache="dense"))
-    assert not torch.equal(whole, draw_ids(model, text, length, config, num_images=3, seed=6))
+        assert torch.equal(
+            whole, draw_ids(model, Prompts.whole(text, length), config, num_images=3, seed=5, max_batch=max_batch)
+        )
+    assert torch.equal(whole, draw_ids(model, Prompts.whole(text, length), config, num_images=3, seed=5, cache="dense"))
+    assert not torch.equal(whole, draw_ids(model, Prompts.whole(text, length), config, num_images=3, seed=6))
 
 
 def test_pictures_are_the_same_alone() -> None:
     """n pictures of a batch equal n single runs; fewer pictures are the first of more; lists can be cut."""
     model = tiny_model()
     text, length = prompts(model, 3)
-    whole = draw_ids(model, text, length, GUIDED, num_images=4, seed=1)
-    assert torch.equal(whole[:, :2], draw_ids(model, text, length, GUIDED, num_images=2, seed=1))
+    whole = draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=4, seed=1)
+    assert torch.equal(whole[:, :2], draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=2, seed=1))
     for prompt in range(3):
         part = slice(prompt, prompt + 1)
-        alone = draw_ids(model, text[part], length[part], GUIDED, num_images=4, seed=1, first_prompt=prompt)
+        alone = draw_ids(
+            model, Prompts.whole(text[part], length[part]), GUIDED, num_images=4, seed=1, first_prompt=prompt
+        )
         assert torch.equal(whole[part], alone)
 
 
 def test_completion_keeps_the_given_codes() -> None:
     model = tiny_model()
     text, length = prompts(model, 2)
-    whole = draw_ids(model, text, length, GUIDED, num_images=2, seed=3)
+    whole = draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=2, seed=3)
     start = whole[:, 0, :6]
-    completed = draw_ids(model, text, length, GUIDED, num_images=2, seed=3, image_prefix=start)
+    completed = draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=2, seed=3, image_prefix=start)
     assert torch.equal(completed[:, :, :6], start[:, None].expand(-1, 2, -1))
     assert torch.equal(completed[:, 0], whole[:, 0])  # same beginning, same stream: same rest
     assert not torch.equal(completed[:, 1, 6:], completed[:, 0, 6:])
     assert torch.equal(
-        draw_ids(model, text, length, GUIDED, num_images=2, seed=3, image_prefix=whole[:, 0]),
+        draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=2, seed=3, image_prefix=whole[:, 0]),
         whole[:, :1].expand(-1, 2, -1),
     )
 
@@ -116,8 +168,8 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_to_image, "prefill", counting)
     model = tiny_model()
     text, length = prompts(model, 1)
-    draw_ids(model, text.expand(3, -1), length.expand(3), PLAIN, num_images=2, seed=0)
-    draw_ids(model, text.expand(3, -1), length.expand(3), GUIDED, num_images=2, seed=0)
+    draw_ids(model, Prompts.whole(text.expand(3, -1), length.expand(3)), PLAIN, num_images=2, seed=0)
+    draw_ids(model, Prompts.whole(text.expand(3, -1), length.expand(3)), GUIDED, num_images=2, seed=0)
     assert read == [1, 2]  # guidance adds one row without text for all
 
 
@@ -126,16 +178,18 @@ def test_guidance_pulls_towards_the_text() -> None:
     text, length = prompts(model, 2)
     none = torch.zeros_like(length)
     config = SampleConfig(guidance=0.0)
-    free = draw_ids(model, torch.zeros_like(text), none, SampleConfig(), num_images=1, seed=0)
-    assert torch.equal(draw_ids(model, text, length, config, num_images=1, seed=0), free)
-    assert not torch.equal(draw_ids(model, text, length, SampleConfig(), num_images=1, seed=0), free)
+    free = draw_ids(model, Prompts.whole(torch.zeros_like(text), none), SampleConfig(), num_images=1, seed=0)
+    assert torch.equal(draw_ids(model, Prompts.whole(text, length), config, num_images=1, seed=0), free)
+    assert not torch.equal(draw_ids(model, Prompts.whole(text, length), SampleConfig(), num_images=1, seed=0), free)
 
 
 def test_progress_counts_all_tokens() -> None:
     model = tiny_model()
     text, length = prompts(model, 2)
     seen: list[tuple[int, int]] = []
-    draw_ids(model, text, length, PLAIN, num_images=2, seed=0, max_batch=3, progress=lambda *x: seen.append(x))
+    draw_ids(
+        model, Prompts.whole(text, length), PLAIN, num_images=2, seed=0, max_batch=3, progress=lambda *x: seen.append(x)
+    )
     assert seen[-1] == (64, 64) and [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
@@ -179,30 +233,30 @@ def test_the_valve_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_to_image, "Decoder", Counting)
     model = tiny_model()
     text, length = prompts(model, 4)
-    draw_ids(model, text, length, PLAIN, num_images=3, seed=0, max_batch=5)
+    draw_ids(model, Prompts.whole(text, length), PLAIN, num_images=3, seed=0, max_batch=5)
     assert set(rows) == {5, 2}
     rows.clear()
-    draw_ids(model, text, length, GUIDED, num_images=3, seed=0, max_batch=5)
+    draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=3, seed=0, max_batch=5)
     assert set(rows) == {10, 4}  # guidance continues each picture without text too
 
 
-@pytest.mark.parametrize("config", [PLAIN, GROWING, SampleConfig(temperature=0.0)])
+@pytest.mark.parametrize("config", [PLAIN, GROWING, PARTS, SampleConfig(temperature=0.0)])
 @pytest.mark.parametrize("num_given", [0, 7])
 @pytest.mark.parametrize("cache", ["pattern", "dense"])
 def test_steps_for_a_recording_draw_the_same(config: SampleConfig, num_given: int, cache: Any) -> None:
     """What a GPU replays, step by step on the CPU."""
     model = tiny_model(tiny_config(num_layers=4, conv_kernel=3))
-    text, length = prompts(model, 2)
+    asked = with_parts(model)
     batch = Batch(tuple((prompt, image) for prompt in range(2) for image in range(3)))
     start = torch.randint(model.config.image_vocab_size, (2, num_given))
-    expected = draw_batch(model, text, length, batch, config, seed=3, image_prefix=start)
-    rows = 1 if config.guidance == 1.0 else 2
+    expected = draw_batch(model, asked, batch, config, seed=3, image_prefix=start)
     with inference(model):
-        texts, lengths = torch.cat([text, 0 * text])[: 2 * rows], torch.cat([length, 0 * length])[: 2 * rows]
-        prefix = prefill(model, Direction.TEXT_TO_IMAGE, texts, lengths, start.repeat(rows, 1))
-        prefix = prefix.select(torch.arange(2 * rows))
+        texts, lengths = asked.conditions(torch.arange(2), config)
+        prefix = prefill(model, Direction.TEXT_TO_IMAGE, texts, lengths, start.repeat(len(texts) // 2, 1))
+        prefix = prefix.select(torch.arange(len(texts)))
         uniforms = sample_uniforms(3, batch.pictures, model.spec.num_image_tokens)
-        drawing = RecordedDrawing(StaticDecoder(model, prefix, 3, cache), prefix, config, uniforms)
+        weights = guidance_weights(config, model.spec.num_image_tokens, 2)
+        drawing = RecordedDrawing(StaticDecoder(model, prefix, 3, cache), prefix, config, weights, uniforms)
         places = [x.data_ptr() for x in drawing.state()]
         for _ in range(num_given, model.spec.num_image_tokens - 1):
             drawing.step()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vilg.config.schema import SampleConfig
-from megatron_vilg.ops.sampling import guidance_scales, guided, sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_scales, guidance_weights, mixed, sample, sample_uniforms
 
 
 def expected_distribution(logits: torch.Tensor, settings: SampleConfig) -> torch.Tensor:
@@ -72,9 +72,22 @@ def test_streams_belong_to_the_sample() -> None:
 
 def test_guidance_formula() -> None:
     conditional, unconditional = torch.randn(3, 5), torch.randn(3, 5)
+    both = torch.cat([conditional, unconditional])
     expected = unconditional + 2.5 * (conditional - unconditional)
-    torch.testing.assert_close(guided(conditional, unconditional, 2.5), expected)
-    torch.testing.assert_close(guided(conditional, unconditional, 0.0), unconditional)
+    torch.testing.assert_close(mixed(both, [2.5]), expected)
+    torch.testing.assert_close(mixed(both, torch.tensor([0.0])), unconditional)
+    assert mixed(conditional, []) is conditional
+    part = torch.randn(3, 5)
+    expected += 0.5 * (part - unconditional)
+    torch.testing.assert_close(mixed(torch.cat([conditional, part, unconditional]), [2.5, 0.5]), expected)
+
+
+def test_guidance_weights_are_of_the_prompt_and_its_parts() -> None:
+    assert guidance_weights(SampleConfig(), 3, 2) == [[], [], []]
+    assert guidance_weights(SampleConfig(parts_guidance=0.5), 2, 0) == [[], []]
+    assert guidance_weights(SampleConfig(parts_guidance=0.5), 1, 2) == [[1.0, 0.5, 0.5]]
+    growing = SampleConfig(guidance=3.0, guidance_schedule="linear", parts_guidance=0.5)
+    assert guidance_weights(growing, 3, 1) == [[1.0, 0.5], [2.0, 0.5], [3.0, 0.5]]
 
 
 def test_guidance_grows_from_one_to_its_scale() -> None:
