@@ -13,7 +13,7 @@ from benchmarks.measure import OURS, Bench, Goal, Row, rate_rows
 from benchmarks.plain_loop import generate
 from benchmarks.sizes import SIZES, gpt2, joint_vocabulary, plain_model, random_pairs, random_rows
 from megatron_vilg.config.schema import ModelConfig, SampleConfig
-from megatron_vilg.generate.text_to_image import draw_ids
+from megatron_vilg.generate.text_to_image import Prompts, draw_ids
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import choose_implementation
 from megatron_vilg.parallel.init import init_weights
@@ -121,4 +121,4 @@ def _ours(
     model = model.to(device, dtype)
     pairs = random_pairs(config, num_prompts, seed=3).to(device)
     text, length = pairs.text_ids[:, 0], pairs.text_len[:, 0]
-    return lambda: draw_ids(model, text, length, SampleConfig(), num_images=num_images, seed=0)
+    return lambda: draw_ids(model, Prompts.whole(text, length), SampleConfig(), num_images=num_images, seed=0)

@@ -19,7 +19,7 @@ from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig, OpsCo
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.generate.cache import kv_elements_read
 from megatron_vilg.generate.decode import inference
-from megatron_vilg.generate.text_to_image import draw_ids
+from megatron_vilg.generate.text_to_image import Prompts, draw_ids
 from megatron_vilg.models.cost import forward_flops, num_parameters
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.models.vqgan import VQGAN
@@ -211,7 +211,7 @@ def drawing(bench: Bench) -> Iterator[Row]:
 
 
 def _drawing(model: ViLG, ids: Tensor, length: Tensor, samples: int) -> Callable[[], object]:
-    return lambda: draw_ids(model, ids, length, SampleConfig(), num_images=samples, seed=0)
+    return lambda: draw_ids(model, Prompts.whole(ids, length), SampleConfig(), num_images=samples, seed=0)
 
 
 def _copy_rate(bench: Bench) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vilg.data.images import to_image
 from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.generate.caption import caption_ids
-from megatron_vilg.generate.text_to_image import draw_ids
+from megatron_vilg.generate.text_to_image import Prompts, draw_ids
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.sequence import Direction
 from megatron_vilg.train.metrics import MetricWriter
@@ -52,8 +52,7 @@ class SamplePictures:
             real = batch.target_image_ids.to(device)
             drawn = draw_ids(
                 model,
-                text_ids.to(device),
-                text_len.to(device),
+                Prompts.whole(text_ids.to(device), text_len.to(device)),
                 self._ready.run.sample,
                 num_images=1,
                 seed=self._ready.run.train.seed,
