@@ -121,4 +121,4 @@ def _ours(
     model = model.to(device, dtype)
     pairs = random_pairs(config, num_prompts, seed=3).to(device)
     text, length = pairs.text_ids[:, 0], pairs.text_len[:, 0]
-    return lambda: draw_ids(model, Prompts.whole(text, length), SampleConfig(), num_images=num_images, seed=0)
+    return lambda: draw_ids(model, Prompts(text, length), SampleConfig(), num_images=num_images, seed=0)

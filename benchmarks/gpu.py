@@ -211,7 +211,7 @@ def drawing(bench: Bench) -> Iterator[Row]:
 
 
 def _drawing(model: ViLG, ids: Tensor, length: Tensor, samples: int) -> Callable[[], object]:
-    return lambda: draw_ids(model, Prompts.whole(ids, length), SampleConfig(), num_images=samples, seed=0)
+    return lambda: draw_ids(model, Prompts(ids, length), SampleConfig(), num_images=samples, seed=0)
 
 
 def _copy_rate(bench: Bench) -> float:

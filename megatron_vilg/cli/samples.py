@@ -52,7 +52,7 @@ class SamplePictures:
             real = batch.target_image_ids.to(device)
             drawn = draw_ids(
                 model,
-                Prompts.whole(text_ids.to(device), text_len.to(device)),
+                Prompts(text_ids.to(device), text_len.to(device)),
                 self._ready.run.sample,
                 num_images=1,
                 seed=self._ready.run.train.seed,

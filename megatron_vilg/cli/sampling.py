@@ -19,7 +19,8 @@ _FLAGS = {
     "min_p": "--min-p",
     "guidance": "--cfg-scale",
     "guidance_schedule": "--cfg-schedule",
-    "parts_guidance": "--parts-scale",
+    "manner_guidance": "--manner-scale",
+    "thing_guidance": "--thing-scale",
 }
 """Field of ``SampleConfig`` to the option that sets it."""
 
@@ -41,13 +42,14 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, default: str, with_
             choices=("constant", "linear", "cosine"),
             help="at full scale from the start, or growing from 1",
         )
-        group.add_argument(
-            "--parts-scale",
-            dest="parts_guidance",
-            type=float,
-            metavar="X",
-            help="how much MANNER and THING of a prompt MANNER的THING pull on their own; 0: off",
-        )
+        for part in ("manner", "thing"):
+            group.add_argument(
+                f"--{part}-scale",
+                dest=f"{part}_guidance",
+                type=float,
+                metavar="X",
+                help=f"how much {part.upper()} of a prompt MANNER的THING pulls on its own; 0: off",
+            )
 
 
 def problems_of_sampling(args: argparse.Namespace) -> list[str]:

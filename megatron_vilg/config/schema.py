@@ -460,9 +460,10 @@ class SampleConfig:
     """Keep only tokens at least this share as likely as the likeliest one. 0: all."""
     guidance: NonNegative = 1.0
     """Classifier-free guidance scale; 1: off."""
-    parts_guidance: NonNegative = 0.0
-    """How much each part of a prompt (``STYLE`` and ``THING`` of ``STYLE的THING``) pulls on its own; helps with
-    combinations that were never seen. 0: off."""
+    manner_guidance: NonNegative = 0.0
+    """How much ``MANNER`` of a prompt ``MANNER的THING`` pulls on its own, for combinations never seen. 0: off."""
+    thing_guidance: NonNegative = 0.0
+    """How much ``THING`` of such a prompt pulls on its own. 0: off."""
     rerank: Count = 0
     """Pictures drawn of each prompt, of which those that both directions find likeliest are kept. 0: no choice."""
     rerank_drawing_weight: NonNegative = 0.1

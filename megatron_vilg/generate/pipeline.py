@@ -27,6 +27,7 @@ from megatron_vilg.generate.weights import use_bf16, use_int8
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.sampling import part_weights
 
 log = get_logger(__name__)
 
@@ -120,13 +121,11 @@ class Pipeline:
     def encode_with_parts(self, prompts: Sequence[str], settings: SampleConfig) -> Prompts:
         """Prompts as ids, with those of their parts where ``settings`` lets them pull on their own."""
         ids, length = self.encode_prompts(prompts)
-        parts = [prompt_parts(prompt) if settings.parts_guidance else () for prompt in prompts]
-        most = max((len(each) for each in parts), default=0)
-        if not most:
-            return Prompts.whole(ids, length)
-        texts = [text for each in parts for text in (*each, *[""] * (most - len(each)))]
-        part_ids, part_length = self.encode_prompts(texts, warn=False)
-        return Prompts(ids, length, part_ids.unflatten(0, (-1, most)), part_length.unflatten(0, (-1, most)))
+        parts = [prompt_parts(prompt) for prompt in prompts]
+        if not any(part_weights(settings)) or not any(map(any, parts)):
+            return Prompts(ids, length)
+        part_ids, part_length = self.encode_prompts([text for both in parts for text in both], warn=False)
+        return Prompts(ids, length, part_ids.unflatten(0, (-1, 2)), part_length.unflatten(0, (-1, 2)))
 
     def draw_ids(
         self,

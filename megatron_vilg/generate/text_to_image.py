@@ -19,7 +19,7 @@ from megatron_vilg.generate.cache import CacheKind
 from megatron_vilg.generate.decode import Decoder, Prefix, inference, prefill
 from megatron_vilg.generate.static import Recording, StaticDecoder
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.sampling import guidance_weights, mixed, sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_weights, mixed, part_weights, sample, sample_uniforms
 from megatron_vilg.sequence import Direction
 
 Progress = Callable[[int, int], None]
@@ -37,15 +37,10 @@ class Prompts:
     """int64 [B, L], PAD behind ``length``."""
     length: Tensor
     """int64 [B]; 0 draws without a caption."""
-    part_ids: Tensor
-    """int64 [B, p, L]: parts that pull on their own where ``parts_guidance`` says so."""
-    part_length: Tensor
-    """int64 [B, p]; 0: the prompt has fewer parts."""
-
-    @classmethod
-    def whole(cls, ids: Tensor, length: Tensor) -> Prompts:
-        """Prompts without parts."""
-        return cls(ids, length, ids[:, None][:, :0], length[:, None][:, :0])
+    part_ids: Tensor | None = None
+    """int64 [B, 2, L]: manner and thing, which pull on their own where the settings say so; None: not known."""
+    part_length: Tensor | None = None
+    """int64 [B, 2]; 0: the prompt has no such part."""
 
     def conditions(self, chosen: Tensor, settings: SampleConfig) -> tuple[Tensor, Tensor]:
         """Text of the chosen prompts int64 [b] under each of G conditions, in the order of ``ops.sampling.mixed``: the
@@ -55,13 +50,18 @@ class Prompts:
             int64 [G * b, L] and [G * b].
         """
         ids, length = [self.ids[chosen]], [self.length[chosen]]
-        if any(guidance_weights(settings, 1, self.part_ids.shape[1])):
-            if settings.parts_guidance:
-                ids += self.part_ids[chosen].unbind(1)
-                length += self.part_length[chosen].unbind(1)
+        if any(self.weights(settings, 1)):
+            for part, weight in enumerate(part_weights(settings)):
+                if weight and self.part_ids is not None and self.part_length is not None:
+                    ids.append(self.part_ids[chosen, part])
+                    length.append(self.part_length[chosen, part])
             ids.append(torch.zeros_like(ids[0]))
             length.append(torch.zeros_like(length[0]))
         return torch.cat(ids), torch.cat(length)
+
+    def weights(self, settings: SampleConfig, count: int) -> list[list[float]]:
+        """``ops.sampling.guidance_weights`` of these conditions but the last."""
+        return guidance_weights(settings, count, has_parts=self.part_ids is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def draw_batch(
         prefix = _read(model, *prompts.conditions(sources, settings), given)
         count = 0 if given is None else given.shape[1]
         draw = _draw_recorded if device.type == "cuda" else _draw_stepwise
-        weights = guidance_weights(settings, size, prompts.part_ids.shape[1])
+        weights = prompts.weights(settings, size)
         ids = draw(model, prefix, batch.shared_by, settings, weights, uniforms, cache, after_step)
     if given is None:
         return ids

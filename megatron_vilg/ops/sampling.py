@@ -48,12 +48,17 @@ def mixed(logits: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     return result
 
 
-def guidance_weights(settings: SampleConfig, count: int, num_parts: int) -> list[list[float]]:
-    """Weights for ``mixed`` of each of ``count`` tokens: that of the prompt, then those of its parts.
+def part_weights(settings: SampleConfig) -> tuple[float, float]:
+    """How much manner and thing of a prompt pull on their own."""
+    return settings.manner_guidance, settings.thing_guidance
+
+
+def guidance_weights(settings: SampleConfig, count: int, *, has_parts: bool) -> list[list[float]]:
+    """Weights for ``mixed`` of each of ``count`` tokens: that of the prompt, then those of its parts that are not zero.
 
     Empty lists where nothing but the prompt counts, so that nothing else needs to be computed.
     """
-    parts = [settings.parts_guidance] * num_parts if settings.parts_guidance else []
+    parts = [weight for weight in part_weights(settings) if weight] if has_parts else []
     if settings.guidance == 1.0 and not parts:
         return [[] for _ in range(count)]
     return [[scale, *parts] for scale in guidance_scales(settings, count)]

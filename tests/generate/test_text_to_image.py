@@ -17,13 +17,13 @@ from megatron_vilg.generate.decode import inference, prefill
 from megatron_vilg.generate.static import StaticDecoder
 from megatron_vilg.generate.text_to_image import Batch, Prompts, RecordedDrawing, batches, draw_batch, draw_ids
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.sampling import guidance_scales, guidance_weights, sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_scales, part_weights, sample, sample_uniforms
 from megatron_vilg.sequence import Direction
 from tests.tiny import tiny_batch, tiny_config, tiny_model
 
 PLAIN = SampleConfig(temperature=0.8, top_k=7)
 GUIDED = SampleConfig(temperature=0.9, top_p=0.95, guidance=2.0)
-PARTS = SampleConfig(temperature=0.9, top_k=9, guidance=1.5, parts_guidance=0.5)
+PARTS = SampleConfig(temperature=0.9, top_k=9, guidance=1.5, manner_guidance=0.25, thing_guidance=0.5)
 GROWING = SampleConfig(temperature=0.9, min_p=0.05, guidance=3.0, guidance_schedule="cosine")
 
 
@@ -53,14 +53,14 @@ def draw_without_cache(
 
             free, scale = after(0 * text, 0 * length), guidance_scales(config, size)[token]
             logits = free + scale * (after(text, length) - free)
-            for part, count in parts:
-                logits = logits + config.parts_guidance * (after(part, count) - free)
+            for (part, count), weight in zip(parts, part_weights(config), strict=False):
+                logits = logits + weight * (after(part, count) - free)
             codes[:, token] = sample(logits, config, uniform[:, token])
     return codes[0]
 
 
 def with_parts(model: ViLG, seed: int = 0) -> Prompts:
-    """Three prompts: of two parts, of one, of none."""
+    """Three prompts: with manner and thing, with a manner alone, without either."""
     (text, length), (part, count) = prompts(model, 3, seed), prompts(model, 6, seed + 1)
     count = count.clamp(min=1) * torch.tensor([1, 1, 1, 0, 0, 0])
     part = part * (torch.arange(part.shape[1]) < count[:, None])
@@ -78,8 +78,8 @@ def test_parts_pull_on_their_own_as_without_cache(guidance: float) -> None:
             place = (prompt, image)
             expected = draw_without_cache(model, asked.ids[prompt], asked.length[prompt], config, 4, place, parts)
             assert torch.equal(drawn[prompt, image], expected)
-    off = dataclasses.replace(config, parts_guidance=0.0)
-    alone = draw_ids(model, Prompts.whole(asked.ids, asked.length), off, num_images=2, seed=4)
+    off = dataclasses.replace(config, manner_guidance=0.0, thing_guidance=0.0)
+    alone = draw_ids(model, Prompts(asked.ids, asked.length), off, num_images=2, seed=4)
     assert torch.equal(draw_ids(model, asked, off, num_images=2, seed=4), alone)
     assert not torch.equal(drawn[0], alone[0]) and torch.equal(drawn[2], alone[2])
     for max_batch in (1, 4):
@@ -89,7 +89,8 @@ def test_parts_pull_on_their_own_as_without_cache(guidance: float) -> None:
 def test_parts_need_no_rows_where_nothing_pulls() -> None:
     model = tiny_model(tiny_config())
     asked, chosen = with_parts(model), torch.tensor([2, 0])
-    for config, conditions in ((PLAIN, 1), (GUIDED, 2), (PARTS, 4)):
+    thing = dataclasses.replace(PLAIN, thing_guidance=0.5)
+    for config, conditions in ((PLAIN, 1), (GUIDED, 2), (PARTS, 4), (thing, 3)):
         ids, length = asked.conditions(chosen, config)
         assert ids.shape == (2 * conditions, model.spec.num_text_slots) and length.shape == (2 * conditions,)
         assert torch.equal(ids[:2], asked.ids[chosen]) and (conditions == 1 or not length[-2:].any())
@@ -105,7 +106,7 @@ def test_parts_need_no_rows_where_nothing_pulls() -> None:
 def test_same_seed_same_ids_as_without_cache(config: SampleConfig, seed: int, **sizes: Any) -> None:
     model = tiny_model(tiny_config(**sizes))
     text, length = prompts(model, 2, seed)
-    drawn = draw_ids(model, Prompts.whole(text, length), config, num_images=2, seed=seed)
+    drawn = draw_ids(model, Prompts(text, length), config, num_images=2, seed=seed)
     for prompt in range(2):
         for image in range(2):
             expected = draw_without_cache(model, text[prompt], length[prompt], config, seed, (prompt, image))
@@ -116,41 +117,39 @@ def test_same_seed_same_ids_as_without_cache(config: SampleConfig, seed: int, **
 def test_max_batch_and_cache_change_nothing(config: SampleConfig) -> None:
     model = tiny_model()
     text, length = prompts(model, 3)
-    whole = draw_ids(model, Prompts.whole(text, length), config, num_images=3, seed=5)
+    whole = draw_ids(model, Prompts(text, length), config, num_images=3, seed=5)
     assert whole.shape == (3, 3, 16) and len(whole.flatten(0, 1).unique(dim=0)) == 9
     for max_batch in (1, 2, 3, 4, 7, 100):
         assert torch.equal(
-            whole, draw_ids(model, Prompts.whole(text, length), config, num_images=3, seed=5, max_batch=max_batch)
+            whole, draw_ids(model, Prompts(text, length), config, num_images=3, seed=5, max_batch=max_batch)
         )
-    assert torch.equal(whole, draw_ids(model, Prompts.whole(text, length), config, num_images=3, seed=5, cache="dense"))
-    assert not torch.equal(whole, draw_ids(model, Prompts.whole(text, length), config, num_images=3, seed=6))
+    assert torch.equal(whole, draw_ids(model, Prompts(text, length), config, num_images=3, seed=5, cache="dense"))
+    assert not torch.equal(whole, draw_ids(model, Prompts(text, length), config, num_images=3, seed=6))
 
 
 def test_pictures_are_the_same_alone() -> None:
     """n pictures of a batch equal n single runs; fewer pictures are the first of more; lists can be cut."""
     model = tiny_model()
     text, length = prompts(model, 3)
-    whole = draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=4, seed=1)
-    assert torch.equal(whole[:, :2], draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=2, seed=1))
+    whole = draw_ids(model, Prompts(text, length), GUIDED, num_images=4, seed=1)
+    assert torch.equal(whole[:, :2], draw_ids(model, Prompts(text, length), GUIDED, num_images=2, seed=1))
     for prompt in range(3):
         part = slice(prompt, prompt + 1)
-        alone = draw_ids(
-            model, Prompts.whole(text[part], length[part]), GUIDED, num_images=4, seed=1, first_prompt=prompt
-        )
+        alone = draw_ids(model, Prompts(text[part], length[part]), GUIDED, num_images=4, seed=1, first_prompt=prompt)
         assert torch.equal(whole[part], alone)
 
 
 def test_completion_keeps_the_given_codes() -> None:
     model = tiny_model()
     text, length = prompts(model, 2)
-    whole = draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=2, seed=3)
+    whole = draw_ids(model, Prompts(text, length), GUIDED, num_images=2, seed=3)
     start = whole[:, 0, :6]
-    completed = draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=2, seed=3, image_prefix=start)
+    completed = draw_ids(model, Prompts(text, length), GUIDED, num_images=2, seed=3, image_prefix=start)
     assert torch.equal(completed[:, :, :6], start[:, None].expand(-1, 2, -1))
     assert torch.equal(completed[:, 0], whole[:, 0])  # same beginning, same stream: same rest
     assert not torch.equal(completed[:, 1, 6:], completed[:, 0, 6:])
     assert torch.equal(
-        draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=2, seed=3, image_prefix=whole[:, 0]),
+        draw_ids(model, Prompts(text, length), GUIDED, num_images=2, seed=3, image_prefix=whole[:, 0]),
         whole[:, :1].expand(-1, 2, -1),
     )
 
@@ -168,8 +167,8 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_to_image, "prefill", counting)
     model = tiny_model()
     text, length = prompts(model, 1)
-    draw_ids(model, Prompts.whole(text.expand(3, -1), length.expand(3)), PLAIN, num_images=2, seed=0)
-    draw_ids(model, Prompts.whole(text.expand(3, -1), length.expand(3)), GUIDED, num_images=2, seed=0)
+    draw_ids(model, Prompts(text.expand(3, -1), length.expand(3)), PLAIN, num_images=2, seed=0)
+    draw_ids(model, Prompts(text.expand(3, -1), length.expand(3)), GUIDED, num_images=2, seed=0)
     assert read == [1, 2]  # guidance adds one row without text for all
 
 
@@ -178,18 +177,16 @@ def test_guidance_pulls_towards_the_text() -> None:
     text, length = prompts(model, 2)
     none = torch.zeros_like(length)
     config = SampleConfig(guidance=0.0)
-    free = draw_ids(model, Prompts.whole(torch.zeros_like(text), none), SampleConfig(), num_images=1, seed=0)
-    assert torch.equal(draw_ids(model, Prompts.whole(text, length), config, num_images=1, seed=0), free)
-    assert not torch.equal(draw_ids(model, Prompts.whole(text, length), SampleConfig(), num_images=1, seed=0), free)
+    free = draw_ids(model, Prompts(torch.zeros_like(text), none), SampleConfig(), num_images=1, seed=0)
+    assert torch.equal(draw_ids(model, Prompts(text, length), config, num_images=1, seed=0), free)
+    assert not torch.equal(draw_ids(model, Prompts(text, length), SampleConfig(), num_images=1, seed=0), free)
 
 
 def test_progress_counts_all_tokens() -> None:
     model = tiny_model()
     text, length = prompts(model, 2)
     seen: list[tuple[int, int]] = []
-    draw_ids(
-        model, Prompts.whole(text, length), PLAIN, num_images=2, seed=0, max_batch=3, progress=lambda *x: seen.append(x)
-    )
+    draw_ids(model, Prompts(text, length), PLAIN, num_images=2, seed=0, max_batch=3, progress=lambda *x: seen.append(x))
     assert seen[-1] == (64, 64) and [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
@@ -233,10 +230,10 @@ def test_the_valve_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_to_image, "Decoder", Counting)
     model = tiny_model()
     text, length = prompts(model, 4)
-    draw_ids(model, Prompts.whole(text, length), PLAIN, num_images=3, seed=0, max_batch=5)
+    draw_ids(model, Prompts(text, length), PLAIN, num_images=3, seed=0, max_batch=5)
     assert set(rows) == {5, 2}
     rows.clear()
-    draw_ids(model, Prompts.whole(text, length), GUIDED, num_images=3, seed=0, max_batch=5)
+    draw_ids(model, Prompts(text, length), GUIDED, num_images=3, seed=0, max_batch=5)
     assert set(rows) == {10, 4}  # guidance continues each picture without text too
 
 
@@ -255,7 +252,7 @@ def test_steps_for_a_recording_draw_the_same(config: SampleConfig, num_given: in
         prefix = prefill(model, Direction.TEXT_TO_IMAGE, texts, lengths, start.repeat(len(texts) // 2, 1))
         prefix = prefix.select(torch.arange(len(texts)))
         uniforms = sample_uniforms(3, batch.pictures, model.spec.num_image_tokens)
-        weights = guidance_weights(config, model.spec.num_image_tokens, 2)
+        weights = asked.weights(config, model.spec.num_image_tokens)
         drawing = RecordedDrawing(StaticDecoder(model, prefix, 3, cache), prefix, config, weights, uniforms)
         places = [x.data_ptr() for x in drawing.state()]
         for _ in range(num_given, model.spec.num_image_tokens - 1):

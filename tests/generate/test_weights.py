@@ -73,7 +73,7 @@ def test_drawing_packs_in_either_precision(autocast: bool, monkeypatch: pytest.M
     batch = tiny_batch(model.config, 3)
     text, lengths = batch.text_ids[:, 0], batch.text_len[:, 0]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ids = draw_ids(model, Prompts.whole(text, lengths), SampleConfig(), num_images=2, seed=0)
+        ids = draw_ids(model, Prompts(text, lengths), SampleConfig(), num_images=2, seed=0)
     assert ids.shape == (3, 2, model.spec.num_image_tokens)
     assert ids.min() >= 0 and ids.max() < model.config.image_vocab_size
 
@@ -120,5 +120,5 @@ def test_drawing_with_small_weights(convert: object, monkeypatch: pytest.MonkeyP
     logits = [m.logits(text, codes, lengths, Direction.TEXT_TO_IMAGE).float() for m in (exact, model)]
     assert (logits[1] - logits[0]).norm() < 0.1 * logits[0].norm()
     settings = SampleConfig(temperature=0.8, guidance=2.0)
-    drawn = draw_ids(model, Prompts.whole(text, lengths), settings, num_images=2, seed=0)
-    assert torch.equal(drawn, draw_ids(model, Prompts.whole(text, lengths), settings, num_images=2, seed=0))
+    drawn = draw_ids(model, Prompts(text, lengths), settings, num_images=2, seed=0)
+    assert torch.equal(drawn, draw_ids(model, Prompts(text, lengths), settings, num_images=2, seed=0))

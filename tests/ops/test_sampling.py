@@ -83,11 +83,13 @@ def test_guidance_formula() -> None:
 
 
 def test_guidance_weights_are_of_the_prompt_and_its_parts() -> None:
-    assert guidance_weights(SampleConfig(), 3, 2) == [[], [], []]
-    assert guidance_weights(SampleConfig(parts_guidance=0.5), 2, 0) == [[], []]
-    assert guidance_weights(SampleConfig(parts_guidance=0.5), 1, 2) == [[1.0, 0.5, 0.5]]
-    growing = SampleConfig(guidance=3.0, guidance_schedule="linear", parts_guidance=0.5)
-    assert guidance_weights(growing, 3, 1) == [[1.0, 0.5], [2.0, 0.5], [3.0, 0.5]]
+    assert guidance_weights(SampleConfig(), 3, has_parts=True) == [[], [], []]
+    both = SampleConfig(manner_guidance=0.25, thing_guidance=0.5)
+    assert guidance_weights(both, 2, has_parts=False) == [[], []]
+    assert guidance_weights(both, 1, has_parts=True) == [[1.0, 0.25, 0.5]]
+    assert guidance_weights(SampleConfig(thing_guidance=0.5), 1, has_parts=True) == [[1.0, 0.5]]
+    growing = SampleConfig(guidance=3.0, guidance_schedule="linear", manner_guidance=0.5)
+    assert guidance_weights(growing, 3, has_parts=True) == [[1.0, 0.5], [2.0, 0.5], [3.0, 0.5]]
 
 
 def test_guidance_grows_from_one_to_its_scale() -> None:
