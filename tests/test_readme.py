@@ -53,7 +53,7 @@ def test_every_target_exists() -> None:
 
 @pytest.mark.parametrize("text", [commands(README), QUICKSTART], ids=["README.md", "quickstart.sh"])
 def test_every_verb_exists(text: str) -> None:
-    named = set(re.findall(r"(?:^|\|\s*)(?:vilg|\$VILG) ([a-z-]+)", text, re.MULTILINE))
+    named = set(re.findall(r"(?:^|\|\s*)(?:vilg|\$VILG|\"\$\{launch\[@\]\}\") ([a-z-]+)", text, re.MULTILINE))
     assert len(named) >= 5
     assert named <= {verb.name for verb in VERBS}
 

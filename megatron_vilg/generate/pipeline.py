@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,14 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vilg.config.schema import RunConfig, SampleConfig
-from megatron_vilg.data.images import load_pixels, to_image
+from megatron_vilg.data.images import to_image
 from megatron_vilg.data.text import TextTokenizer
-from megatron_vilg.errors import ConfigError, DataError
+from megatron_vilg.errors import ConfigError
 from megatron_vilg.generate import rerank
 from megatron_vilg.generate.behind import WorkBehind
 from megatron_vilg.generate.caption import GREEDY, caption_ids
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.load import load_parts
+from megatron_vilg.generate.picture_input import Picture, read_picture
 from megatron_vilg.generate.prompt_parts import prompt_parts
 from megatron_vilg.generate.text_to_image import Progress, Prompts, batches, draw_batch, draw_ids
 from megatron_vilg.generate.weights import use_bf16, use_int8
@@ -31,8 +31,6 @@ from megatron_vilg.ops.sampling import part_weights
 
 log = get_logger(__name__)
 
-Picture = Image.Image | Path | str
-"""A picture, or the path of one."""
 Precision = Literal["fp32", "bf16", "int8"]
 
 NO_RECONSTRUCTOR = (
@@ -258,7 +256,7 @@ class Pipeline:
         size = self.image_tokenizer.config.image_size
         parts = []
         for first in range(0, len(images), _DECODE_BATCH):
-            pixels = torch.cat([_pixels(image, size) for image in images[first : first + _DECODE_BATCH]])
+            pixels = torch.cat([read_picture(image, size) for image in images[first : first + _DECODE_BATCH]])
             parts.append(self.image_tokenizer.encode(pixels.to(self.device)))
         if not parts:
             return torch.empty(0, self.model.spec.num_image_tokens, dtype=torch.int64, device=self.device)
@@ -391,19 +389,3 @@ class Pipeline:
     def _arithmetic(self) -> Iterator[None]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
-
-
-def _pixels(image: Picture, size: int) -> Tensor:
-    """A picture as float32 [1, 3, size, size] in [-1, 1], laid on white like pictures in training."""
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return load_pixels([buffer.getvalue()], size)
-    try:
-        data = Path(image).read_bytes()
-    except OSError as error:
-        raise DataError(f"{image}: cannot be read ({error.strerror}); name a picture file") from error
-    try:
-        return load_pixels([data], size)
-    except DataError as error:
-        raise DataError(f"{image}: {error}") from error

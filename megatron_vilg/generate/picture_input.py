@@ -1,0 +1,35 @@
+"""A picture that a user names or hands over, as the tensor that the image tokenizer takes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from megatron_vilg.data.images import load_pixels
+from megatron_vilg.errors import DataError
+
+Picture = Image.Image | Path | str
+"""A picture, or the path of one."""
+
+
+def read_picture(image: Picture, size: int) -> Tensor:
+    """A picture as float32 [1, 3, size, size] in [-1, 1], laid on white like pictures in training.
+
+    Raises:
+        DataError: the file is missing or no picture.
+    """
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return load_pixels([buffer.getvalue()], size)
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise DataError(f"{image}: cannot be read ({error.strerror}); name a picture file") from error
+    try:
+        return load_pixels([data], size)
+    except DataError as error:
+        raise DataError(f"{image}: {error}") from error
