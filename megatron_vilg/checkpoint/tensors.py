@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.errors import CheckpointError
 
-PIECE_BYTES = 4 << 20
-"""Bytes read at a time: fits the caches of a processor, so that checking and writing a piece cost no memory traffic."""
+PIECE_BYTES = 1 << 20
+"""Bytes read at a time: fits the cache of one core, so that checking and writing a piece cost no memory traffic."""
 QUANTISED = ("codes", "scale")
 """What a quantised moment of an optimizer consists of."""
 MODEL, OPTIMIZER = "model", "optimizer"

@@ -207,7 +207,8 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     class Os:
         write = staticmethod(until_full)
-        open, close, O_WRONLY, O_CREAT, O_EXCL = os.open, os.close, os.O_WRONLY, os.O_CREAT, os.O_EXCL
+        open, close, posix_fallocate = os.open, os.close, staticmethod(lambda *_: None)
+        O_WRONLY, O_CREAT, O_EXCL = os.O_WRONLY, os.O_CREAT, os.O_EXCL
 
     monkeypatch.setattr(safetensors_file, "os", Os)
     with pytest.raises(CheckpointError, match="cannot be written .No space left on device.. Nothing was left behind"):
