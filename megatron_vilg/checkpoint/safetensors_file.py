@@ -30,7 +30,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000
 _WRITE_BYTES = 64 << 10
-"""Bytes per write: for larger ones Linux looks for page-cache memory in one piece, which can take five times as long."""
+"""Bytes per write: for larger ones Linux looks for page-cache memory in one piece, which can take five times longer."""
 
 
 class SafetensorsFile:
