@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_vilg.checkpoint.manifest import REMEDY
 from megatron_vilg.checkpoint.tensors import TensorInfo, as_bytes, read_bytes
 from megatron_vilg.errors import CheckpointError
 
@@ -46,7 +47,7 @@ class SafetensorsFile:
         try:
             (length,) = _LENGTH.unpack(bytes(read_bytes(descriptor, 0, 8, str(path)).numpy()))
             if length > min(_LARGEST_HEADER, size - 8):
-                raise CheckpointError(f"{path}: is no safetensors file, or was cut short inside its header")
+                raise CheckpointError(f"{path}: is no safetensors file, or was cut short inside its header. {REMEDY}")
             header = json.loads(bytes(read_bytes(descriptor, 8, length, str(path)).numpy()))
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self.tensors: dict[str, TensorInfo] = {}
@@ -61,14 +62,18 @@ class SafetensorsFile:
                 self._begin[name] = 8 + length + begin
                 spans.append((begin, end))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: its header cannot be read ({error}); the file is damaged") from error
+            raise CheckpointError(
+                f"{path}: its header cannot be read ({error}); the file is damaged. {REMEDY}"
+            ) from error
         place = 0
         for begin, end in sorted(spans):
             if begin != place:
-                raise CheckpointError(f"{path}: tensors overlap or leave gaps; the file is damaged")
+                raise CheckpointError(f"{path}: tensors overlap or leave gaps; the file is damaged. {REMEDY}")
             place = end
         if 8 + length + place != size:
-            raise CheckpointError(f"{path}: has {size} bytes, its header says {8 + length + place}; it was cut short")
+            raise CheckpointError(
+                f"{path}: has {size} bytes, its header says {8 + length + place}; it was cut short. {REMEDY}"
+            )
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor: [stop - start, ...]; of a scalar [1]."""

@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.manifest import REMEDY, Manifest
 from megatron_vilg.errors import CheckpointError
 
 PIECE_BYTES = 1 << 20
@@ -98,7 +98,7 @@ class TensorSource:
             try:
                 self._open[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}). {REMEDY}") from error
         return self._open[path]
 
     def close(self) -> None:
@@ -157,9 +157,11 @@ def read_bytes(descriptor: int, offset: int, count: int, name: str) -> Tensor:
         try:
             got = os.preadv(descriptor, [view[done:]], offset + done)
         except OSError as error:
-            raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from error
+            raise CheckpointError(f"{name}: cannot be read ({error.strerror}). {REMEDY}") from error
         if not got:
-            raise CheckpointError(f"{name}: ends at byte {offset + done}, expected {offset + count}; it was cut short")
+            raise CheckpointError(
+                f"{name}: ends at byte {offset + done}, expected {offset + count}; it was cut short. {REMEDY}"
+            )
         done += got
     return out
 
