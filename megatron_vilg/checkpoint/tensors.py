@@ -23,6 +23,8 @@ PIECE_BYTES = 1 << 20
 """Bytes read at a time: fits the cache of one core, so that checking and writing a piece cost no memory traffic."""
 QUANTISED = ("codes", "scale")
 """What a quantised moment of an optimizer consists of."""
+UNKNOWN_AT_FIRST = ("gate.average",)
+"""What training starts with as NaN: the critic's gate has seen no picture before the first step."""
 MODEL, OPTIMIZER = "model", "optimizer"
 """First words of tensor names: ``model.NAME`` and ``optimizer.SLOT.NAME``."""
 
@@ -199,9 +201,9 @@ def parameter_of(name: str) -> str:
     return behind if first in QUANTISED else parameter
 
 
-def count_not_finite(values: Tensor) -> int:
-    """How many elements are NaN or infinite; a sum tells the usual case in one pass."""
-    if not values.is_floating_point() or not values.numel():
+def count_not_finite(name: str, values: Tensor) -> int:
+    """How many elements of a tensor are NaN or infinite and should not be; a sum tells the usual case in one pass."""
+    if name in UNKNOWN_AT_FIRST or not values.is_floating_point() or not values.numel():
         return 0
     if bool(torch.isfinite(values.sum(dtype=torch.float32))):
         return 0

@@ -92,7 +92,7 @@ def write_files(
             short, not_finite = name.partition(".")[2], 0
             num_rows = source.tensors[name].num_rows
             for start, rows in converted_pieces(source, name, options):
-                not_finite += count_not_finite(rows)
+                not_finite += count_not_finite(name, rows)
                 for file, part in targets:
                     done += writers[file].write(short, part.of(rows, start, num_rows))
                 _report(options, "writing", done, total)

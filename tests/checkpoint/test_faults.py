@@ -278,10 +278,12 @@ def test_a_kill_at_fifty_random_moments_leaves_all_or_nothing(tmp_path: Path, wh
             else:
                 write_run_folder(opened, tmp_path / "result", optimizer=True)
 
-    start = time.perf_counter()
-    work()
-    whole = time.perf_counter() - start
-    shutil.rmtree(tmp_path / "result")
+    whole = float("inf")
+    for _ in range(3):  # the first time imports, and a busy machine delays any
+        start = time.perf_counter()
+        work()
+        whole = min(whole, time.perf_counter() - start)
+        shutil.rmtree(tmp_path / "result")
     chance, killed = random.Random(0), 0
     for _ in range(50):
         killed += _killed_at(chance.uniform(0.0, 1.5 * whole), work)
