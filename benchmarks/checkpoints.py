@@ -49,7 +49,7 @@ for path in [target, *target.rglob("*")]:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-print(json.dumps({{"seconds": time.perf_counter() - start, "cpu": cpu() - used, "memory": peak() - memory}}))
+print(json.dumps({{"seconds": time.perf_counter() - start, "cpu": cpu() - used, "memory": max(0, peak() - memory)}}))
 """
 _COPY = "subprocess.run(['cp', '-r', source, target], check=True)"
 _SUMS = """
@@ -189,9 +189,12 @@ def _python(*arguments: str) -> str:
 
 
 def _rows(took: Mapping[str, Sequence[Took]], size: int, largest: int, weights: int) -> Iterator[Row]:
-    copies = (COPY, CHECKED)
-    peers = {MERGE: (*copies, TORCH_SAVE), SHARD: (*copies, SAFETENSORS), BACK: (*copies, TO_DCP)}
-    peers[WEIGHTS] = (ZERO_TO_FP32,)
+    peers: dict[str, tuple[str, ...]] = {
+        MERGE: (COPY, CHECKED, TORCH_SAVE),
+        SHARD: (COPY, CHECKED, SAFETENSORS),
+        BACK: (COPY, CHECKED, TO_DCP),
+        WEIGHTS: (ZERO_TO_FP32,),
+    }
     for tool, others in peers.items():
         for peer in others if tool in took else ():
             moved = weights if tool == WEIGHTS else size
