@@ -1,185 +1,221 @@
-"""K1: merging and sharding a large checkpoint beside a plain copy of its files and the converters of torch."""
+"""K1: merging and sharding a large checkpoint beside a plain copy of its files, torch's converters and DeepSpeed's."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from benchmarks.measure import OURS, Bench, Goal, Row
 
 GIGABYTES = float(os.environ.get("VILG_BENCH_GB", "8"))
-"""Size of the checkpoint; another one is for trying out."""
+"""Size of the checkpoint, at least; another one is for trying out."""
 FOLDER = os.environ.get("VILG_BENCH_DIR")
-"""Where there is room for three times as much; the default is the system's folder for temporary files."""
+"""Where there is room; the default is the system's folder for temporary files."""
+COPIES = 6
+"""How many times the checkpoint must fit on the disk: four inputs, one result, and some air."""
+MOST_ROUNDS = 3
+"""A round takes many minutes."""
 ROOT = Path(__file__).resolve().parents[1]
-_WIDTH, _GB_OF_TABLES, _GB_PER_LAYER = 2048, 1.3, 0.604
-_BLOCK = 1 << 20
-"""Random numbers that every tensor repeats: drawing others would take longer than copying them."""
-_COPIED, _MEMORY = Goal("ratio", ">=", 0.7), Goal("value", "<=", 2.0)
+COPY, CHECKED, ZERO_TO_FP32 = "cp", "cp, sha256sum of both", "zero_to_fp32"
+TORCH_SAVE, TO_DCP, SAFETENSORS = "torch dcp_to_torch_save", "torch torch_save_to_dcp", "safetensors load, save"
+MERGE, SHARD, BACK, WEIGHTS = "merge --optimizer", "shard 2 x 2 --optimizer", "shard --to dcp --optimizer", "merge"
+_FAST, _SMALL = Goal("ratio", ">=", 0.7), Goal("value", "<=", 2.0)
 _WORK = """
-import json, os, resource, sys, time
+import json, os, resource, subprocess, sys, time
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
+source, target = Path({source!r}), Path({target!r})
 {setup}
 def peak():
     text = open("/proc/self/status").read()
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
-before, start = peak(), time.perf_counter()
+def cpu():
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+memory, used, start = peak(), cpu(), time.perf_counter()
 {work}
-print(json.dumps({{"seconds": time.perf_counter() - start, "extra": peak() - before}}))
+for path in [target, *target.rglob("*")]:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+print(json.dumps({{"seconds": time.perf_counter() - start, "cpu": cpu() - used, "memory": max(0, peak() - memory)}}))
 """
-_OPEN = (
-    "from megatron_vilg.checkpoint.sources import open_source\nfrom megatron_vilg.checkpoint import {module} as tool\n"
-)
-_COPY = """
-for source in Path({source!r}).iterdir():
-    with open(source, "rb") as a, open(Path({target!r}) / source.name, "wb") as b:
-        while piece := a.read(4 << 20):
-            b.write(piece)
-        b.flush(); os.fsync(b.fileno())
+_COPY = "subprocess.run(['cp', '-r', source, target], check=True)"
+_SUMS = """
+for folder in (source, target):
+    subprocess.run(["sha256sum", *folder.iterdir()], check=True, stdout=subprocess.DEVNULL)
 """
+_TOOL = "from megatron_vilg.checkpoint.sources import open_source\nfrom megatron_vilg.checkpoint.{} import {}"
+_CALL = "with open_source(source) as opened: {}"
+_LOADED = "{k: v for f in sorted(source.glob('*.safetensors')) for k, v in load_file(f).items()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that turns ``source`` into ``target``, as Python."""
+
+    source: Path
+    setup: str
+    work: str
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What one run of a contender took."""
+
+    seconds: float
+    """Wall clock until everything is on the disk."""
+    cpu: float
+    memory: int
+    """Bytes of resident memory at the peak, beyond what imports took; pages of mapped files count."""
 
 
 def checkpoint_tools(bench: Bench) -> Iterator[Row]:
-    """Bytes per wall second, the disk's own time included, and peak memory in units of the largest tensor."""
+    """Bytes per wall second, the disk's own time included, CPU seconds, and memory in units of the largest tensor.
+
+    Raises:
+        RuntimeError: the disk has too little room, or a contender failed.
+    """
     base = Path(tempfile.mkdtemp(prefix="vilg-bench-", dir=FOLDER))
     try:
-        size, largest = _write_checkpoint(base / "run")
-        yield from _measured(base, size, largest)
+        free = shutil.disk_usage(base).free
+        if free < COPIES * GIGABYTES * 1e9:
+            raise RuntimeError(
+                f"{base}: {free / 1e9:.0f} GB are free, K1 needs {COPIES * GIGABYTES:.0f}. Works: VILG_BENCH_DIR on "
+                "another disk, or a smaller VILG_BENCH_GB to try it out"
+            )
+        size, largest, weights = _write_inputs(base)
+        took = _interleaved(_contenders(base), base / "result", min(bench.rounds, MOST_ROUNDS))
+        yield from _rows(took, size, largest, weights)
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
 
-def _measured(base: Path, size: int, largest: int) -> Iterator[Row]:
-    step = base / "run" / "checkpoints" / "step-00000001"
-    copy = _timed("", _COPY.format(source=str(step), target=str(base / "copy")), base / "copy", make=True)
-    yield _speed("plain copy of the files, fsynced", size, copy, None)
-    merged, dcp_merge = base / "merged", _OPEN.format(module="reshape")
-    work = "with open_source(Path({!r})) as s: tool.merge(s, Path({!r}), optimizer=True)"
-    merge = _timed(dcp_merge, work.format(str(step), str(merged)))
-    yield _speed("merge, verified", size, merge, copy)
-    yield _memory("merge", merge, largest)
-    work = "with open_source(Path({!r})) as s: tool.shard(s, Path({!r}), 2, 2, optimizer=True)"
-    shard = _timed(dcp_merge, work.format(str(merged), str(base / "ranks")), base / "ranks")
-    yield _speed("shard to 2 x 2, verified", size, shard, copy)
-    yield _memory("shard to 2 x 2", shard, largest)
-    work = "with open_source(Path({!r})) as s: tool.write_run_folder(s, Path({!r}), optimizer=True)"
-    back = _timed(_OPEN.format(module="run_folder"), work.format(str(merged), str(base / "again")), base / "again")
-    yield _speed("shard --to dcp, verified", size, back, None)
-    yield _memory("shard --to dcp", back, largest)
-    setup = "from torch.distributed.checkpoint.format_utils import dcp_to_torch_save"
-    peer = _timed(setup, f"dcp_to_torch_save({str(step)!r}, {str(base / 'torch.pt')!r})", base / "torch.pt")
-    yield _against("merge", "torch dcp_to_torch_save", size, merge, peer)
-    yield _memory("torch dcp_to_torch_save", peer, largest, goal=False)
-    setup = "from safetensors.torch import load_file, save_file"
-    load = (
-        "save_file({{k: v for f in sorted(Path({!r}).glob('*.safetensors')) for k, v in load_file(f).items()}}, {!r})"
+def _write_inputs(base: Path) -> tuple[int, int, int]:
+    """Checkpoint, merged form, torch's file, DeepSpeed's folder; bytes of all tensors, of the largest, of weights."""
+    size, largest = json.loads(_python("-m", "benchmarks.checkpoint_inputs", "ours", str(base / "run"), str(GIGABYTES)))
+    contenders = _contenders(base)
+    _run(contenders[MERGE], base / "merged")
+    _run(contenders[TORCH_SAVE], base / "torch.pt")
+    if ZERO_TO_FP32 not in contenders:
+        return size, largest, 0
+    arguments = ("-m", "benchmarks.checkpoint_inputs", "deepspeed", str(base / "deepspeed"), str(GIGABYTES))
+    return size, largest, json.loads(_python(*arguments))
+
+
+def _contenders(base: Path) -> dict[str, Contender]:
+    """By name; zero_to_fp32 only where DeepSpeed is installed."""
+    step, merged = base / "run" / "checkpoints" / "step-00000001", base / "merged"
+    torch_setup = "from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp"
+    cut = _CALL.format("shard(opened, target, 2, 2, optimizer=True)")
+    found = {
+        COPY: Contender(step, "", _COPY),
+        CHECKED: Contender(step, "", _COPY + _SUMS),
+        MERGE: Contender(step, _TOOL.format("reshape", "merge"), _CALL.format("merge(opened, target, optimizer=True)")),
+        TORCH_SAVE: Contender(step, torch_setup, "dcp_to_torch_save(source, target)"),
+        SHARD: Contender(merged, _TOOL.format("reshape", "shard"), cut),
+        SAFETENSORS: Contender(
+            merged, "from safetensors.torch import load_file, save_file", f"save_file({_LOADED}, target)"
+        ),
+        BACK: Contender(
+            merged,
+            _TOOL.format("run_folder", "write_run_folder"),
+            _CALL.format("write_run_folder(opened, target, optimizer=True)"),
+        ),
+        TO_DCP: Contender(base / "torch.pt", torch_setup, "torch_save_to_dcp(source, target)"),
+    }
+    if find_spec("deepspeed") is not None:
+        setup = "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert"
+        work = "convert(str(source), str(target), safe_serialization=True)"
+        found[WEIGHTS] = Contender(
+            base / "deepspeed", _TOOL.format("reshape", "merge"), _CALL.format("merge(opened, target)")
+        )
+        found[ZERO_TO_FP32] = Contender(base / "deepspeed", setup, work)
+    return found
+
+
+def _interleaved(contenders: Mapping[str, Contender], target: Path, rounds: int) -> dict[str, list[Took]]:
+    """Every contender once a round, each time from another start; results are deleted."""
+    took: dict[str, list[Took]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds):
+        first = number * len(names) // rounds
+        for name in names[first:] + names[:first]:
+            took[name].append(_run(contenders[name], target))
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+            print(f"K1: round {number + 1} of {rounds}: {name}: {took[name][-1]}", file=sys.stderr, flush=True)
+    return took
+
+
+def _run(contender: Contender, target: Path) -> Took:
+    """Run in a fresh process, with a source that is not in memory."""
+    for path in [contender.source, *contender.source.rglob("*")]:
+        if path.is_file():
+            _forget(path)
+    script = _WORK.format(
+        root=str(ROOT), source=str(contender.source), target=str(target), setup=contender.setup, work=contender.work
     )
-    peer = _timed(setup, load.format(str(merged), str(base / "plain.safetensors")), base / "plain.safetensors")
-    yield _against("merge", "safetensors load and save", size, merge, peer)
-    yield _memory("safetensors load and save", peer, largest, goal=False)
+    return Took(**json.loads(_python("-c", script).splitlines()[-1]))
 
 
-def _write_checkpoint(folder: Path) -> tuple[int, int]:
-    """A generator's checkpoint with Adam state; returns its bytes and those of its largest tensor."""
-    script = f"""
-from benchmarks.checkpoints import build
-print(json.dumps(build(Path({str(folder)!r}), {GIGABYTES})))
-"""
-    answer = _run(_WORK.format(root=str(ROOT), setup="", work=script))
-    size, largest = json.loads(answer.splitlines()[0])
-    return int(size), int(largest)
+def _forget(path: Path) -> None:
+    """Drop a file from the page cache, so that who comes first does not warm it for the next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
-def build(folder: Path, gigabytes: float) -> tuple[int, int]:
-    """Write the checkpoint by our own tool, from tensors that are drawn when they are read."""
-    import dataclasses
-
-    from megatron_vilg.checkpoint.manifest import Manifest
-    from megatron_vilg.checkpoint.plan_sizes import canonical_tensors
-    from megatron_vilg.checkpoint.run_folder import write_run_folder
-    from megatron_vilg.checkpoint.tensors import TensorInfo, TensorSource
-    from megatron_vilg.config.load import load_run_config
-
-    layers = max(2, math.ceil((gigabytes - _GB_OF_TABLES) / _GB_PER_LAYER))
-    run = load_run_config("paper-10b", overrides=[f"model.width={_WIDTH}", f"model.num_layers={layers}"])
-
-    class Drawn(TensorSource):
-        format = "random numbers"
-
-        def __init__(self) -> None:
-            super().__init__(folder)
-            self.tensors = canonical_tensors(run)
-            self.manifest = Manifest(kind="pretrain", step=1, model=dataclasses.asdict(run.model))
-
-        def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-            info = self.tensors[name]
-            numel = (stop - start) * info.row_numel
-            return block.repeat(-(-numel // _BLOCK))[:numel].reshape(stop - start, *info.row_shape)
-
-    block = torch.randn(_BLOCK)
-    source = Drawn()
-    write_run_folder(source, folder, optimizer=True)
-    sizes = [info.num_bytes for info in source.tensors.values() if isinstance(info, TensorInfo)]
-    return sum(sizes), max(sizes)
-
-
-def _timed(setup: str, work: str, remove: Path | None = None, *, make: bool = False) -> dict[str, float]:
-    """Run in a fresh process; returns wall seconds until everything is on the disk, and extra peak memory."""
-    if make and remove is not None:
-        remove.mkdir()
-    os.sync()
-    start = time.perf_counter()
-    answer = json.loads(_run(_WORK.format(root=str(ROOT), setup=setup, work=work)).splitlines()[-1])
-    inside = time.perf_counter()
-    os.sync()
-    answer["seconds"] += time.perf_counter() - inside
-    assert answer["seconds"] <= time.perf_counter() - start
-    if remove is not None:
-        shutil.rmtree(remove) if remove.is_dir() else remove.unlink()
-    return dict(answer)
-
-
-def _run(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+def _python(*arguments: str) -> str:
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return done.stdout
 
 
-def _speed(what: str, size: int, ours: dict[str, float], copy: dict[str, float] | None) -> Row:
-    peer = size / copy["seconds"] / 1e6 if copy else None
-    return Row(
-        "K1",
-        f"{what}, {size / 1e9:.1f} GB",
-        size / ours["seconds"] / 1e6,
-        "MB/s",
-        "plain copy" if copy else "",
-        peer,
-        _COPIED if copy else None,
-        rounds={OURS: [ours["seconds"]], **({"plain copy": [copy["seconds"]]} if copy else {})},
-    )
+def _rows(took: Mapping[str, Sequence[Took]], size: int, largest: int, weights: int) -> Iterator[Row]:
+    peers: dict[str, tuple[str, ...]] = {
+        MERGE: (COPY, CHECKED, TORCH_SAVE),
+        SHARD: (COPY, CHECKED, SAFETENSORS),
+        BACK: (COPY, CHECKED, TO_DCP),
+        WEIGHTS: (ZERO_TO_FP32,),
+    }
+    for tool, others in peers.items():
+        for peer in others if tool in took else ():
+            moved = weights if tool == WEIGHTS else size
+            yield _speed(tool, peer, took, moved)
+    for tool, others in peers.items():
+        for peer in others if tool in took else ():
+            yield _cpu(tool, peer, took)
+    for name in took:
+        value = max(each.memory for each in took[name]) / largest
+        what = f"{name}: extra peak memory ({largest / 1e6:.0f} MB largest)"
+        yield Row("K1", what, value, "largest tensors", goal=_SMALL if name in peers else None, less_is_better=True)
 
 
-def _against(what: str, peer_name: str, size: int, ours: dict[str, float], peer: dict[str, float]) -> Row:
-    speeds = [size / each["seconds"] / 1e6 for each in (ours, peer)]
-    seconds = {OURS: [ours["seconds"]], peer_name: [peer["seconds"]]}
-    return Row("K1", f"{what}, {size / 1e9:.1f} GB", speeds[0], "MB/s", peer_name, speeds[1], rounds=seconds)
+def _speed(tool: str, peer: str, took: Mapping[str, Sequence[Took]], size: int) -> Row:
+    seconds = {name: [each.seconds for each in took[key]] for name, key in ((OURS, tool), (peer, peer))}
+    ours, theirs = (size / statistics.median(values) / 1e6 for values in seconds.values())
+    goal = _FAST if peer == COPY else None
+    return Row("K1", f"{tool}, verified, {size / 1e9:.1f} GB", ours, "MB/s", peer, theirs, goal, rounds=seconds)
 
 
-def _memory(what: str, ours: dict[str, float], largest: int, *, goal: bool = True) -> Row:
-    name = f"{what}: extra peak memory ({largest / 1e6:.0f} MB largest)"
-    value = ours["extra"] / largest
-    return Row("K1", name, value, "largest tensors", goal=_MEMORY if goal else None, less_is_better=True)
+def _cpu(tool: str, peer: str, took: Mapping[str, Sequence[Took]]) -> Row:
+    seconds = {name: [each.cpu for each in took[key]] for name, key in ((OURS, tool), (peer, peer))}
+    ours, theirs = (statistics.median(values) for values in seconds.values())
+    return Row("K1", f"{tool}", ours, "CPU seconds", peer, theirs, less_is_better=True, rounds=seconds)

@@ -27,6 +27,7 @@ CLAIMS = {
     "C14": "The image tokenizer in bf16",
     "C15": "The optimizer's update",
     "C16": "Starting",
+    "K1": "Merging and sharding a checkpoint against a plain copy and other converters",
     "G1": "One attention layer on a GPU",
     "G2": "A training step on a GPU",
     "G5": "Drawing on a GPU against its bandwidth",
@@ -92,7 +93,8 @@ def picture(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def section(record: dict[str, Any], pictures: Path) -> str:
     """Everything between the markers; writes the pictures."""
-    parts = [f"`{record['command']}`, {record['date']}, {record['device']}, {record['versions']}."]
+    load = f", {record['load']}" if "load" in record else ""
+    parts = [f"`{record['command']}`, {record['date']}, {record['device']}{load}, {record['versions']}."]
     for id in dict.fromkeys(row["id"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["id"] == id]
         title = f"{id}: {CLAIMS.get(id, rows[0]['metric'])}"

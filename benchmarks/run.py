@@ -61,7 +61,7 @@ GPU_METRICS: dict[str, Metric] = {
 }
 METRICS = {"cpu": CPU_METRICS, "gpu": GPU_METRICS}
 """By suite. The gpu suite repeats the comparisons that hold there too."""
-PACKAGES = ("torch", "transformers", "x-transformers", "dalle-pytorch", "triton", "numpy")
+PACKAGES = ("torch", "transformers", "x-transformers", "dalle-pytorch", "triton", "numpy", "safetensors", "deepspeed")
 COLUMNS = "{:4} {:58} {:>10} {:24} {:25} {:>10} {:>7} {:>8} {:>8}  {}"
 
 
@@ -126,6 +126,7 @@ def describe(device: torch.device, command: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": name,
         "threads": torch.get_num_threads(),
+        "load": f"{os.getloadavg()[0]:.1f} processes wanted a core in the minute before",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
     }
 

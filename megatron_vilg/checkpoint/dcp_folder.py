@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.checkpoint.inert import Described, Record, read_pickle
-from megatron_vilg.checkpoint.manifest import read_manifest
+from megatron_vilg.checkpoint.manifest import REMEDY, read_manifest
 from megatron_vilg.checkpoint.tensors import TensorInfo, TensorSource
 from megatron_vilg.checkpoint.torch_file import TorchFile
 from megatron_vilg.errors import CheckpointError
@@ -73,7 +73,9 @@ class DcpSource(TensorSource):
             archive = TorchFile(self.descriptor(path), path, box.begin, box.length)
             tensor = archive.content
             if not isinstance(tensor, Described) or tensor.shape != box.sizes or tensor.dtype != info.dtype:
-                raise CheckpointError(f"{path}: a tensor is not the one that {METADATA} names; the folder is damaged")
+                raise CheckpointError(
+                    f"{path}: a tensor is not the one that {METADATA} names; the folder is damaged. {REMEDY}"
+                )
             self._archive = box, archive, tensor
         return self._archive[1].rows(self._archive[2], start, stop)
 
@@ -99,7 +101,7 @@ def read_metadata(path: Path) -> tuple[dict[str, TensorInfo], dict[str, list[Box
             tensors[name], boxes[name] = _tensor(path, name, entry, places)
         return tensors, boxes
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {REMEDY}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: is not what torch.distributed.checkpoint writes ({error!r})") from error
 

@@ -42,7 +42,7 @@ class LazyPlanner(dcp.DefaultSavePlanner):
         not_finite = 0
         for start, stop in pieces(info):
             rows = self.source.rows(index.fqn, start, stop)
-            not_finite += count_not_finite(rows)
+            not_finite += count_not_finite(index.fqn, rows)
             whole[start:stop] = rows
             self.done += rows.numel() * rows.dtype.itemsize
             if self.options.progress is not None:

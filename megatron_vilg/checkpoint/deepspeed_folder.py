@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.inert import Described, Record
-from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.manifest import TOKENIZERS, Manifest
 from megatron_vilg.checkpoint.tensors import MODEL, OPTIMIZER, TensorInfo, TensorSource
 from megatron_vilg.checkpoint.torch_file import TorchFile
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
@@ -233,9 +234,10 @@ class DeepSpeedSource(TensorSource):
         self._cuts[name], self._shapes[name] = self._cuts[origin], self._shapes[origin]
 
     def _manifest(self) -> Manifest:
-        """Progress from DeepSpeed's counters, the model from a ``config.json`` in the folder or above it."""
+        """Progress from DeepSpeed's counters, model and tokenizers from what lies in the folder or above it."""
         model = _mapping(self._models[0], None)
-        folder = next((f for f in (self.path, self._folder, self.path.parent) if (f / RUN_FILE).is_file()), None)
+        beside = (self.path, self._folder, self.path.parent)
+        folder = next((f for f in beside if (f / RUN_FILE).is_file()), None)
         manifest = Manifest(
             kind="unknown",
             step=int(model.get("global_steps") or 0),
@@ -252,6 +254,11 @@ class DeepSpeedSource(TensorSource):
             kind="pretrain",
             model=dataclasses.asdict(run.model),
             stream=dataclasses.asdict(run.model.spec),
+            tokenizers={
+                name: sha256_of(found[0])
+                for name, file in TOKENIZERS.items()
+                if (found := [path for f in beside if (path := f / name / file).is_file()])
+            },
             text_vocab_size=run.model.text_vocab_size,
             image_vocab_size=run.model.image_vocab_size,
         )

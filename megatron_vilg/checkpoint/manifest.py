@@ -19,7 +19,10 @@ from megatron_vilg import __version__
 from megatron_vilg.checkpoint.files import PARTIAL, sha256_of, write_text
 from megatron_vilg.errors import CheckpointError
 
+REMEDY = "Works: copy what is damaged again from where it came from, or take an earlier checkpoint"
 FILE_NAME = "manifest.json"
+TOKENIZERS = {"text_tokenizer": "spm.model", "image_tokenizer": "model.safetensors"}
+"""Folder of each tokenizer in a run, and the file in it whose digest manifests state."""
 FORMAT_VERSION = 1
 IDENTITY = ("kind", "model", "stream", "tokenizers", "text_vocab_size", "image_vocab_size")
 """Fields that must agree before weights may be loaded; step, layout and versions may differ."""
@@ -212,5 +215,5 @@ def read_sound_manifest(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     problems = find_damage(folder, manifest)
     if problems:
-        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}")
+        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}. {REMEDY}")
     return manifest

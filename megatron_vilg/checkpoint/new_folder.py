@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, sync, sync_tree, with_suffix
-from megatron_vilg.checkpoint.manifest import FILE_NAME, FileEntry, find_damage, sha256_of
+from megatron_vilg.checkpoint.manifest import FILE_NAME, REMEDY, FileEntry, find_damage, sha256_of
 from megatron_vilg.checkpoint.tensors import TensorSource
 from megatron_vilg.errors import CheckpointError
 
@@ -41,8 +41,8 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(final.parent).free
         if free < num_bytes + SPARE_BYTES:
             raise CheckpointError(
-                f"--save-dir={final}: needs {gigabytes(num_bytes)}, the disk has {gigabytes(free)} free. "
-                "Works: another disk, or free space first"
+                f"--save-dir={_named(final)}: needs {gigabytes(num_bytes)} and {gigabytes(SPARE_BYTES)} to spare, the "
+                f"disk has {gigabytes(free)} free. Works: another disk, or free space first"
             )
         partial.mkdir()
         yield partial
@@ -50,12 +50,20 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
         publish(partial, final)
     except OSError as error:
         raise CheckpointError(
-            f"{final}: cannot be written ({error.strerror or error}). Nothing was left behind; free space or choose "
-            "another folder, then run the same command again"
+            f"{_named(final)}: cannot be written ({error.strerror or error}). Nothing was left behind; free space or "
+            "choose another folder, then run the same command again"
         ) from error
     finally:
         if partial.exists():
             remove(partial)
+
+
+def _named(final: Path) -> Path:
+    """What the user calls it: a folder inside one that is being written stands for that one."""
+    for parent in reversed(final.parents):
+        if parent.name.endswith(PARTIAL):
+            return parent.with_name(parent.name.removesuffix(PARTIAL))
+    return final
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -92,7 +100,7 @@ class Background:
         """
         damage = self._source.result() if self._source is not None else []
         if damage:
-            raise CheckpointError(f"{source}: damaged: {'; '.join(damage)}")
+            raise CheckpointError(f"{source}: damaged: {'; '.join(damage)}. {REMEDY}")
         return {name: future.result() for name, future in self._digests.items()}
 
     def close(self) -> None:

@@ -18,11 +18,18 @@ from megatron_vilg.checkpoint.canonical import (
     write_indices,
 )
 from megatron_vilg.checkpoint.layout import Layout, check_layout, cut_of
-from megatron_vilg.checkpoint.manifest import Manifest, TensorEntry, current_versions, write_manifest
+from megatron_vilg.checkpoint.manifest import (
+    REMEDY,
+    TOKENIZERS,
+    Manifest,
+    TensorEntry,
+    current_versions,
+    write_manifest,
+)
 from megatron_vilg.checkpoint.new_folder import Background, new_folder
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
-from megatron_vilg.checkpoint.sources import CONFIG_NAME, IMAGE_TOKENIZER, TOKENIZERS, companions
+from megatron_vilg.checkpoint.sources import CONFIG_NAME, IMAGE_TOKENIZER, companions
 from megatron_vilg.checkpoint.tensors import MODEL, TensorInfo, TensorSource, in_order, parameter_of, part_of
 from megatron_vilg.checkpoint.transfer import Files, Options, converted, require_equal, write_files
 from megatron_vilg.errors import CheckpointError
@@ -235,7 +242,7 @@ def write_folder(
             with opener(partial, manifest) as result:
                 require_equal(source, result, names, options)
             if problems := source.verify():
-                raise CheckpointError(f"{source.path}: damaged: {'; '.join(problems)}")
+                raise CheckpointError(f"{source.path}: damaged: {'; '.join(problems)}. {REMEDY}")
             known = background.finish(source.path)
         finally:
             background.close()

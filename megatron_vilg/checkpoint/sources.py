@@ -12,7 +12,7 @@ from megatron_vilg.checkpoint.dcp_folder import METADATA, DcpSource
 from megatron_vilg.checkpoint.deepspeed_folder import DeepSpeedSource, is_deepspeed
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_manifest
+from megatron_vilg.checkpoint.manifest import FILE_NAME, TOKENIZERS, Manifest, read_manifest
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
 from megatron_vilg.checkpoint.tensors import TensorSource
@@ -22,8 +22,6 @@ from megatron_vilg.errors import CheckpointError
 CONFIG_NAME = "config.json"
 IMAGE_TOKENIZER = "image-tokenizer"
 CHECKPOINT_FOLDER = "checkpoints"
-TOKENIZERS = {"text_tokenizer": "spm.model", "image_tokenizer": "model.safetensors"}
-"""Folder of each tokenizer in a run, and the file in it whose digest manifests state."""
 
 
 def open_source(path: Path) -> TensorSource:
@@ -106,7 +104,10 @@ def _read_config(path: Path, manifest: Manifest) -> Mapping[str, Any]:
         if json.loads(json.dumps(manifest.model[key])) != model[key]
     ]
     if differing:
-        raise CheckpointError(f"{path}: is not the configuration of these weights\n  " + "\n  ".join(differing))
+        raise CheckpointError(
+            f"{path}: is not the configuration of these weights. Works: the one that the run wrote, or none\n  "
+            + "\n  ".join(differing)
+        )
     return content
 
 

@@ -16,13 +16,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.manifest import REMEDY, Manifest
 from megatron_vilg.errors import CheckpointError
 
-PIECE_BYTES = 4 << 20
-"""Bytes read at a time: fits the caches of a processor, so that checking and writing a piece cost no memory traffic."""
+PIECE_BYTES = 1 << 20
+"""Bytes read at a time: fits the cache of one core, so that checking and writing a piece cost no memory traffic."""
 QUANTISED = ("codes", "scale")
 """What a quantised moment of an optimizer consists of."""
+UNKNOWN_AT_FIRST = ("gate.average",)
+"""What training starts with as NaN: the critic's gate has seen no picture before the first step."""
 MODEL, OPTIMIZER = "model", "optimizer"
 """First words of tensor names: ``model.NAME`` and ``optimizer.SLOT.NAME``."""
 
@@ -98,7 +100,7 @@ class TensorSource:
             try:
                 self._open[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}). {REMEDY}") from error
         return self._open[path]
 
     def close(self) -> None:
@@ -157,9 +159,11 @@ def read_bytes(descriptor: int, offset: int, count: int, name: str) -> Tensor:
         try:
             got = os.preadv(descriptor, [view[done:]], offset + done)
         except OSError as error:
-            raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from error
+            raise CheckpointError(f"{name}: cannot be read ({error.strerror}). {REMEDY}") from error
         if not got:
-            raise CheckpointError(f"{name}: ends at byte {offset + done}, expected {offset + count}; it was cut short")
+            raise CheckpointError(
+                f"{name}: ends at byte {offset + done}, expected {offset + count}; it was cut short. {REMEDY}"
+            )
         done += got
     return out
 
@@ -197,9 +201,9 @@ def parameter_of(name: str) -> str:
     return behind if first in QUANTISED else parameter
 
 
-def count_not_finite(values: Tensor) -> int:
-    """How many elements are NaN or infinite; a sum tells the usual case in one pass."""
-    if not values.is_floating_point() or not values.numel():
+def count_not_finite(name: str, values: Tensor) -> int:
+    """How many elements of a tensor are NaN or infinite and should not be; a sum tells the usual case in one pass."""
+    if name in UNKNOWN_AT_FIRST or not values.is_floating_point() or not values.numel():
         return 0
     if bool(torch.isfinite(values.sum(dtype=torch.float32))):
         return 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.checkpoint.inert import Described, Record, read_pickle
+from megatron_vilg.checkpoint.manifest import REMEDY
 from megatron_vilg.checkpoint.tensors import PIECE_BYTES, TensorInfo, read_bytes
 from megatron_vilg.errors import CheckpointError
 
@@ -80,8 +81,8 @@ class TorchFile:
                 self.content: Any = read_pickle(io.BytesIO(archive.read(f"{self._root}/data.pkl")), str(path))
         except (zipfile.BadZipFile, zlib.error, KeyError, OSError, struct.error) as error:
             raise CheckpointError(
-                f"{path}: is no whole file of torch.save ({error}). Files of torch before 1.6 have another form: "
-                "load and save them once with torch"
+                f"{path}: is no whole file of torch.save ({error}). {REMEDY}; what torch before 1.6 wrote has another "
+                "form: load and save it once with torch"
             ) from error
 
     def place_of(self, tensor: Described) -> int:
@@ -91,7 +92,7 @@ class TorchFile:
         name_length, extra_length = _LOCAL_HEADER.unpack(header)
         begin = entry.header_offset + 30 + name_length + extra_length
         if begin + entry.file_size > self.length:
-            raise CheckpointError(f"{self.path}: ends inside a tensor; it was cut short")
+            raise CheckpointError(f"{self.path}: ends inside a tensor; it was cut short. {REMEDY}")
         return self.start + begin
 
     def check(self, tensor: Described) -> None:
@@ -105,7 +106,7 @@ class TorchFile:
             count = min(PIECE_BYTES, entry.file_size - done)
             crc = zlib.crc32(read_bytes(self.descriptor, begin + done, count, str(self.path)).numpy().data, crc)
         if crc != entry.CRC:
-            raise CheckpointError(f"{self.path}: a tensor does not match its checksum; the file is damaged")
+            raise CheckpointError(f"{self.path}: a tensor does not match its checksum; the file is damaged. {REMEDY}")
 
     def rows(self, tensor: Described, start: int, stop: int) -> Tensor:
         """Rows of a tensor: [stop - start, ...]; of a scalar [1]."""
@@ -128,12 +129,12 @@ class TorchFile:
     def _entry(self, tensor: Described) -> zipfile.ZipInfo:
         entry = self._entries.get(f"{self._root}/data/{tensor.storage.key}")
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{self.path}: the numbers of a tensor are missing; the file is damaged")
+            raise CheckpointError(f"{self.path}: the numbers of a tensor are missing; the file is damaged. {REMEDY}")
         return entry
 
     def _within(self, tensor: Described, end: int) -> None:
         if end > self._entry(tensor).file_size or min(tensor.stride, default=0) < 0 or tensor.offset < 0:
-            raise CheckpointError(f"{self.path}: a tensor reaches beyond its numbers; the file is damaged")
+            raise CheckpointError(f"{self.path}: a tensor reaches beyond its numbers; the file is damaged. {REMEDY}")
 
 
 def _root_of(names: list[str], path: Path) -> str:

@@ -55,7 +55,7 @@ def problems_of(source: TensorSource, progress: Progress | None = None) -> list[
         info, bad = source.tensors[name], 0
         for start, stop in pieces(info):
             rows = source.rows(name, start, stop)
-            bad += count_not_finite(rows)
+            bad += count_not_finite(name, rows)
             done += rows.numel() * rows.dtype.itemsize
             if progress is not None:
                 progress("reading", done, total)

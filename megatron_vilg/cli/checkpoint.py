@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,29 +33,27 @@ def add_parser(subparsers: Any) -> None:
         epilog="example: vilg checkpoint merge --load-dir runs/big --save-dir runs/big-merged",
     )
     verbs = parser.add_subparsers(dest="checkpoint_verb", metavar="WHAT", required=True)
-    _add_merge(verbs)
-    _add_shard(verbs)
-    _add_convert(verbs)
-    _add_inspect(verbs)
-    _add_verify(verbs)
+    for add in (_add_merge, _add_shard, _add_convert, _add_inspect, _add_verify):
+        add(verbs)
 
 
 def _add_merge(verbs: Any) -> None:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    _verb(
+        verbs,
+        run_merge,
         "merge",
         help="any checkpoint to whole tensors in safetensors files",
         description="Write whole tensors under their canonical names, with configuration and tokenizers where they "
         "lie beside the source: a folder that `vilg generate --load` reads.",
         epilog="example: vilg checkpoint merge --load-dir runs/big --save-dir runs/big-merged --optimizer",
+        groups=(_from_here_to_there, _with_optimizer, _on_the_way),
     )
-    _add_folders(parser)
-    parser.add_argument("--optimizer", action="store_true", help="optimizer state too, to go on training from")
-    _add_writing(parser)
-    parser.set_defaults(run=run_merge)
 
 
 def _add_shard(verbs: Any) -> None:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = _verb(
+        verbs,
+        run_shard,
         "shard",
         help="whole tensors to per-rank files, or to a checkpoint for the trainer",
         description="Write mp_rank_TT_PPP/ for each rank of a tensor x pipeline layout; with --to dcp a run folder "
@@ -63,18 +61,15 @@ def _add_shard(verbs: Any) -> None:
         epilog="examples: vilg checkpoint shard --load-dir runs/big --save-dir runs/big-2x2 "
         "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2; "
         "vilg checkpoint shard --load-dir runs/big-merged --save-dir runs/again --to dcp --optimizer",
+        groups=(_from_here_to_there, _target_layout, _with_optimizer, _on_the_way),
     )
-    _add_folders(parser)
-    parser.add_argument("--target-tensor-parallel-size", metavar="T", type=int, help="ranks that share a layer")
-    parser.add_argument("--target-pipeline-parallel-size", metavar="P", type=int, help="ranks that share the layers")
     parser.add_argument("--to", choices=("ranks", "dcp"), default="ranks", help="form of the result (default: ranks)")
-    parser.add_argument("--optimizer", action="store_true", help="optimizer state too")
-    _add_writing(parser)
-    parser.set_defaults(run=run_shard)
 
 
 def _add_convert(verbs: Any) -> None:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = _verb(
+        verbs,
+        run_convert,
         "convert",
         help="foreign weights to ours, or ours to a folder to share",
         description="Read image tokenizers of taming-transformers (VQ and Gumbel, with their yaml), LlamaGen and "
@@ -83,6 +78,7 @@ def _add_convert(verbs: Any) -> None:
         epilog="examples: vilg checkpoint convert --from taming --to vilg --load-dir vqgan_imagenet_f16_1024 "
         "--save-dir runs/mine/image_tokenizer; vilg checkpoint convert --from vilg --to pretrained "
         "--load-dir runs/demo --save-dir share --dtype bf16",
+        groups=(_from_here_to_there, _with_optimizer, _on_the_way),
     )
     sources = ("taming", "llamagen", "dalle", "deepspeed", "vilg", "end-to-end")
     parser.add_argument("--from", dest="origin", choices=sources, required=True, help="what D is")
@@ -93,39 +89,37 @@ def _add_convert(verbs: Any) -> None:
         help="canonical folder; one file; weights, configuration and tokenizers together; a run folder from which "
         "end-to-end training starts. --from end-to-end --to vilg takes such a run apart",
     )
-    _add_folders(parser)
     parser.add_argument("--config", metavar="FILE", type=Path, help="taming: its yaml, where D has none or several")
     parser.add_argument("--image-size", metavar="S", type=int, help="image tokenizers: pixels a side (default: theirs)")
-    parser.add_argument("--optimizer", action="store_true", help="with --to vilg: optimizer state too")
-    _add_writing(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.option=value", help="with --to end-to-end: options of the new run"
     )
-    parser.set_defaults(run=run_convert)
 
 
 def _add_inspect(verbs: Any) -> None:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = _verb(
+        verbs,
+        run_inspect,
         "inspect",
         help="what is in a checkpoint",
         description="Print what a checkpoint is, its tensors with shapes, types and sizes, one tensor's statistics, or "
         "how it differs from another one. With --preset: what a model would be, computed without any weights.",
         epilog="examples: vilg checkpoint inspect runs/demo; vilg checkpoint inspect runs/demo --tensor norm.weight; "
         "vilg checkpoint inspect --preset paper-10b --target-tensor-parallel-size 8 --target-pipeline-parallel-size 4",
+        groups=(_target_layout,),
     )
     parser.add_argument("path", metavar="D", type=Path, nargs="?", help=_LOAD_HELP)
     parser.add_argument("--compare", metavar="E", type=Path, help="also say how D differs from E")
     parser.add_argument("--tensor", metavar="NAME", help="statistics of one tensor")
     parser.add_argument("--all", action="store_true", help="a line for each tensor; layers alike share one otherwise")
     parser.add_argument("--json", metavar="F", type=Path, help="also write what is printed as plain data")
-    parser.add_argument("--preset", metavar="NAME", help="instead of D: a model that need not exist")
-    parser.add_argument("--target-tensor-parallel-size", metavar="T", type=int, help="with --preset: plan its ranks")
-    parser.add_argument("--target-pipeline-parallel-size", metavar="P", type=int, help="with --preset: plan its ranks")
-    parser.set_defaults(run=run_inspect)
+    parser.add_argument("--preset", metavar="NAME", help="instead of D: a model that need not exist, and its ranks")
 
 
 def _add_verify(verbs: Any) -> None:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = _verb(
+        verbs,
+        run_verify,
         "verify",
         help="prove that a checkpoint is sound, or holds the same as another",
         description="Check digests of files, names, shapes and counts of tensors, and that values are finite; with "
@@ -136,15 +130,39 @@ def _add_verify(verbs: Any) -> None:
     parser.add_argument("path", metavar="D", type=Path, help=_LOAD_HELP)
     parser.add_argument("--against", metavar="E", type=Path, help="another one that should hold the same")
     parser.add_argument("--logits", action="store_true", help="with --against: run both models on the same input")
-    parser.set_defaults(run=run_verify)
 
 
-def _add_folders(parser: argparse.ArgumentParser) -> None:
+def _verb(
+    verbs: Any,
+    run: Callable[[argparse.Namespace], int],
+    name: str,
+    *,
+    groups: Sequence[Callable[[argparse.ArgumentParser], None]] = (),
+    **texts: str,
+) -> argparse.ArgumentParser:
+    """A sub-verb with the options of ``groups``; ``texts`` are its help, description and epilog."""
+    parser: argparse.ArgumentParser = verbs.add_parser(name, **texts)
+    for add in groups:
+        add(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _from_here_to_there(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load-dir", metavar="D", type=Path, required=True, help=_LOAD_HELP)
     parser.add_argument("--save-dir", metavar="E", type=Path, required=True, help="new folder; must not exist")
 
 
-def _add_writing(parser: argparse.ArgumentParser) -> None:
+def _target_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target-tensor-parallel-size", metavar="T", type=int, help="ranks that share a layer")
+    parser.add_argument("--target-pipeline-parallel-size", metavar="P", type=int, help="ranks that share the layers")
+
+
+def _with_optimizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--optimizer", action="store_true", help="optimizer state too, to go on training from")
+
+
+def _on_the_way(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="element type of the weights (default: as they are)")
     parser.add_argument("--allow-non-finite", action="store_true", help="let NaN and infinite values pass")
 
@@ -154,10 +172,9 @@ def run_merge(args: argparse.Namespace) -> int:
     from megatron_vilg.checkpoint.reshape import merge
     from megatron_vilg.checkpoint.sources import open_source
 
-    with open_source(args.load_dir) as source, _options(args) as options:
-        _log.info("source: %s, %s", source.path, source.format)
+    with _at_work(args, open_source(args.load_dir)) as (source, options):
         manifest = merge(source, args.save_dir, optimizer=args.optimizer, options=options)
-    _done(args.save_dir, len(manifest.tensors), source)
+        _done(args.save_dir, len(manifest.tensors), source)
     return 0
 
 
@@ -180,14 +197,12 @@ def run_shard(args: argparse.Namespace) -> int:
         problems.append("--dtype: the trainer keeps weights in fp32. Works: without it, or --to ranks")
     if problems:
         raise ConfigError(problems)
-    with open_source(args.load_dir) as source, _options(args) as options:
-        _log.info("source: %s, %s", source.path, source.format)
+    with _at_work(args, open_source(args.load_dir)) as (source, options):
         if args.to == "dcp":
             count = write_run_folder(source, args.save_dir, optimizer=args.optimizer, options=options)
         else:
-            manifest = shard(source, args.save_dir, *sizes, optimizer=args.optimizer, options=options)
-            count = len(manifest.tensors)
-    _done(args.save_dir, count, source)
+            count = len(shard(source, args.save_dir, *sizes, optimizer=args.optimizer, options=options).tensors)
+        _done(args.save_dir, count, source)
     return 0
 
 
@@ -220,17 +235,16 @@ def _convert(args: argparse.Namespace) -> int:
     from megatron_vilg.checkpoint.sources import open_source
 
     if args.origin == "taming":
-        source: TensorSource = read_taming(args.load_dir, args.config, args.image_size)
+        foreign: TensorSource = read_taming(args.load_dir, args.config, args.image_size)
     elif args.origin == "llamagen":
-        source = read_llamagen(args.load_dir, args.image_size)
+        foreign = read_llamagen(args.load_dir, args.image_size)
     elif args.origin == "dalle":
-        source = read_dalle(args.load_dir, args.image_size)
+        foreign = read_dalle(args.load_dir, args.image_size)
     else:
-        source = open_source(args.load_dir)
-    with source, _options(args) as options:
-        _log.info("source: %s, %s", source.path, source.format)
+        foreign = open_source(args.load_dir)
+    with _at_work(args, foreign) as (source, options):
         manifest = convert(source, args.save_dir, args.to, optimizer=args.optimizer, options=options)
-    _done(args.save_dir, len(manifest.tensors), source)
+        _done(args.save_dir, len(manifest.tensors), source)
     return 0
 
 
@@ -252,6 +266,10 @@ def run_inspect(args: argparse.Namespace) -> int:
         raise ConfigError(["give either a folder D or --preset NAME"])
     if args.preset is not None:
         return _inspect_preset(args)
+    if (args.target_tensor_parallel_size, args.target_pipeline_parallel_size) != (None, None):
+        raise ConfigError(
+            ["--target-...-parallel-size: plans the ranks of a --preset. Works: `shard` cuts D for ranks"]
+        )
     with open_source(args.path) as source:
         found: dict[str, Any] = facts(source)
         lines = list(head_lines(source))
@@ -277,8 +295,15 @@ def _inspect_preset(args: argparse.Namespace) -> int:
     from megatron_vilg.config.load import load_run_config
 
     sizes = (args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
+    problems = [
+        f"--{name}: looks into tensors, and --preset={args.preset} has none. Works: with a folder D"
+        for name in ("compare", "tensor")
+        if getattr(args, name) is not None
+    ]
     if (None in sizes) != (sizes == (None, None)):
-        raise ConfigError(["--target-tensor-parallel-size and --target-pipeline-parallel-size: give both or neither"])
+        problems.append("--target-tensor-parallel-size and --target-pipeline-parallel-size: give both or neither")
+    if problems:
+        raise ConfigError(problems)
     lines, found = planned(load_run_config(args.preset), sizes, fold=not args.all)
     _print(lines, found, args.json)
     return 0
@@ -318,6 +343,14 @@ def _print(lines: list[str], found: dict[str, Any], file: Path | None) -> None:
 
 def _done(folder: Path, count: int, source: TensorSource) -> None:
     print(f"{folder}: {count} tensors, read back and equal to {source.path}")
+
+
+@contextmanager
+def _at_work(args: argparse.Namespace, source: TensorSource) -> Iterator[tuple[TensorSource, Options]]:
+    """A source, named in the log and closed in the end, and what may change on the way."""
+    with source, _options(args) as options:
+        _log.info("source: %s, %s", source.path, source.format)
+        yield source, options
 
 
 @contextmanager

@@ -28,6 +28,7 @@ def start_end_to_end(args: argparse.Namespace) -> int:
     from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, companions, open_source
     from megatron_vilg.config.check import require
     from megatron_vilg.config.load import load_run_config, write_run_folder_config
+    from megatron_vilg.config.schema import ParallelConfig
     from megatron_vilg.generate.load import load_parts
     from megatron_vilg.train.end_to_end import EndToEndEngine
 
@@ -39,8 +40,9 @@ def start_end_to_end(args: argparse.Namespace) -> int:
     config_file = _config_file(parts.source, args.load_dir)
     run = load_run_config(None, config_file, ["reconstructor.enabled=true", *args.overrides])
     run = dataclasses.replace(run, model=parts.config.model).resolve(text_vocab_size=parts.text_tokenizer.vocab_size)
-    require(run)
-    engine = EndToEndEngine(run, torch.device("cpu"), load_image_tokenizer(folders["image_tokenizer"]))
+    alone = dataclasses.replace(run, parallel=ParallelConfig())  # here is one process, however many trained or will
+    require(alone)
+    engine = EndToEndEngine(alone, torch.device("cpu"), load_image_tokenizer(folders["image_tokenizer"]))
     engine.model.load_state_dict(parts.model.state_dict(), strict=False)
     manifest = dataclasses.replace(
         read_manifest(parts.source),

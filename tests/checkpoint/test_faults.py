@@ -19,7 +19,7 @@ import torch
 from megatron_vilg.checkpoint import new_folder as new_folder_module
 from megatron_vilg.checkpoint import safetensors_file
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
-from megatron_vilg.checkpoint.manifest import read_sound_manifest
+from megatron_vilg.checkpoint.manifest import REMEDY, read_sound_manifest
 from megatron_vilg.checkpoint.reshape import convert, merge, shard
 from megatron_vilg.checkpoint.run_folder import write_run_folder
 from megatron_vilg.checkpoint.sources import open_source
@@ -80,7 +80,8 @@ def test_damage_stops_the_tools_and_leaves_nothing(tmp_path: Path, sound, form: 
     folder = tmp_path / sound[form].name
     shutil.copytree(sound[form], folder)
     damage(folder)
-    with pytest.raises(CheckpointError, match=folder.name), open_source(folder) as source:
+    words = f"{folder.name}.*" + ("" if "manifest" in damage.__name__ else REMEDY)
+    with pytest.raises(CheckpointError, match=words), open_source(folder) as source:
         merge(source, tmp_path / "result", optimizer=True)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
@@ -190,7 +191,10 @@ def test_a_wrong_tokenizer_or_configuration_beside_the_weights_is_refused(tmp_pa
 def test_a_disk_that_is_too_small_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(new_folder_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"--save-dir=.*: needs .* the disk has 1.00 kB free"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"--save-dir=.*: needs .* and 67.11 MB to spare, the disk has 1.00 kB free. Works: another",
+    ):
         merge(memory_source(), tmp_path / "whole")
     assert not list(tmp_path.iterdir())
 
@@ -207,11 +211,22 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     class Os:
         write = staticmethod(until_full)
-        open, close, O_WRONLY, O_CREAT, O_EXCL = os.open, os.close, os.O_WRONLY, os.O_CREAT, os.O_EXCL
+        open, close, posix_fallocate = os.open, os.close, staticmethod(lambda *_: None)
+        O_WRONLY, O_CREAT, O_EXCL = os.O_WRONLY, os.O_CREAT, os.O_EXCL
 
     monkeypatch.setattr(safetensors_file, "os", Os)
     with pytest.raises(CheckpointError, match="cannot be written .No space left on device.. Nothing was left behind"):
         merge(memory_source(), tmp_path / "whole", optimizer=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_under_a_run_folder_is_told_by_the_folder_s_own_name(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_vilg.checkpoint.dcp_write.dcp.save", full)
+    with pytest.raises(CheckpointError, match=r"/whole: cannot be written .No space left on device.. Nothing was left"):
+        write_run_folder(memory_source(), tmp_path / "whole", optimizer=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -263,10 +278,12 @@ def test_a_kill_at_fifty_random_moments_leaves_all_or_nothing(tmp_path: Path, wh
             else:
                 write_run_folder(opened, tmp_path / "result", optimizer=True)
 
-    start = time.perf_counter()
-    work()
-    whole = time.perf_counter() - start
-    shutil.rmtree(tmp_path / "result")
+    whole = float("inf")
+    for _ in range(3):  # the first time imports, and a busy machine delays any
+        start = time.perf_counter()
+        work()
+        whole = min(whole, time.perf_counter() - start)
+        shutil.rmtree(tmp_path / "result")
     chance, killed = random.Random(0), 0
     for _ in range(50):
         killed += _killed_at(chance.uniform(0.0, 1.5 * whole), work)

@@ -109,6 +109,8 @@ def test_a_model_is_planned_without_weights(tmp_path: Path, capsys) -> None:
         (["merge", "--load-dir", "nowhere", "--save-dir", "N"], "nowhere: no such folder"),
         (["merge", "--load-dir", "R/text_tokenizer", "--save-dir", "N"], "format_version"),
         (["verify", "R", "--logits"], "--logits: compares two models"),
+        (["inspect", "R", "--target-tensor-parallel-size", "2"], "plans the ranks of a --preset"),
+        (["inspect", "--preset", "demo", "--tensor", "norm.weight"], "--tensor: looks into tensors, and --preset=demo"),
         (
             ["convert", "--from", "vilg", "--to", "vilg", "--load-dir", "R", "--save-dir", "N", "--config", "x"],
             "--config",
@@ -126,7 +128,7 @@ def test_mistakes_are_explained_and_leave_nothing(tmp_path: Path, run: Path, cap
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tool", ["merge", "shard", "convert", "inspect"])
+@pytest.mark.parametrize("tool", ["merge", "shard", "convert", "inspect", "verify"])
 def test_the_tools_are_the_same_commands(tool: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / f"{tool}_checkpoint.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import read_manifest
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.checkpoint.tensors import read_whole
+from megatron_vilg.checkpoint.verify import differences
 from megatron_vilg.cli.main import main
 from megatron_vilg.config.load import read_run_folder_config
 from megatron_vilg.generate.load import load_parts
@@ -61,6 +62,26 @@ def test_the_trainer_goes_on_from_the_start(started: tuple[Path, Path]) -> None:
     assert path is not None
     identity = dataclasses.replace(read_manifest(path), model=dataclasses.asdict(config.model))
     assert checkpointer.load(path, engine.state_dict(), expected=identity).step == 0
+
+
+def test_a_start_that_has_seen_no_picture_is_sound_and_can_be_merged(
+    started: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert main(["checkpoint", "verify", str(started[1])]) == 0
+    merge = ["checkpoint", "merge", "--load-dir", str(started[1]), "--save-dir", str(tmp_path / "whole"), "--optimizer"]
+    assert main(merge) == 0
+    assert main(["checkpoint", "verify", str(tmp_path / "whole"), "--against", str(started[1])]) == 0
+
+
+def test_the_start_is_made_on_one_process_whatever_the_layout_of_the_run(
+    started: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = ["text_tokenizer.vocab_size=320", "parallel.tensor=2", "parallel.shard=2"]
+    assert convert("vilg", "end-to-end", started[0], tmp_path / "start", *settings) == 0
+    layout = read_run_folder_config(tmp_path / "start").parallel
+    assert (layout.tensor, layout.shard) == (2, 2)
+    with open_source(tmp_path / "start") as one, open_source(started[1]) as other:
+        assert differences(one, other) == []
 
 
 def test_a_run_is_taken_apart_again(started: tuple[Path, Path], tmp_path: Path, capsys) -> None:
