@@ -50,7 +50,7 @@ def _add_demo(verbs: Any) -> None:
         "--styles",
         default="",
         metavar="A,B",
-        help="some of fluent-flat,fluent-3d,fluent-contrast,emojione,emojione-mono,openmoji,noto,twemoji, or all "
+        help="some of noto,twemoji,openmoji,fluent-flat,fluent-3d,emojione,fluent-contrast,emojione-mono, or all "
         "(default: the first six)",
     )
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")

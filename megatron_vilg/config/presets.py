@@ -55,7 +55,7 @@ def demo() -> RunConfig:
             view_zoom=0.15,
             view_flip=True,
             caption_dropout=0.08,
-            alternate_caption_probability=0.35,
+            alternate_caption_probability=0.25,
             image_input_noise=0.1,
             image_source_noise=0.1,
         ),
@@ -63,7 +63,7 @@ def demo() -> RunConfig:
         # Adam's step size for everything.
         loss=LossConfig(image_to_text_weight=0.35),
         optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.97), warmup_steps=40),
-        train=TrainConfig(num_steps=3800, batch_size=12, eval_every=500, sample_every=1000),
+        train=TrainConfig(num_steps=3300, batch_size=12, eval_every=500, sample_every=1000),
         checkpoint=CheckpointConfig(every=250),
         sample=SampleConfig(temperature=0.8, top_k=16, rerank=16, caption_candidates=32),
     )

@@ -35,7 +35,7 @@ _HELD_CONCEPT_SHARE = 0.05
 _SIMPLE_NAME = re.compile(r"[\u4e00-\u9fff]{1,4}")
 _LEFT_OUT_GROUPS = ("people-body", "flags", "symbols")
 _LEFT_OUT_SUBGROUPS = ("time", "clothing", "office", "place-map")
-_TAGS_USED = 1
+_TAGS_USED = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,17 +75,17 @@ def canonical_caption(label_zh: str, style: str) -> str:
 def other_wordings(concept: Concept, style: str, languages: Sequence[str]) -> list[str]:
     """Captions that may stand for the canonical one.
 
-    Other full wordings, a keyword instead of the name, and the name or the style alone. Those teach that the two are
-    separate features, and what each of them looks like by itself, which guidance by parts draws on.
+    Full wordings, keywords instead of the name, and the name or the style alone: those teach that the two are
+    separate features, which combinations never seen together need.
     """
     texts: list[str] = []
     if "zh" in languages:
         name, manner = concept.label_zh, STYLES[style].zh
-        texts += [f"{name}，{manner}", f"画{manner}的{name}", name, manner]
+        texts += [f"{name}，{manner}", f"画{manner}的{name}", f"一张{manner}的图标：{name}", name, manner]
         texts += [f"{manner}的{tag}" for tag in concept.tags_zh[:_TAGS_USED]]
     if "en" in languages:
         name, manner = concept.label_en, STYLES[style].en
-        texts += [f"{name} in {manner}", f"{name}, {manner}", name, manner]
+        texts += [f"{name} in {manner}", f"{name}, {manner}", f"an icon of {name}, {manner}", name, manner]
         texts += [f"{tag} in {manner}" for tag in concept.tags_en[:_TAGS_USED]]
     return [text for text in dict.fromkeys(texts) if text != canonical_caption(concept.label_zh, style)]
 

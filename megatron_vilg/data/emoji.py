@@ -61,11 +61,8 @@ STYLES: dict[str, Style] = {
 }  # fmt: skip
 
 
-DEMO_STYLES = ("fluent-flat", "fluent-3d", "fluent-contrast", "emojione", "emojione-mono", "openmoji")
-"""Five of the six share their drawings with another one: flat, glossy, and black and white of one drawing by Microsoft;
-coloured, and black and white of one by EmojiOne. So a picture in a style that its concept was never shown in follows
-from what was shown. Where a set draws everything anew, in another pose and other colours, nobody can know it.
-"""
+DEMO_STYLES = ("noto", "twemoji", "openmoji", "fluent-flat", "fluent-3d", "emojione")
+"""The six coloured sets. The other two are redrawings of two of them in black and white."""
 
 
 @dataclass(frozen=True, slots=True)
