@@ -227,7 +227,9 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
     turning = kept + earlier + max(logits, recomputed + passing)
     before_last = gradients * (1 - (part.block + part.rest) / part.whole) if part.layers > 1 else 0.0
     end = max(earlier, before_last) + block_kept + recomputed + passing + on_their_way
-    return memory, weights + optimizer + gathered + masks + max(turning, end, gradients)
+    # Autocast's copies of weights go as the backward pass goes.
+    at_end = sizes.compute * part.block if sizes.autocast else gathered
+    return memory, weights + optimizer + masks + max(gathered + turning, at_end + end, at_end + gradients)
 
 
 def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[float, float]:
@@ -236,7 +238,8 @@ def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[
         if not sizes.autocast:
             return 0.0, 0.0
         layers = part.layers if run.parallel.recompute != "block" else 1
-        return float(sizes.compute * part.block * layers), 0.0  # autocast's copies, kept for the backward pass
+        # Autocast's copies: kept for the backward pass, or made anew where the block is.
+        return float(sizes.compute * part.block * layers), 0.0
     gathered = part.rest + 2 * part.block if run.parallel.zero == 3 else part.whole
     return float(sizes.compute * gathered), float((sizes.compute + MASTER_BYTES) * max(part.block, part.rest))
 

@@ -25,7 +25,7 @@ SILENT = ("_c10d_functional.wait_tensor", "_c10d_functional._wrap_tensor_autogra
 
 
 class Traffic(TorchDispatchMode):
-    """``with Traffic() as traffic:`` fills ``calls`` and ``bytes`` by (kind, ranks of the group), and ``sent`` by group.
+    """``with Traffic() as traffic:`` fills ``calls`` and ``bytes`` by (kind, ranks of the group), ``sent`` by group.
 
     Bytes are those of the whole tensor: a gather's result, a reduce-scatter's input, an all-reduce's tensor.
     """
