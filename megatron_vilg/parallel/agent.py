@@ -3,7 +3,8 @@
     srun --ntasks-per-node=1 python -m megatron_vilg.parallel.agent --nproc-per-node 8 -m megatron_vilg train ...
 
 torchrun itself ends with 1 whatever its ranks said, so that a job script could not tell a run that was stopped and
-saved (75) from one that failed; and SIGUSR1, which SLURM sends to all processes of a step before the time limit, kills it.
+saved (75) from one that failed; and it ends at SIGUSR1, which SLURM sends to all processes of a step before the time
+limit.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tests.train.test_stages import TINY, pairs  # noqa: F401 - a fixture
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 pytestmark = pytest.mark.slow
-WAIT = 600.0
+WAIT = 1800.0
 """Seconds that a run of a few steps may take on a machine with other work; most of them are imports."""
 EXACT = ["train.precision=fp32", "model.dropout=0", "train.sample_every=0", "train.eval_every=0", "log.every=1"]
 
@@ -47,12 +47,12 @@ def losses(out: Path) -> dict[int, float]:
 @pytest.mark.parametrize("engine", ["deepspeed", "native"])
 def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(engine: str, tmp_path: Path, pairs: Path) -> None:  # noqa: F811
     alone, out = tmp_path / "alone", tmp_path / "out"
-    steps = ["train.num_steps=60", "checkpoint.every=2"]
+    steps = ["train.num_steps=40", "checkpoint.every=5"]
     assert main(["train", "--preset", "demo", "--data", str(pairs), "--out", str(alone), *TINY, *EXACT, *steps]) == 0
     settings = [*steps, f"train.engine={engine}", "parallel.zero=3"]
     process = launched(pairs, out, *settings)
     deadline = time.monotonic() + WAIT
-    while not (out / "checkpoints" / "step-00000002" / "manifest.json").exists():
+    while not (out / "checkpoints" / "step-00000005" / "manifest.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
     log = (out / "logs" / "rank-0001.log").read_text()
@@ -66,7 +66,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(engine: str, tm
     printed = process.communicate(timeout=WAIT)[0]
     assert process.returncode == 0 and "resumed from" in printed, printed
     found = losses(out)
-    assert max(found) == 60
+    assert max(found) == 40
     assert found == pytest.approx(losses(alone), abs=1e-4)
 
 
