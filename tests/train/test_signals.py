@@ -31,7 +31,7 @@ def test_handlers_come_back_after_an_error() -> None:
 def test_an_error_on_its_way_out_is_not_hidden_by_the_launcher_s_signal() -> None:
     """A launcher that has seen one rank end tells the others to end while they still find out why."""
     former = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ConnectionError, match="the other rank is gone"), StopRaises(is_alone=True) as outer:  # noqa: SIM117
+    with pytest.raises(ConnectionError, match="the other rank is gone"), StopRaises(is_alone=True) as outer:
         try:
             with StopSignals():
                 raise ConnectionError("the other rank is gone")
