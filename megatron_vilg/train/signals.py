@@ -11,8 +11,8 @@ HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignals:
-    """``with StopSignals() as stop:`` notes signals in ``stop.received``; former handlers come back at the end (those of
-    a ``StopRaises`` around it only if the block was left without an error).
+    """``with StopSignals() as stop:`` notes signals in ``stop.received``; former handlers come back at the end, those
+    of a ``StopRaises`` around it only if the block was left without an error.
 
     Works in the main thread only, which is a rule of Python's ``signal`` module.
     """
