@@ -49,8 +49,9 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(engine: str, tm
     alone, out = tmp_path / "alone", tmp_path / "out"
     steps = ["train.num_steps=40", "checkpoint.every=5"]
     assert main(["train", "--preset", "demo", "--data", str(pairs), "--out", str(alone), *TINY, *EXACT, *steps]) == 0
-    settings = [*steps, f"train.engine={engine}", "parallel.zero=3"]
-    process = launched(pairs, out, *settings)
+    made = [f"--{kind}-tokenizer={alone / f'{kind}_tokenizer'}" for kind in ("text", "image")]
+    settings = [*made, *steps, f"train.engine={engine}", "parallel.zero=3"]
+    process = launched(alone / "tokens", out, *settings)
     deadline = time.monotonic() + WAIT
     while not (out / "checkpoints" / "step-00000005" / "manifest.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -62,7 +63,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(engine: str, tm
     assert "LostRankError: rank 1 (node" in (out / "logs" / "rank-0000.log").read_text(), printed
     assert not (out / "export").exists()
 
-    process = launched(pairs, out, *settings)
+    process = launched(alone / "tokens", out, *settings)
     printed = process.communicate(timeout=WAIT)[0]
     assert process.returncode == 0 and "resumed from" in printed, printed
     found = losses(out)
