@@ -1,4 +1,4 @@
-"""G0, G1, G2, G5, G6: what only a GPU can say. ``--dry-run`` takes them through the smallest sizes on a CPU."""
+"""G0, G1, G5, G6: what only a GPU can say. ``--dry-run`` takes them through the smallest sizes on a CPU."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import OURS, Bench, Goal, Row
-from benchmarks.sizes import demo_size, random_pairs
+from benchmarks.sizes import random_pairs
 from megatron_vilg.config.presets import PRESETS
-from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig, OpsConfig, RunConfig, SampleConfig
+from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig, SampleConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.generate.cache import kv_elements_read
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.text_to_image import Prompts, draw_ids
-from megatron_vilg.models.cost import forward_flops, num_parameters
+from megatron_vilg.models.cost import num_parameters
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.models.vqgan import VQGAN
 from megatron_vilg.ops.attention import Implementation, attend, choose_implementation, prepare
 from megatron_vilg.ops.rules import AttentionRule, Pattern
 from megatron_vilg.parallel.init import init_weights
 from megatron_vilg.sequence import Direction
-from megatron_vilg.train.engine import NativeEngine
 
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -144,45 +143,6 @@ def _dense_kernels(bench: Bench, inputs: list[Tensor], *, causal: bool) -> dict[
             continue
         found[name] = by(backend)
     return found
-
-
-def training(bench: Bench) -> Iterator[Row]:
-    """The 300M model, 16 pairs: sparse and fused, dense and fused, dense and written out; time and peak memory."""
-    run = demo_size("fp32" if bench.tiny else "bf16")
-    pairs = 2 if bench.tiny else 16
-    run = replace(run, model=TINY if bench.tiny else PAPER, train=replace(run.train, batch_size=pairs))
-    fused: Implementation = choose_implementation("auto", run.model.image_side, bench.device, training=True)[0]
-    variants: dict[str, tuple[str, Implementation]] = {
-        f"paper's patterns, {fused}": ("paper", fused),
-        "dense, fused": ("full", "sdpa"),
-        "dense, written out": ("full", "dense"),
-    }
-    seconds, peaks = {}, {}
-    for name, (pattern, implementation) in variants.items():
-        seconds[name], peaks[name] = _train(bench, run, pattern, implementation)
-    (ours, *others) = variants
-    flops = 3 * pairs * forward_flops(run.model).kept
-    yield Row("G2", "training, 300M: model FLOPs", 1e-12 * flops / seconds[ours], "TFLOP/s", limit=989.0)
-    for other, speed in zip(others, (1.10, 1.25), strict=True):
-        goal = Goal("ratio", ">=", speed)
-        rates = [pairs / seconds[name] for name in (ours, other)]
-        yield Row("G2", "training, 300M", rates[0], "pairs/s", other, rates[1], goal)
-        if bench.device.type != "cuda":  # nothing counts the peak of a CPU
-            continue
-        memory = Goal("ratio", ">=", 2.0) if other == others[-1] else None
-        yield Row("G2", "peak memory", peaks[ours], "GB", other, peaks[other], memory, less_is_better=True)
-
-
-def _train(bench: Bench, run: RunConfig, pattern: str, implementation: Implementation) -> tuple[float, float]:
-    """Seconds of a step, and the peak of memory in GB (0 on a CPU)."""
-    model = replace(run.model, pattern=pattern)  # type: ignore[arg-type]
-    engine = NativeEngine(replace(run, model=model, ops=OpsConfig(attention=implementation)), bench.device)
-    batch = random_pairs(run.model, run.train.batch_size, seed=0)
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = bench.interleave({OURS: lambda: engine.train_step(batch)}, bench.rounds, warm_up=3)[OURS]
-    peak = torch.cuda.max_memory_allocated() / 1e9 if bench.device.type == "cuda" else 0.0
-    return statistics.median(seconds), peak
 
 
 def drawing(bench: Bench) -> Iterator[Row]:

@@ -30,6 +30,8 @@ CLAIMS = {
     "K1": "Merging and sharding a checkpoint against a plain copy and other converters",
     "G1": "One attention layer on a GPU",
     "G2": "A training step on a GPU",
+    "G3": "Twelve layers of the 10B model on a GPU",
+    "G4": "The whole 10B model on one GPU",
     "G5": "Drawing on a GPU against its bandwidth",
     "G6": "The image tokenizer on a GPU",
 }

@@ -27,7 +27,8 @@ from benchmarks.attention_layers import attention_layers
 from benchmarks.checkpoints import checkpoint_tools
 from benchmarks.counts import cache_capacity, cache_reads
 from benchmarks.decoding import decoding, samples_of_one_prompt
-from benchmarks.gpu import attention_kernels, ceilings, drawing, image_tokenizer, training
+from benchmarks.gpu import attention_kernels, ceilings, drawing, image_tokenizer
+from benchmarks.gpu_training import training_10b, training_10b_slice, training_300m
 from benchmarks.loss_head import loss_head
 from benchmarks.measure import Bench, Row
 from benchmarks.start import import_time, optimizer_update
@@ -52,7 +53,9 @@ CPU_METRICS: dict[str, Metric] = {
 GPU_METRICS: dict[str, Metric] = {
     "G0": ceilings,
     "G1": attention_kernels,
-    "G2": training,
+    "G2": training_300m,
+    "G3": training_10b_slice,
+    "G4": training_10b,
     "G5": drawing,
     "G6": image_tokenizer,
     "C1": training_step,

@@ -209,7 +209,11 @@ def _check_tensor(run: RunConfig) -> Iterable[str]:
     if broken := {name: size for name, size in sizes.items() if size % parallel.tensor}:
         works = [n for n in _divisors(model.num_heads) if all(size % n == 0 for size in sizes.values())]
         rule = "must divide " + " and ".join(f"{name}={size}" for name, size in broken.items())
-        yield _problem("parallel.tensor", parallel.tensor, rule, works)
+        listed = _listed(works)
+        if "model.text_vocab_size" in broken:  # what a small corpus yields is not what was asked for
+            below = model.text_vocab_size // parallel.tensor * parallel.tensor
+            listed += f", or in a new run folder text_tokenizer.vocab_size={below}"
+        yield _problem("parallel.tensor", parallel.tensor, rule, listed)
     if parallel.tensor > 1 and model.dropout:
         rule = f"with parallel.tensor={parallel.tensor} ranks would drop different values of what they share"
         yield _problem("model.dropout", model.dropout, rule, "0, or parallel.tensor=1")

@@ -52,7 +52,7 @@ class Part:
     rest: int
     """Everything outside blocks, gathered."""
     shared: int
-    """Values that every rank of ``tp`` holds; their gradients are summed over it."""
+    """Values that every rank of ``tp`` holds and applies to something else; their gradients are summed over it."""
     layers: int
     has_embedding: bool
     has_heads: bool
@@ -148,7 +148,7 @@ def part_of(model: ModelConfig, layout: Layout, rank: int) -> Part:
         else:
             rest += size
         sharded += -(-local[0] // layout.shard) * prod(local[1:])
-        if layout.tensor > 1 and rule_of(name).cut in (Cut.SEQUENCE, Cut.HEADS, Cut.AFTER_SUM):
+        if layout.tensor > 1 and rule_of(name).cut in (Cut.SEQUENCE, Cut.HEADS):
             shared += size
     return Part(
         whole=sum(blocks.values()) + rest,
@@ -227,7 +227,9 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
     turning = kept + earlier + max(logits, recomputed + passing)
     before_last = gradients * (1 - (part.block + part.rest) / part.whole) if part.layers > 1 else 0.0
     end = max(earlier, before_last) + block_kept + recomputed + passing + on_their_way
-    return memory, weights + optimizer + gathered + masks + max(turning, end, gradients)
+    # Autocast's copies of weights go as the backward pass goes.
+    at_end = sizes.compute * part.block if sizes.autocast else gathered
+    return memory, weights + optimizer + masks + max(gathered + turning, at_end + end, at_end + gradients)
 
 
 def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[float, float]:
@@ -236,7 +238,8 @@ def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[
         if not sizes.autocast:
             return 0.0, 0.0
         layers = part.layers if run.parallel.recompute != "block" else 1
-        return float(sizes.compute * part.block * layers), 0.0  # autocast's copies, kept for the backward pass
+        # Autocast's copies: kept for the backward pass, or made anew where the block is.
+        return float(sizes.compute * part.block * layers), 0.0
     gathered = part.rest + 2 * part.block if run.parallel.zero == 3 else part.whole
     return float(sizes.compute * gathered), float((sizes.compute + MASTER_BYTES) * max(part.block, part.rest))
 
@@ -279,17 +282,18 @@ def _sent(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int) -
     reduces = 1 if parallel.zero == 1 else micro
     shard = ring(layout.shard) * part.whole * (gathers * sizes.compute + reduces * MASTER_BYTES)
     replica = 2 * ring(layout.replica) * part.sharded * MASTER_BYTES
-    # Each block gathers and scatters twice, forward and backward; recomputing repeats the forward ones.
-    exchanges = part.layers * (12 if parallel.recompute == "block" else 8)
-    exchanges += 2 * (part.has_embedding + part.has_heads)
-    per_micro = ring(layout.tensor) * (exchanges * hidden + 2 * part.shared * sizes.compute)
+    # Each block gathers and scatters twice, forward and backward; recomputing repeats the forward ones but the last,
+    # behind which nothing is kept for the backward pass.
+    exchanges = part.layers * (11 if parallel.recompute == "block" else 8)
+    exchanges += 2 * part.has_embedding + part.has_heads
+    per_micro = ring(layout.tensor) * exchanges * hidden
     if part.has_heads:
         predicted = rows // 2 * (spec.num_image_tokens + spec.num_text_slots + 1)
         per_micro += 2 * ring(layout.tensor) * predicted * (model.width + 4) * MASTER_BYTES
     stages = stages_of_rank(layout.pipeline, layout.stages_per_rank, rank)
     borders = sum((stage > 0) + (stage < layout.num_stages - 1) for stage in stages)
     return {
-        "tp": micro * per_micro,
+        "tp": micro * per_micro + reduces * 2 * ring(layout.tensor) * part.shared * sizes.compute,
         "shard": shard if layout.world_size > 1 else 0.0,
         "replica": replica,
         "pp": micro * borders * hidden / layout.tensor,

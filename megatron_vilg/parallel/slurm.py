@@ -49,12 +49,23 @@ def slurm_ranks(environ: Mapping[str, str], address_of: Callable[[str], str] | N
             ]
         )
     ranks = {"RANK": rank, "WORLD_SIZE": tasks, "LOCAL_RANK": environ.get("SLURM_LOCALID", "0")}
-    if "MASTER_ADDR" not in environ:
+    address, port = meeting_place(environ, address_of)
+    return ranks | {"MASTER_ADDR": address, "MASTER_PORT": port}
+
+
+def meeting_place(environ: Mapping[str, str], address_of: Callable[[str], str] | None = None) -> tuple[str, str]:
+    """Address and port where the tasks of a step meet: on its first node, unless MASTER_ADDR and MASTER_PORT say where.
+
+    Args:
+        environ: the environment of a task.
+        address_of: as for ``slurm_ranks``.
+    """
+    address = environ.get("MASTER_ADDR", "")
+    if not address:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-        ranks["MASTER_ADDR"] = (address_of or node_address)(first_node(nodes)) if nodes else "127.0.0.1"
+        address = (address_of or node_address)(first_node(nodes)) if nodes else "127.0.0.1"
     job, step = (_number(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    ranks["MASTER_PORT"] = str(FIRST_PORT + (job * 31 + step) % NUM_PORTS)
-    return ranks
+    return address, environ.get("MASTER_PORT") or str(FIRST_PORT + (job * 31 + step) % NUM_PORTS)
 
 
 def first_node(nodes: str) -> str:

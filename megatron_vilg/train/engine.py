@@ -256,9 +256,14 @@ class NativeEngine:
             torch.manual_seed(self.run.train.seed * 1_000_003 + self.step + 7_368_787 * place)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Of one process; elsewhere gathered weights are bfloat16 already."""
+        """Of one process; elsewhere gathered weights are bfloat16 already.
+
+        Its memory of weights in bfloat16 would hold all blocks until the end of the forward pass, where recomputation
+        means to hold one; then nothing but memory is lost by it, because a pass reads each weight once.
+        """
         enabled = self.run.train.precision == "bf16" and not self.mesh.is_distributed
-        return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=enabled)
+        keeps_copies = self.run.parallel.recompute != "block"
+        return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=enabled, cache_enabled=keeps_copies)
 
     def _build_pipeline(self) -> Pipeline:
         run, parallel = self.run, self.run.parallel

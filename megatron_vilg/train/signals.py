@@ -11,7 +11,8 @@ HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignals:
-    """``with StopSignals() as stop:`` notes signals in ``stop.received``; former handlers come back at the end.
+    """``with StopSignals() as stop:`` notes signals in ``stop.received``; former handlers come back at the end, those
+    of a ``StopRaises`` around it only if the block was left without an error.
 
     Works in the main thread only, which is a rule of Python's ``signal`` module.
     """
@@ -37,6 +38,10 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._former.items():
+            # Launchers end the other ranks as soon as one has ended. Such a signal must not take the place of the error
+            # that says which rank is lost; ``StopRaises`` puts the former handlers back.
+            if isinstance(error, Exception) and isinstance(getattr(handler, "__self__", None), StopRaises):
+                continue
             signal.signal(number, handler)
         self._former.clear()
 

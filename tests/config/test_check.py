@@ -195,7 +195,8 @@ def test_full_attention_has_no_kernel_to_check() -> None:
         (
             ["parallel.tensor=2", "model.text_vocab_size=1201"],
             2,
-            "parallel.tensor=2: must divide model.text_vocab_size=1201. Works: 1.",
+            "parallel.tensor=2: must divide model.text_vocab_size=1201. Works: 1, or in a new run folder "
+            "text_tokenizer.vocab_size=1200.",
         ),
         (
             ["parallel.schedule=interleaved"],

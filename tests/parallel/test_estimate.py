@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_vilg.config.check import require
 from megatron_vilg.config.presets import PRESETS
-from megatron_vilg.config.schema import OpsConfig, ParallelConfig, RunConfig
+from megatron_vilg.config.schema import ModelConfig, OpsConfig, ParallelConfig, RunConfig
 from megatron_vilg.parallel.account import local_bytes, pretend_to_be
 from megatron_vilg.parallel.estimate import KINDS, bubble, estimate
 from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
@@ -25,6 +25,10 @@ from tests.tiny import tiny_batch
 SIZES = {"width": 128, "num_layers": 6, "image_side": 8, "conv_kernel": 5, "codebook_dim": 0}
 MODEL = case_model(**SIZES, text_vocab_size=64, image_vocab_size=64)
 BATCH = 8
+WIDE = case_model(
+    **(SIZES | {"width": 512, "image_side": 4, "conv_kernel": 3}), text_vocab_size=64, image_vocab_size=64
+)
+"""Weights outweigh activations, as in the 10B model on one card."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,8 +76,8 @@ def measured_peak(run: RunConfig) -> int:
     return live.peak
 
 
-def run_of(precision: str, **parallel: Any) -> RunConfig:
-    run = case_run(parallel, MODEL, batch_size=BATCH, precision=precision)
+def run_of(precision: str, model: ModelConfig = MODEL, **parallel: Any) -> RunConfig:
+    run = case_run(parallel, model, batch_size=BATCH, precision=precision)
     return dataclasses.replace(run, ops=OpsConfig(attention="sdpa"))
 
 
@@ -88,6 +92,21 @@ def run_of(precision: str, **parallel: Any) -> RunConfig:
 )
 def test_one_process_uses_the_planned_memory(precision: str, parallel: dict[str, Any]) -> None:
     run = run_of(precision, **parallel)
+    assert measured_peak(run) == pytest.approx(estimate(run, 1).fullest.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"recompute": "block"},
+        {"recompute": "block", "num_microbatches": 2},
+        {"recompute": "selective", "num_microbatches": 2},
+        {},
+    ],
+)
+def test_copies_of_wide_weights_are_counted_while_they_last(parallel: dict[str, Any]) -> None:
+    """With recomputation, one block's in bfloat16; else all of them until their backward pass."""
+    run = run_of("bf16", WIDE, **parallel)
     assert measured_peak(run) == pytest.approx(estimate(run, 1).fullest.peak, rel=0.05)
 
 

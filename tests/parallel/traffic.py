@@ -25,7 +25,7 @@ SILENT = ("_c10d_functional.wait_tensor", "_c10d_functional._wrap_tensor_autogra
 
 
 class Traffic(TorchDispatchMode):
-    """``with Traffic() as traffic:`` fills ``calls`` and ``bytes`` by (kind, ranks of the group).
+    """``with Traffic() as traffic:`` fills ``calls`` and ``bytes`` by (kind, ranks of the group), ``sent`` by group.
 
     Bytes are those of the whole tensor: a gather's result, a reduce-scatter's input, an all-reduce's tensor.
     """
@@ -34,6 +34,9 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[tuple[str, int]] = Counter()
         self.bytes: Counter[tuple[str, int]] = Counter()
+        self.sent: Counter[str] = Counter()
+        """What this rank sends in a ring over n ranks: (n - 1) / n of what is gathered or scattered, twice that of an
+        all-reduce, a message as it is; by name of the group."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -44,19 +47,26 @@ class Traffic(TorchDispatchMode):
             size = max(x.nbytes for x in tensors)
             if name == "_c10d_functional.all_gather_into_tensor":
                 size *= args[1]
-            self.calls[kind, _ranks(name, args)] += 1
-            self.bytes[kind, _ranks(name, args)] += size
+            group = _group(name, args)
+            ranks = group.size()
+            self.calls[kind, ranks] += 1
+            self.bytes[kind, ranks] += size
+            self.sent[group.group_name] += round(size * _share_sent(kind, ranks))
         return result
 
 
-def _ranks(name: str, args: Any) -> int:
+def _share_sent(kind: str, ranks: int) -> float:
+    if kind in ("send", "receive"):
+        return float(kind == "send")
+    return (2 if kind == "all-reduce" else 1) * (ranks - 1) / ranks
+
+
+def _group(name: str, args: Any) -> Any:
     for arg in args:
         if isinstance(arg, torch.ScriptObject):
             try:
-                return torch.distributed.ProcessGroup.unbox(arg).size()
+                return torch.distributed.ProcessGroup.unbox(arg)
             except RuntimeError:
                 continue
-    if name.startswith("_c10d_functional"):
-        group = next(x for x in args if isinstance(x, str) and x not in ("sum", "avg", "max"))
-        return torch._C._distributed_c10d._resolve_process_group(group).size()
-    return 0
+    group = next(x for x in args if isinstance(x, str) and x not in ("sum", "avg", "max"))
+    return torch._C._distributed_c10d._resolve_process_group(group)

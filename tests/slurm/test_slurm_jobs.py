@@ -182,13 +182,35 @@ def test_doctor_under_srun(cluster: Cluster, prepared: Path) -> None:
     assert "answers" in lines["axis tp"] and "answers" in lines["axis shard"]
 
 
-def test_one_task_per_node_with_torchrun_inside(cluster: Cluster, prepared: Path) -> None:
-    out = prepared / "torchrun"
-    arguments = " ".join(training(prepared, out, "train.num_steps=6"))
-    inner = (
-        f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d "
-        f"--rdzv-endpoint 127.0.0.1:29411 --rdzv-id 7 -m megatron_vilg train {arguments}"
-    )
-    cluster.run("srun", "-N2", "--ntasks-per-node=1", "bash", "-c", inner, timeout=WAIT)
-    assert last_loss(out)[0] == 6
-    assert len(list((out / "logs").iterdir())) == 4
+def test_torchrun_on_each_node_is_requeued_and_resumes(cluster: Cluster, prepared: Path) -> None:
+    """Two ranks from one task per node: the signal reaches them, their code reaches the script."""
+    straight, stopped = prepared / "straight-4", prepared / "stopped-4"
+    options = ("--ntasks-per-node=1", "--export=ALL,RANKS_PER_NODE=2")
+    job = submit(cluster, prepared, "pretrain.sbatch", *training(prepared, straight), options=options)
+    assert cluster.wait(job, ("COMPLETED", "FAILED"), WAIT) == "COMPLETED", log_of(prepared, job)
+    job = submit(cluster, prepared, "pretrain.sbatch", *training(prepared, stopped), options=options)
+    wait_for_step(stopped, 6, WAIT)
+    cluster.run("scancel", "--signal=USR1", str(job))
+    assert cluster.wait(job, ("COMPLETED", "FAILED"), WAIT) == "COMPLETED", log_of(prepared, job)
+    log = log_of(prepared, job)
+    assert cluster.field(job, "Restarts") == "1" and "back into the queue" in log, log
+    assert "stopped by SIGUSR1 after step" in log and "resumed from" in log, log
+    assert last_loss(stopped) == last_loss(straight) and last_loss(stopped)[0] == STEPS
+    (_, one), (_, two) = (load_model_folder(run / "export") for run in (straight, stopped))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert len(list((stopped / "logs").iterdir())) == 4
+
+
+def test_a_rank_killed_under_torchrun_ends_the_job_and_is_named(cluster: Cluster, prepared: Path) -> None:
+    out = prepared / "killed-4"
+    settings = training(prepared, out, "train.num_steps=1000000")
+    options = ("--ntasks-per-node=1", "--export=ALL,RANKS_PER_NODE=2")
+    job = submit(cluster, prepared, "pretrain.sbatch", *settings, options=options)
+    wait_for_step(out, 2, WAIT)
+    (line,) = [line for line in (out / "logs" / "rank-0003.log").read_text().splitlines() if "rank 3 of 4" in line]
+    pid = int(line.rsplit("process ", 1)[1])
+    os.kill(pid, signal.SIGKILL)
+    assert cluster.wait(job, ("FAILED", "COMPLETED"), WAIT) == "FAILED"
+    log = log_of(prepared, job)
+    assert f"LostRankError: rank 3 (node n2, process {pid}) gives no sign of life" in log, log
+    assert cluster.field(job, "Restarts") == "0"
