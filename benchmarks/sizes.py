@@ -25,13 +25,13 @@ def demo_size(precision: Precision) -> RunConfig:
 
 
 def paper_size(precision: Precision) -> RunConfig:
-    """The paper's row length (32 x 32 codes, 64 text slots) in 8 layers x 512, one pair a step."""
+    """The paper's row length (32 x 32 codes, 61 text slots) in 8 layers x 512, one pair a step."""
     run = demo_size(precision)
     model = ModelConfig(
         num_layers=8,
         width=512,
         num_heads=8,
-        num_text_slots=64,
+        num_text_slots=61,
         image_side=32,
         text_vocab_size=8000,
         image_vocab_size=8192,

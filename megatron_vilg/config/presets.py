@@ -92,7 +92,7 @@ def e2e_300m() -> RunConfig:
     """The 300M model of the paper's end-to-end ablation (section 5): 24 layers, 1024 wide, 16 heads."""
     return RunConfig(
         preset="e2e-300m",
-        model=ModelConfig(num_layers=24, width=1024, num_heads=16, num_text_slots=64),
+        model=ModelConfig(num_layers=24, width=1024, num_heads=16, num_text_slots=61),
         text_tokenizer=TextTokenizerConfig(vocab_size=18_000, character_coverage=0.9995),
         optim=OptimConfig(lr=3e-4, warmup_steps=5000),
         train=TrainConfig(num_steps=250_000, batch_size=512),
@@ -109,7 +109,7 @@ def paper_10b() -> RunConfig:
             num_layers=48,
             width=4096,
             num_heads=64,
-            num_text_slots=64,
+            num_text_slots=61,
             image_side=32,
             text_vocab_size=18_000,
             image_vocab_size=8192,

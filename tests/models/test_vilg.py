@@ -160,7 +160,7 @@ def test_sizes_of_the_paper(preset: str, billions: float) -> None:
         model = ViLG(run.model)
     stack = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith("blocks."))
     assert stack / 1e9 == pytest.approx(billions, rel=2e-3)
-    assert model.spec.length == 1104
+    assert model.spec.length == model.spec.num_used == 1088
 
 
 def test_unresolved_sizes_are_refused() -> None:
