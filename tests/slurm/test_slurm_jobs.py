@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -212,5 +213,7 @@ def test_a_rank_killed_under_torchrun_ends_the_job_and_is_named(cluster: Cluster
     os.kill(pid, signal.SIGKILL)
     assert cluster.wait(job, ("FAILED", "COMPLETED"), WAIT) == "FAILED"
     log = log_of(prepared, job)
-    assert f"LostRankError: rank 3 (node n2, process {pid}) gives no sign of life" in log, log
+    # Which node's agent gets which ranks depends on who comes first to their meeting.
+    named = re.search(rf"LostRankError: rank 3 \(node n[12], process {pid}\) gives no sign of life", log)
+    assert named, log
     assert cluster.field(job, "Restarts") == "0"
