@@ -7,7 +7,7 @@ backward pass, as a bucket of DDP would be, and vectors are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,7 @@ class Replicas:
         """Replace gradients by their means over all processes, which all have one for the same parameters."""
         if self.size == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        average_together([parameter.grad for parameter in parameters if parameter.grad is not None], self.mean)
 
     def from_main(self, value: Any) -> Any:
         """The main process's picklable value on all processes."""
@@ -84,8 +81,13 @@ class Replicas:
         """Whether ``flag`` is set on any process; all must ask."""
         if self.size == 1:
             return flag
-        value = torch.tensor(int(flag))
-        if dist.get_backend() == "nccl":
-            value = value.cuda()
+        value = torch.tensor(int(flag))  # on the CPU: the group of ``launch.joined`` always has gloo for that
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
+
+
+def average_together(tensors: Sequence[Tensor], mean: Callable[[Tensor], Tensor]) -> None:
+    """Replace tensors by their means over processes, in one message; ``mean`` is that of a flat tensor."""
+    flat = mean(torch.cat([tensor.flatten() for tensor in tensors]))
+    for tensor, averaged in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(averaged.view_as(tensor))

@@ -20,6 +20,7 @@ from megatron_vilg.parallel.clip import clip_gradients
 from megatron_vilg.parallel.gather import whole_tensors
 from megatron_vilg.parallel.init import init_weights
 from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
+from megatron_vilg.parallel.replicas import average_together
 from megatron_vilg.train.engine import NativeEngine, StepResult
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
 from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate, update
@@ -128,10 +129,7 @@ class EndToEndEngine(NativeEngine):
         if self.part is not None:
             gradients = [p.grad for p in self.part.parameters() if p.grad is not None]
             if self.mesh.data_size > 1:
-                flat = torch.cat([gradient.flatten() for gradient in gradients])
-                flat = self.mesh.sum(flat, DATA_AXES) / self.mesh.data_size
-                for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                    gradient.copy_(mean.view_as(gradient))
+                average_together(gradients, lambda flat: self.mesh.sum(flat, DATA_AXES) / self.mesh.data_size)
             with_grad = [p for p in self.part.parameters() if p.grad is not None]
             norm = nn.utils.clip_grad_norm_(with_grad, self._rates.grad_clip).detach()
         return self.mesh.sum(norm, ("pp",))

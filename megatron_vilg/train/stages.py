@@ -152,14 +152,14 @@ def _train_image_tokenizer(run: RunConfig, data: Path, out: Path, device: torch.
         if (out / IMAGE_TOKENIZER).is_dir():
             return
         with timed(out, IMAGE_TOKENIZER) if job.world.is_main else nullcontext():
-            train, held_out = read_train_and_held_out(
+            pictures, held_out = read_train_and_held_out(
                 data,
                 run.image_tokenizer.image_size,
                 max_bad_share=run.data.max_bad_share,
                 val_share=run.data.val_share,
             )
-            held_out = train if held_out is None else held_out
-            train_image_tokenizer(run, train, held_out, out / IMAGE_TOKENIZER, device=device, replicas=replicas)
+            held_out = pictures if held_out is None else held_out
+            train_image_tokenizer(run, pictures, held_out, out / IMAGE_TOKENIZER, device=device, replicas=replicas)
 
     everyone = Replicas.of_group()
     if problem := uneven_parts(run, everyone.size):
