@@ -71,12 +71,12 @@ def pretrain(
     loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh)
     course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache)))
-    window, must_stop = StepWindow(run.train.max_skipped_in_row), False
+    window, instruments, must_stop = StepWindow(run.train.max_skipped_in_row), instruments_of(engine, run), False
     with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
         while engine.step < run.train.num_steps and not must_stop:
             with writer.loading():
                 batch = loader.batch(course.batch_number(engine.step))
-            result, seen = watched_step(engine, batch, run.log.instruments_every)
+            result, seen = watched_step(engine, batch, instruments)
             step = engine.step
             writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
             window.add(batch.sample_ids, result)
@@ -116,11 +116,17 @@ def build_engine(
     return EndToEndEngine(run, mesh, image_tokenizer)
 
 
-def watched_step(engine: Engine, batch: PairBatch, every: int) -> tuple[StepResult, dict[str, float]]:
-    """A training step, and every so many steps what the instruments show of it."""
-    if not every or (engine.step + 1) % every or not isinstance(engine, NativeEngine):
+def instruments_of(engine: Engine, run: RunConfig) -> Instruments | None:
+    """What looks into the steps, if ``log.instruments_every`` asks for it; other engines refuse that beforehand."""
+    return Instruments(engine) if run.log.instruments_every and isinstance(engine, NativeEngine) else None
+
+
+def watched_step(
+    engine: Engine, batch: PairBatch, instruments: Instruments | None
+) -> tuple[StepResult, dict[str, float]]:
+    """A training step, and every ``log.instruments_every`` steps what the instruments show of it."""
+    if instruments is None or not instruments.due(engine.step + 1):
         return engine.train_step(batch), {}
-    instruments = Instruments(engine.model)
     seen = instruments.before(batch)
     result = engine.train_step(batch)
     return result, seen | instruments.after()
