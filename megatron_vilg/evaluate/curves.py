@@ -80,7 +80,7 @@ _KINDS = (
     ),
     _Kind("Openness of the critic", "0: shut, 1: open", _among("critic/open(0-1)"), "", 0.0, 1.0),
     _Kind("Losses of the critic", "hinge loss", _among("loss/critic", "loss/adversarial")),
-    _Kind("Adaptive weight of the critic", "weight", _among("critic/weight")),
+    _Kind("Weight of the critic", "factor of its loss", _among("critic/weight")),
 )
 
 

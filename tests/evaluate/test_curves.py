@@ -55,7 +55,7 @@ def test_every_instrument_has_its_plot() -> None:
         "Update over weight of each part",
         "Openness of the critic",
         "Losses of the critic",
-        "Adaptive weight of the critic",
+        "Weight of the critic",
     ]
     layers = by_title["Largest attention logit of each layer"].curves
     assert [curve.name for curve in layers] == [f"layer {n}" for n in range(12)]
