@@ -82,7 +82,7 @@ def pretrain(
             window.add(batch.sample_ids, result)
             measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
             if writer.due(step) or measure or seen:
-                values = window.read() | seen | {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
+                values = window.read() | seen | course.metrics | rate_of(run, step)
                 writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
                 if course.lost(step, values):
                     course.go_back(engine, checkpointer, identity, mesh)
@@ -114,6 +114,11 @@ def build_engine(
     if image_tokenizer is None:
         raise ValueError("reconstructor.enabled: the engine needs the image tokenizer")
     return EndToEndEngine(run, mesh, image_tokenizer)
+
+
+def rate_of(run: RunConfig, step: int) -> dict[str, float]:
+    """The learning rate of the step with this number, counted from 1, by metric name."""
+    return {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
 
 
 def instruments_of(engine: Engine, run: RunConfig) -> Instruments | None:
