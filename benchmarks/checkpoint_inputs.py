@@ -50,6 +50,8 @@ class Drawn(TensorSource):
 
     def flat(self, numel: int) -> Tensor:
         """Numbers: [numel]."""
+        if numel <= _BLOCK:
+            return self._block[:numel]
         return self._block.repeat(-(-numel // _BLOCK))[:numel]
 
 

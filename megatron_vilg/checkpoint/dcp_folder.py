@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.checkpoint.inert import Described, Record, read_pickle
-from megatron_vilg.checkpoint.manifest import REMEDY, read_manifest
+from megatron_vilg.checkpoint.manifest import REMEDY, Manifest, read_manifest
 from megatron_vilg.checkpoint.tensors import TensorInfo, TensorSource
 from megatron_vilg.checkpoint.torch_file import TorchFile
 from megatron_vilg.errors import CheckpointError
@@ -41,15 +41,19 @@ class Box:
 class DcpSource(TensorSource):
     """A checkpoint folder of the trainer.
 
+    Args:
+        path: the folder.
+        manifest: what it will say, while it is being written; None: read it.
+
     Raises:
         CheckpointError: it has no manifest, or its metadata is damaged or does not cover every tensor.
     """
 
     format = "training checkpoint (DCP)"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
         super().__init__(path)
-        self.manifest = read_manifest(path)
+        self.manifest = read_manifest(path) if manifest is None else manifest
         self.tensors, self._boxes = read_metadata(path)
         self._archive: tuple[Box, TorchFile, Described] | None = None
 

@@ -11,6 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+import xxhash
+
 PARTIAL = ".partial"
 """Suffix of a folder or file that is being written or deleted; it never counts."""
 REPLACED = ".replaced"
@@ -22,8 +24,14 @@ def with_suffix(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def digest_of(path: Path) -> str:
+    """Hexadecimal XXH3 (128 bits) of a file, read in pieces: a thirtieth of the work of SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Hexadecimal SHA-256 of a file, read in pieces: the name of a file for everybody, as ``sha256sum`` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

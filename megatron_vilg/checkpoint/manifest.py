@@ -1,7 +1,8 @@
 """What is in a checkpoint or model folder, what it belongs to, and how to notice damage.
 
-``manifest.json`` is the last file written: a folder without one is not complete. It lists size and SHA-256 of every
-other file and carries a digest of itself. No torch here.
+``manifest.json`` is the last file written: a folder without one is not complete. It lists size and digest of every
+other file and carries a digest of itself. The digest (XXH3, 128 bits) is against accidents: whoever can change a file
+on purpose can change the manifest too, and SHA-256 costs as much as all the rest of a copy. No torch here.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vilg import __version__
-from megatron_vilg.checkpoint.files import PARTIAL, sha256_of, write_text
+from megatron_vilg.checkpoint.files import PARTIAL, digest_of, sha256_of, write_text
 from megatron_vilg.errors import CheckpointError
 
 REMEDY = "Works: copy what is damaged again from where it came from, or take an earlier checkpoint"
 FILE_NAME = "manifest.json"
 TOKENIZERS = {"text_tokenizer": "spm.model", "image_tokenizer": "model.safetensors"}
 """Folder of each tokenizer in a run, and the file in it whose digest manifests state."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 has SHA-256 of every file."""
 IDENTITY = ("kind", "model", "stream", "tokenizers", "text_vocab_size", "image_vocab_size")
 """Fields that must agree before weights may be loaded; step, layout and versions may differ."""
 
@@ -39,8 +42,10 @@ class FileEntry:
 
     size: int
     """Bytes."""
-    sha256: str
-    """Hexadecimal digest of the content."""
+    xxh3: str = ""
+    """XXH3 (128 bits) of the content, hexadecimal."""
+    sha256: str = ""
+    """What folders of format version 1 have instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,11 +146,11 @@ def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEnt
     known = known or {}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(PARTIAL))
     files = {
-        name: known[name] if name in known else FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
+        name: known[name] if name in known else FileEntry(size=path.stat().st_size, xxh3=digest_of(path))
         for path, name in ((path, path.relative_to(folder).as_posix()) for path in paths)
         if path != folder / FILE_NAME
     }
-    manifest = dataclasses.replace(manifest, files=files)
+    manifest = dataclasses.replace(manifest, files=files, format_version=FORMAT_VERSION)
     content = _plain(dataclasses.asdict(manifest))
     text = json.dumps({**content, "digest": _digest(content)}, ensure_ascii=False, indent=1)
     write_text(folder / FILE_NAME, text + "\n")
@@ -168,8 +173,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object; the folder is damaged")
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version is {version!r}, this package reads {FORMAT_VERSION}")
+    if version not in READABLE_VERSIONS:
+        known = " and ".join(map(str, READABLE_VERSIONS))
+        raise CheckpointError(f"{path}: format_version is {version!r}, this package reads {known}")
     digest = content.pop("digest", None)
     if digest != _digest(content):
         raise CheckpointError(f"{path}: content does not match its own digest; it was changed or is damaged")
@@ -181,7 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
         }
         return Manifest(files=files, tensors=tensors, **content)
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: fields do not fit format_version {FORMAT_VERSION} ({error})") from error
+        raise CheckpointError(f"{path}: fields do not fit format_version {version} ({error})") from error
 
 
 def find_damage(folder: Path, manifest: Manifest) -> list[str]:
@@ -197,13 +203,17 @@ def find_damage(folder: Path, manifest: Manifest) -> list[str]:
             size = path.stat().st_size
             if size != entry.size:
                 problems.append(f"{name} has {size} bytes instead of {entry.size}")
-            elif sha256_of(path) != entry.sha256:
+            elif not _has_content(path, entry):
                 problems.append(f"{name} has the right size but its content changed")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
     return problems
+
+
+def _has_content(path: Path, entry: FileEntry) -> bool:
+    return digest_of(path) == entry.xxh3 if entry.xxh3 else sha256_of(path) == entry.sha256
 
 
 def read_sound_manifest(folder: Path) -> Manifest:

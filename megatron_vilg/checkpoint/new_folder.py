@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, sync, sync_tree, with_suffix
-from megatron_vilg.checkpoint.manifest import FILE_NAME, REMEDY, FileEntry, find_damage, sha256_of
+from megatron_vilg.checkpoint.files import PARTIAL, digest_of, publish, remove, sync, sync_tree, with_suffix
+from megatron_vilg.checkpoint.manifest import FILE_NAME, REMEDY, FileEntry, find_damage
 from megatron_vilg.checkpoint.tensors import TensorSource
 from megatron_vilg.errors import CheckpointError
 
@@ -110,4 +110,4 @@ class Background:
 
 def _entry(path: Path) -> FileEntry:
     sync(path)
-    return FileEntry(size=os.stat(path).st_size, sha256=sha256_of(path))
+    return FileEntry(size=os.stat(path).st_size, xxh3=digest_of(path))

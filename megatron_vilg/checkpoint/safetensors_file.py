@@ -30,7 +30,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000
-_WRITE_BYTES = 64 << 10
+WRITE_BYTES = 64 << 10
 """Bytes per write: for larger ones Linux looks for page-cache memory in one piece, which can take five times longer."""
 
 
@@ -130,4 +130,4 @@ class SafetensorsWriter:
 
     def _write(self, view: memoryview) -> None:
         while view:
-            view = view[os.write(self._file, view[:_WRITE_BYTES]) :]
+            view = view[os.write(self._file, view[:WRITE_BYTES]) :]

@@ -154,8 +154,13 @@ def require_equal(source: TensorSource, result: TensorSource, names: Sequence[st
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same bytes, so that NaN equals NaN and 0.0 does not equal -0.0."""
-    # numpy compares bytes ten times as fast as torch.equal does.
-    return one.shape == other.shape and np.array_equal(as_bytes(one).numpy(), as_bytes(other).numpy())
+    # numpy compares bytes ten times as fast as torch.equal does, and eight at a time twice as fast as one.
+    if one.shape != other.shape:
+        return False
+    first, second = (as_bytes(tensor).numpy() for tensor in (one, other))
+    if not first.size % 8 and first.size == second.size:
+        first, second = first.view(np.uint64), second.view(np.uint64)
+    return np.array_equal(first, second)
 
 
 def _report(options: Options, what: str, done: int, total: int) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_vilg.cli.device import add_device_option, chosen_device
+from megatron_vilg.cli.device import add_device_option
 from megatron_vilg.cli.sampling import (
     add_sampling_options,
     problems_of_sampling,
     require_none,
     sampling_from_args,
 )
+from megatron_vilg.cli.tensor import add_tensor_option, generator_ranks, problems_of_tensor
+from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_vilg.generate.pipeline import Pipeline
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,34 +48,44 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_sampling_options(parser, default="the likeliest token at each step (temperature 0)", with_guidance=False)
     parser.add_argument("--max-batch", metavar="N", type=int, default=64, help="pictures at a time (default: 64)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of matrix products")
+    add_tensor_option(parser)
     add_device_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Caption and print; the exit code is 0 when every picture has its caption."""
-    _check(args)
-    from megatron_vilg.generate.caption import GREEDY
+    world = read_world()
+    _check(args, world)
     from megatron_vilg.generate.pipeline import Pipeline
 
-    pipeline = Pipeline.load(args.load, device=chosen_device(args.device), precision=args.precision)
+    with generator_ranks(args.tensor, world, args.device) as mesh:
+        pipeline = Pipeline.load(args.load, device=mesh.device, precision=args.precision, mesh=mesh)
+        captions = _captions(args, pipeline)
+        if mesh.rank("tp") > 0:
+            return 0
+        for path, caption in zip(args.images, captions, strict=True):
+            print(f"{path}\t{caption}")
+        if args.json is not None:
+            _write(args.json, [{"id": str(p), "caption": c} for p, c in zip(args.images, captions, strict=True)])
+    return 0
+
+
+def _captions(args: argparse.Namespace, pipeline: Pipeline) -> list[str]:
+    """One for each picture."""
+    from megatron_vilg.generate.caption import GREEDY
+
     candidates = _candidates(args, pipeline.config.sample.caption_candidates)
     if candidates:
-        captions = pipeline.caption_of_candidates(args.images, candidates, seed=args.seed, max_batch=args.max_batch)
-    else:
-        captions = pipeline.caption(
-            args.images,
-            settings=sampling_from_args(args, GREEDY),
-            beam=args.beam,
-            length_penalty=args.length_penalty,
-            seed=args.seed,
-            max_batch=args.max_batch,
-        )
-    for path, caption in zip(args.images, captions, strict=True):
-        print(f"{path}\t{caption}")
-    if args.json is not None:
-        _write(args.json, [{"id": str(p), "caption": c} for p, c in zip(args.images, captions, strict=True)])
-    return 0
+        return pipeline.caption_of_candidates(args.images, candidates, seed=args.seed, max_batch=args.max_batch)
+    return pipeline.caption(
+        args.images,
+        settings=sampling_from_args(args, GREEDY),
+        beam=args.beam,
+        length_penalty=args.length_penalty,
+        seed=args.seed,
+        max_batch=args.max_batch,
+    )
 
 
 def _candidates(args: argparse.Namespace, default: int) -> int:
@@ -85,9 +101,14 @@ def _sampled(args: argparse.Namespace) -> list[str]:
     return ["--" + name.replace("_", "-") for name in names if getattr(args, name) is not None]
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, world: World) -> None:
     """Report everything that can be told wrong without the model."""
-    problems = problems_of_sampling(args)
+    problems = problems_of_sampling(args) + problems_of_tensor(args, world)
+    if 1 < args.tensor < world.size and world.size % args.tensor == 0:
+        problems.append(
+            f"--tensor={args.tensor}: pictures are not shared out, so it must be the number of processes, "
+            f"{world.size}. Works: {world.size}, or {args.tensor} processes"
+        )
     if args.question is not None:
         problems.append(
             f"--question={args.question}: needs a generator trained on questions and answers, which this version does "

@@ -8,14 +8,16 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vilg.cli.device import add_device_option, chosen_device
+from megatron_vilg.cli.device import add_device_option
 from megatron_vilg.cli.sampling import (
     add_sampling_options,
     problems_of_sampling,
     require_none,
     sampling_from_args,
 )
-from megatron_vilg.cli.shares import chosen_share, write_share
+from megatron_vilg.cli.shares import Share, chosen_share, write_share
+from megatron_vilg.cli.tensor import add_tensor_option, generator_ranks, problems_of_tensor
+from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from megatron_vilg.config.schema import SampleConfig
     from megatron_vilg.generate.pipeline import Pipeline
+    from megatron_vilg.parallel.mesh import Mesh
 
 _log = get_logger(__name__)
 CODEBOOK, END_TO_END = "codebook", "end-to-end"
@@ -70,8 +73,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--worker",
         metavar="I/N",
         default="auto",
-        help="draw the I-th of N shares of the prompts; auto: one share per rank of torchrun or srun",
+        help="draw the I-th of N shares of the prompts; auto: one share per rank of torchrun or srun, or per T ranks",
     )
+    add_tensor_option(parser)
     add_device_option(parser)
     parser.set_defaults(run=run)
 
@@ -79,18 +83,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Draw and write; the exit code is 0 when every picture is there."""
     prompts = _prompts(args)
-    _check(args)
-    share = chosen_share(args.worker)
+    world = read_world()
+    _check(args, world)
+    share = chosen_share(args.worker, args.tensor)
+    with generator_ranks(args.tensor, world, args.device) as mesh:
+        return _run_share(args, prompts, share, mesh)
+
+
+def _run_share(args: argparse.Namespace, prompts: list[str], share: Share, mesh: Mesh) -> int:
+    """Draw this worker's share; of several ranks that are one worker the first one writes."""
     from megatron_vilg.cli.drawn import write_pictures
     from megatron_vilg.generate.pipeline import NO_RECONSTRUCTOR, Pipeline
 
-    pipeline = Pipeline.load(args.load, device=chosen_device(args.device), precision=args.precision)
+    pipeline = Pipeline.load(args.load, device=mesh.device, precision=args.precision, mesh=mesh)
     if args.decoder == END_TO_END and pipeline.model.reconstructor is None:
         raise ConfigError([NO_RECONSTRUCTOR])
     settings = sampling_from_args(args, pipeline.config.sample)
     numbers = share.prompts(len(prompts))
     own = prompts[numbers.start : numbers.stop]
     ids, scores, pixels = _draw(args, pipeline, own, numbers.start, settings)
+    if mesh.rank("tp") > 0:
+        return 0
     record = _record(args, pipeline, settings) | {
         "ids_sha256": hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
     }
@@ -124,9 +137,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, world: World) -> None:
     """Report everything that can be told wrong without the model."""
-    problems = problems_of_sampling(args)
+    problems = problems_of_sampling(args) + problems_of_tensor(args, world)
     for flag, value in (("-n", args.num_images), ("--max-batch", args.max_batch)):
         if value is not None and value < 1:
             problems.append(f"{flag}={value}: must be at least 1")
@@ -144,7 +157,8 @@ def _draw(
     from tqdm import tqdm
 
     prefix = _image_prefix(args, pipeline, len(prompts))
-    with tqdm(desc="drawing", unit=" tokens", disable=None) as bar:
+    is_silent = True if pipeline.mesh.rank("tp") else None  # None: where nobody looks
+    with tqdm(desc="drawing", unit=" tokens", disable=is_silent) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -190,6 +204,7 @@ def _record(args: argparse.Namespace, pipeline: Pipeline, settings: SampleConfig
         "keep_rows": args.keep_rows,
         "max_batch": args.max_batch,
         "precision": args.precision,
+        "tensor": args.tensor,
         "device": str(pipeline.device),
         "versions": current_versions(),
     }

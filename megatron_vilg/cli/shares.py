@@ -43,15 +43,26 @@ class Share:
         return out / PARTS / f"{self.index:05d}-of-{self.count:05d}.json"
 
 
-def chosen_share(option: str) -> Share:
+def chosen_share(option: str, tensor: int = 1) -> Share:
     """``auto`` (one worker per rank of torchrun or srun, else one), or ``INDEX/COUNT``.
 
+    Args:
+        option: of ``--worker``.
+        tensor: neighbouring ranks that are one worker together.
+
     Raises:
-        ConfigError: anything else.
+        ConfigError: anything else, or one share for several workers of this launcher.
     """
+    world = read_world()
     if option == "auto":
-        world = read_world()
-        return Share(world.rank, world.size)
+        return Share(world.rank // tensor, world.size // tensor)
+    if tensor > 1 and world.size > tensor:
+        raise ConfigError(
+            [
+                f"--worker={option}: names one share, but {world.size} processes with --tensor={tensor} are "
+                f"{world.size // tensor} workers. Works: auto, or {tensor} processes"
+            ]
+        )
     index, _, count = option.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ConfigError(

@@ -7,20 +7,26 @@ from pathlib import Path
 
 import torch
 
+from megatron_vilg.checkpoint.canonical import CanonicalSource
+from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.export import WEIGHTS_NAME, holds_weights, load_model_folder
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
+from megatron_vilg.checkpoint.share import load_share
 from megatron_vilg.checkpoint.weights import load_model_weights
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
 from megatron_vilg.config.schema import ModelConfig, RunConfig
 from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import CheckpointError, ConfigError, DataError
+from megatron_vilg.generate.weights import use_bf16
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import choose_implementation
+from megatron_vilg.parallel.decoding import cut_for_decoding
+from megatron_vilg.parallel.mesh import Mesh
 
 log = get_logger(__name__)
 
@@ -43,12 +49,21 @@ class Parts:
     """Optimizer steps behind the weights."""
 
 
-def load_parts(path: Path, device: torch.device) -> Parts:
+def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in_bf16: bool = False) -> Parts:
     """Read a run folder (its export if there is one, else its newest checkpoint) or an exported folder.
+
+    Args:
+        path: the folder.
+        device: of this process.
+        mesh: ranks that each read and hold a share of the generator, along ``tp``, and all make this call; None: this
+            process has all of it.
+        in_bf16: keep the transformer's weights in bf16.
 
     Raises:
         CheckpointError: nothing of that kind is there, or it is incomplete, damaged, or does not fit together.
+        ConfigError: the generator cannot be shared out among so many ranks.
     """
+    mesh = mesh or Mesh(device)
     source = find_weights(path)
     folders = [source, path] if source != path else [path]
     if path.name == EXPORT_FOLDER:
@@ -60,13 +75,14 @@ def load_parts(path: Path, device: torch.device) -> Parts:
     if newest > manifest.step:
         log.warning("%s holds step %d, but there is a checkpoint of step %d", source, manifest.step, newest)
     config = _read_config(source if (source / RUN_FILE).is_file() else path, manifest)
+    _check_ranks(config.model, mesh.size("tp"))
     try:
         text_tokenizer = TextTokenizer.load(_beside(folders, TEXT_TOKENIZER_FOLDER))
     except DataError as error:
         raise CheckpointError(str(error)) from error
     image_tokenizer = load_image_tokenizer(_beside(folders, IMAGE_TOKENIZER_FOLDER))
     _check_fit(source, config.model, text_tokenizer, image_tokenizer)
-    model = _load_model(source, config, device)
+    model = _load_model(source, config, device, mesh, in_bf16)
     return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step)
 
 
@@ -128,15 +144,29 @@ def _check_fit(source: Path, model: ModelConfig, text: TextTokenizer, image: Ima
         raise CheckpointError(f"{source}: the tokenizers are not those of the model: " + "; ".join(wrong))
 
 
-def _load_model(source: Path, config: RunConfig, device: torch.device) -> ViLG:
+def _check_ranks(model: ModelConfig, ranks: int) -> None:
+    heads = model.num_heads
+    if heads % ranks:
+        works = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError([f"--tensor={ranks}: must divide the generator's {heads} attention heads. Works: {works}."])
+
+
+def _load_model(source: Path, config: RunConfig, device: torch.device, mesh: Mesh, in_bf16: bool) -> ViLG:
     implementation, reason = choose_implementation(config.ops.attention, config.model.image_side, device)
     log.info("attention over whole rows: %s (%s); decoding: one cache per pattern", implementation, reason)
     with torch.device("meta"):
         model = ViLG(config.model, implementation)
         if config.reconstructor.enabled:
             model.reconstructor = Reconstructor(config.reconstructor, config.model, config.image_tokenizer)
+    is_shared = mesh.size("tp") > 1
+    if is_shared:
+        cut_for_decoding(model, mesh.axis("tp"))
+    if in_bf16:
+        use_bf16(model)
     model.to_empty(device=device)
-    if holds_weights(source):
+    if is_shared:
+        _load_share(source, model, mesh)
+    elif holds_weights(source):
         _, state = load_model_folder(source)
         try:
             model.load_state_dict(state)
@@ -145,3 +175,25 @@ def _load_model(source: Path, config: RunConfig, device: torch.device) -> ViLG:
     else:
         load_model_weights(source, model.state_dict())
     return model.requires_grad_(False).eval()
+
+
+def _load_share(source: Path, model: ViLG, mesh: Mesh) -> None:
+    is_exported = holds_weights(source)
+    if is_exported:  # a checkpoint's digests were compared when it was found
+        _require_sound(source, mesh)
+    with CanonicalSource(source) if is_exported else DcpSource(source) as tensors:
+        load_share(tensors, model.state_dict(), ranks=mesh.size("tp"), rank=mesh.rank("tp"))
+    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    log.info("each of %d ranks holds %.1f MB of weights", mesh.size("tp"), held / 1e6)
+
+
+def _require_sound(source: Path, mesh: Mesh) -> None:
+    """Compare digests on the main rank, for all: each of them has to read everything."""
+    problem = None
+    if mesh.is_main:
+        try:
+            read_sound_manifest(source)
+        except CheckpointError as error:
+            problem = str(error)
+    if problem := mesh.from_main(problem):
+        raise CheckpointError(problem)

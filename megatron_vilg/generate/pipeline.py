@@ -23,11 +23,12 @@ from megatron_vilg.generate.load import load_parts
 from megatron_vilg.generate.picture_input import Picture, read_picture
 from megatron_vilg.generate.prompt_parts import prompt_parts
 from megatron_vilg.generate.text_to_image import Progress, Prompts, batches, draw_batch, draw_ids
-from megatron_vilg.generate.weights import use_bf16, use_int8
+from megatron_vilg.generate.weights import use_int8
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.sampling import part_weights
+from megatron_vilg.parallel.mesh import Mesh
 
 log = get_logger(__name__)
 
@@ -53,6 +54,7 @@ class Pipeline:
         config: resolved configuration; ``config.sample`` are the default settings.
         step: optimizer steps behind the weights.
         precision: arithmetic of the generator's matrix products; ``load`` makes weights ready for it.
+        mesh: the ranks that share the generator along ``tp``, which make the same calls; None: this process has it all.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Pipeline:
         *,
         step: int = 0,
         precision: Precision = "fp32",
+        mesh: Mesh | None = None,
     ) -> None:
         self.model = model
         self.text_tokenizer = text_tokenizer
@@ -72,20 +75,23 @@ class Pipeline:
         self.step = step
         self.precision = precision
         self.device = next(model.parameters()).device
+        self.mesh = mesh or Mesh(self.device)
 
     @classmethod
-    def load(cls, path: Path | str, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> Pipeline:
-        """Read a run folder (its export if there is one, else its newest checkpoint) or an exported folder.
-
-        Raises:
-            CheckpointError: nothing of that kind is there, or it is incomplete, damaged, or does not fit together.
-        """
-        parts = load_parts(Path(path), torch.device(device))
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
+        mesh: Mesh | None = None,
+    ) -> Pipeline:
+        """Read a run folder or an exported one: see ``load.load_parts``. Precision int8 is for one process."""
+        in_bf16 = precision == "bf16" and torch.device(device).type != "cpu"  # a CPU packs a copy anyway
+        parts = load_parts(Path(path), torch.device(device), mesh=mesh, in_bf16=in_bf16)
         log.info("loaded %s (step %d)", parts.source, parts.step)
         if precision == "int8":
             use_int8(parts.model)
-        elif precision == "bf16" and torch.device(device).type != "cpu":  # a CPU packs a copy anyway
-            use_bf16(parts.model)
         return cls(
             parts.model,
             parts.text_tokenizer,
@@ -93,6 +99,7 @@ class Pipeline:
             parts.config,
             step=parts.step,
             precision=precision,
+            mesh=mesh,
         )
 
     def encode_prompts(self, prompts: Sequence[str], *, warn: bool = True) -> tuple[Tensor, Tensor]:
@@ -260,7 +267,7 @@ class Pipeline:
             parts.append(self.image_tokenizer.encode(pixels.to(self.device)))
         if not parts:
             return torch.empty(0, self.model.spec.num_image_tokens, dtype=torch.int64, device=self.device)
-        return torch.cat(parts)
+        return self.mesh.same(torch.cat(parts), "tp")
 
     def caption_ids(
         self,

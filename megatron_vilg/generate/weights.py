@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_vilg.models.layers import Block, SelfAttention
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel.decoding import SharedLinear
 
 PACK_FROM_STEPS = 32
 """Steps from which packing pays: it takes as long as five to ten steps, and saves up to half of each."""
@@ -38,6 +39,19 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "")
+
+
+class PackedShare(nn.Module):
+    """A rank's share of a linear layer, packed, and the exchange that follows it."""
+
+    def __init__(self, share: SharedLinear, num_rows: int) -> None:
+        super().__init__()
+        self.packed = PackedLinear(share.weight, None, num_rows)
+        self.exchange = share.exchange
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E]."""
+        return self.exchange(self.packed(x))
 
 
 class Int8Linear(nn.Module):
@@ -117,8 +131,10 @@ def can_pack_block(block: Block) -> bool:
     return isinstance(block.mlp.up, nn.Linear) and can_pack(block.mlp.up.weight)
 
 
-def packed_linear(layer: nn.Linear, num_rows: int) -> PackedLinear:
+def packed_linear(layer: nn.Linear, num_rows: int) -> PackedLinear | PackedShare:
     """The layer packed for ``num_rows`` rows a step."""
+    if isinstance(layer, SharedLinear):
+        return PackedShare(layer, num_rows)
     return PackedLinear(layer.weight, layer.bias, num_rows)
 
 
@@ -142,5 +158,5 @@ def _joint(attention: SelfAttention, num_rows: int) -> PackedLinear:
     """One layer for the three projections; the keys, which have no bias, get zeros."""
     layers = (attention.q, attention.k, attention.v)
     weight = torch.cat([layer.weight.detach() for layer in layers])
-    biases = [weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in layers]
+    biases = [weight.new_zeros(len(x.weight)) if x.bias is None else x.bias.detach() for x in layers]
     return PackedLinear(weight, torch.cat(biases), num_rows)

@@ -100,13 +100,13 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     with Heartbeat(world, dist.PrefixStore("beats", store).clone(), place()) as beat:  # type: ignore[attr-defined]
         try:
             yield Job(world, dist.PrefixStore("notes", store))
+            # All ranks leave together: launchers take the first end as a reason to end the others.
+            dist.all_reduce(torch.zeros(1))
         except Exception as error:
             if is_lost_connection(error):
                 _report_lost(world, beat, error)
             beat.note_failure(error)
             raise
-        # All ranks leave together: launchers take the first end as a reason to end the others.
-        dist.all_reduce(torch.zeros(1))
         dist.destroy_process_group()
 
 

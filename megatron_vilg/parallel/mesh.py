@@ -85,6 +85,14 @@ class Mesh:
         value = value.detach()
         return value if self.data_size == 1 else self.sum(value, DATA_AXES) / self.data_size
 
+    def same(self, value: Tensor, axis: str) -> Tensor:
+        """The ``value`` of the first rank along an axis, on all of them; those of the others have the same shape."""
+        if self.size(axis) == 1:
+            return value
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(value, group=self.axis(axis).get_group(), group_src=0)
+        return value
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank; all ranks must ask."""
         if self.root is None:

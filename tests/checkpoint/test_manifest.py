@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vilg.checkpoint import manifest as manifest_module
+from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manifest import (
     FILE_NAME,
     Manifest,
@@ -92,11 +93,28 @@ def test_each_kind_of_damage_is_named(folder: Path) -> None:
         read_sound_manifest(folder)
 
 
+def test_folders_of_format_1_are_still_checked(folder: Path) -> None:
+    content = json.loads((folder / FILE_NAME).read_text())
+    files = {
+        name: {"size": entry["size"], "sha256": sha256_of(folder / name)} for name, entry in content["files"].items()
+    }
+    old = content | {"files": files, "format_version": 1}
+    del old["digest"]
+    (folder / FILE_NAME).write_text(json.dumps(old | {"digest": manifest_module._digest(old)}))
+    assert find_damage(folder, read_sound_manifest(folder)) == []
+    (folder / "weights.bin").write_bytes(bytes(200))
+    with pytest.raises(CheckpointError, match=r"weights\.bin has the right size but its content changed"):
+        read_sound_manifest(folder)
+    written = write_manifest(folder, read_manifest(folder))
+    assert written.format_version == 2
+    assert written.files["weights.bin"].sha256 == ""
+
+
 def test_a_file_that_the_disk_cannot_read_is_damage(folder: Path, monkeypatch) -> None:
     def fail(path: Path) -> str:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(manifest_module, "sha256_of", fail)
+    monkeypatch.setattr(manifest_module, "digest_of", fail)
     problems = find_damage(folder, read_manifest(folder))
     assert "weights.bin cannot be read (Input/output error)" in problems
 
@@ -112,7 +130,7 @@ def test_a_folder_without_manifest_is_incomplete(tmp_path: Path) -> None:
         (lambda text: text[: len(text) // 2], "cannot be read"),
         (lambda text: "[]", "not a JSON object"),
         (lambda text: text.replace('"step": 7', '"step": 8'), "does not match its own digest"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 99'), "is 99, this package reads 1"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 99'), "is 99, this package reads 1 and 2"),
     ],
 )
 def test_a_changed_manifest_is_refused(folder: Path, change, message: str) -> None:

@@ -18,7 +18,9 @@ from megatron_vilg.checkpoint.weights import load_model_weights
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.errors import CheckpointError, DataError
+from megatron_vilg.generate.load import load_parts
 from megatron_vilg.generate.pipeline import Pipeline
+from megatron_vilg.generate.weights import use_bf16
 from megatron_vilg.sequence import TextToken
 from tests.tiny_run import CAPTIONS, write_tiny_run
 
@@ -143,6 +145,18 @@ def test_bf16_draws_and_captions(run_folder: Path) -> None:
     pipeline = Pipeline.load(run_folder, precision="bf16")
     ids = pipeline.draw_ids(CAPTIONS[:1], num_images=2, settings=SampleConfig(guidance=2.0))
     assert ids.shape == (1, 2, 16) and len(pipeline.caption(ids[0], beam=2)) == 2
+
+
+@pytest.mark.parametrize("with_export", [True, False], ids=["export", "checkpoint"])
+def test_weights_are_rounded_as_they_are_read(with_export: bool, run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    if not with_export:
+        shutil.rmtree(tmp_path / "run" / "export")
+    exact = load_parts(tmp_path / "run", torch.device("cpu")).model
+    use_bf16(exact)
+    rounded = load_parts(tmp_path / "run", torch.device("cpu"), in_bf16=True).model.state_dict()
+    for name, value in exact.state_dict().items():
+        assert rounded[name].dtype == value.dtype and torch.equal(rounded[name], value), name
 
 
 def test_long_prompts_are_cut_with_a_warning(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vilg.config.world import World
-from megatron_vilg.errors import ConfigError
+from megatron_vilg.config.world import World, read_world
+from megatron_vilg.errors import ConfigError, VilgError
 from megatron_vilg.parallel.launch import device_of, joined
 from tests.helpers import run_distributed
 
@@ -62,6 +62,27 @@ def test_every_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of(World(), cuda) == cuda and device_of(World(1, 2, 1), torch.device("cpu")).type == "cpu"
     with pytest.raises(ConfigError, match="LOCAL_RANK=2.*2 GPUs.*0 to 1"):
         device_of(World(2, 4, 2), cuda)
+
+
+def leave_or_fail(port: int) -> str:
+    """What a rank says whose partner fails after the last collective, as one that writes may."""
+    dist.barrier()  # who is still connecting would miss those who have gone on
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = read_world()
+    try:
+        with joined(world, torch.device("cpu"), 60):
+            if world.rank == 1:
+                raise ConfigError(["--out=nowhere"])
+    except VilgError as error:
+        return f"{type(error).__name__}: {error}"
+    return "left"
+
+
+def test_who_fails_while_the_others_are_leaving_is_named(free_port: int) -> None:
+    first, second = run_distributed(leave_or_fail, 2, free_port)
+    assert second.startswith("ConfigError: 1 problem")
+    assert first.startswith("LostRankError: rank 1") and "--out=nowhere. Noticed by rank 0" in first
 
 
 def fail_on_rank_one() -> int:
