@@ -33,7 +33,8 @@ def add_parser(subparsers: Any) -> None:
         help="measure what a run has learnt",
         description="Draw and caption pairs that training has seen and pairs it has not, and write report.json, "
         "report.png and report.html. With the word `captions`: score a file of captions. With `table7`: compare "
-        "two-stage and end-to-end runs as the paper's Table 7 does.",
+        "two-stage and end-to-end runs as the paper's Table 7 does, in table7.png and table7.html. The pages plot what "
+        "the instruments of a run showed (log.instruments_every).",
         epilog="example: vilg evaluate --load runs/demo --data data/demo --out runs/demo sample.temperature=0.7;  "
         "vilg evaluate captions --references R.jsonl --candidates C.jsonl --json scores.json;  "
         "vilg evaluate table7 --load runs/joint-0 runs/detached-0 --data data/demo --json table7.json --out report",
@@ -104,6 +105,7 @@ def _score_captions(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     started = time.perf_counter()
+    from megatron_vilg.evaluate.curves import instrument_plots, read_metrics
     from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK, make_report, write_report
     from megatron_vilg.evaluate.pairs import read_eval_set
     from megatron_vilg.evaluate.subject import EvaluationSettings
@@ -134,6 +136,7 @@ def _report(args: argparse.Namespace) -> None:
         seconds=_seconds(args.load[0]),
         started=started,
         credits=_credits(pairs),
+        plots=instrument_plots(read_metrics(args.load[0])),
     )
     write_report(report, args.out)
     _log.info("report: %s", args.out / "report.png")
@@ -141,11 +144,12 @@ def _report(args: argparse.Namespace) -> None:
 
 def _table7(args: argparse.Namespace) -> None:
     from megatron_vilg.config.load import dump_run_config
+    from megatron_vilg.evaluate.curves import instrument_plots, read_metrics
     from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK
     from megatron_vilg.evaluate.frechet import FEATURE_SIDE
     from megatron_vilg.evaluate.pairs import read_eval_set
     from megatron_vilg.evaluate.table7 import measure_table7, role_of
-    from megatron_vilg.evaluate.table7_report import write_table7
+    from megatron_vilg.evaluate.table7_report import write_table7, write_table7_page
     from megatron_vilg.generate.pipeline import Pipeline
     from megatron_vilg.models.features import load_feature_network
 
@@ -171,6 +175,12 @@ def _table7(args: argparse.Namespace) -> None:
         "config": dump_run_config(runs[0].config),
     }
     write_table7(table, args.json, None if args.out is None else args.out / "table7.png")
+    if args.out is not None:
+        plots = {
+            f"{role_of(run.config)}, seed {run.config.train.seed}: {path}": instrument_plots(read_metrics(path))
+            for path, run in zip(args.load, runs, strict=True)
+        }
+        write_table7_page(table, plots, args.out / "table7.html")
     _log.info("table 7: %s", args.json)
 
 

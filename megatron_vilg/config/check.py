@@ -190,12 +190,6 @@ def _check_layout(run: RunConfig, world_size: int | None) -> Iterable[str]:
     if world_size is None:
         return
     yield from _check_grid(run, world_size)
-    if run.log.instruments_every and world_size > 1:
-        rule = f"the instruments look at a whole model on one process so far, there are {world_size}"
-        yield _problem("log.instruments_every", run.log.instruments_every, rule, "0, or one process")
-    if run.reconstructor.enabled and run.reconstructor.critic_weight and world_size > 1:
-        rule = f"a critic beside the generator works on one process so far, there are {world_size}"
-        yield _problem("reconstructor.critic_weight", run.reconstructor.critic_weight, rule, "0, or one process")
 
 
 def _check_tensor(run: RunConfig) -> Iterable[str]:

@@ -294,7 +294,7 @@ class LogConfig:
     tensorboard: bool = True
     """Whether scalars and sample pictures go to ``tensorboard/`` too."""
     instruments_every: Count = 0
-    """Steps between looks at attention logits, log Z and gradients per loss term (one process). 0: never."""
+    """Steps between looks at attention logits, log Z and gradients per loss term. 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -42,17 +42,18 @@ class PairBatch:
 
     def slice(self, start: int, stop: int) -> PairBatch:
         """The pairs ``start`` to ``stop`` (a micro-batch)."""
-        return self._each(lambda x: x[start:stop])
+        return self.each(lambda x: x[start:stop])
 
     def take(self, numbers: Tensor) -> PairBatch:
         """The pairs with these places in the batch: int64 [n]."""
-        return self._each(lambda x: x[numbers])
+        return self.each(lambda x: x[numbers])
 
     def to(self, device: torch.device | str) -> PairBatch:
         """A copy on another device."""
-        return self._each(lambda x: x.to(device))
+        return self.each(lambda x: x.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        """A copy whose tensors are what ``change`` makes of these."""
         return PairBatch(
             text_ids=change(self.text_ids),
             text_len=change(self.text_len),

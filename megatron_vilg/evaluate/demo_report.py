@@ -28,7 +28,7 @@ from megatron_vilg.evaluate.retrieval import FEATURE_BLOCKS, FEATURE_CELLS, FEAT
 from megatron_vilg.evaluate.scenes import measure_scenes
 from megatron_vilg.evaluate.statistics import sample_indices
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
-from megatron_vilg.evaluate.view import CaptionedPicture, DrawnPrompt, Group, ReportView, Sample
+from megatron_vilg.evaluate.view import CaptionedPicture, DrawnPrompt, Group, LinePlot, ReportView, Sample
 from megatron_vilg.log import get_logger
 
 log = get_logger(__name__)
@@ -65,6 +65,7 @@ def make_report(
     seconds: Mapping[str, float] | None = None,
     started: float | None = None,
     credits: Sequence[str] = (),
+    plots: Sequence[LinePlot] = (),
 ) -> Report:
     """Measure everything and choose what to show.
 
@@ -76,6 +77,7 @@ def make_report(
         seconds: wall seconds by stage.
         started: ``time.perf_counter()`` when the evaluation began, to add it to them as ``evaluate``.
         credits: lines that must stand by the pictures.
+        plots: of the run's training, for the page.
     """
     measurement = Measurement(subject, pairs, network, settings)
     figures = _figures(measurement)
@@ -94,6 +96,7 @@ def make_report(
         groups=groups,
         tables=report_tables(figures),
         footer=footer_lines(figures, credits),
+        plots=tuple(plots),
     )
     return Report(figures, view)
 

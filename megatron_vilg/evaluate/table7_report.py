@@ -1,9 +1,10 @@
-"""Table 7 as a file of figures and as a picture: pictures of all rows side by side, and the table under them."""
+"""Table 7 as a file of figures, a picture (all rows side by side, the table under them), and a page with plots."""
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from PIL import Image
 
 from megatron_vilg.data.images import to_image
 from megatron_vilg.evaluate.canvas import Canvas
+from megatron_vilg.evaluate.report_page import inline_picture, page_start, render_plots
 from megatron_vilg.evaluate.table7 import Table7
+from megatron_vilg.evaluate.view import LinePlot
 
 _MARGIN, _SIDE, _GAP, _SIZE = 24, 96, 8, 14
 _NAME_WIDTH = 190
@@ -29,6 +32,25 @@ def write_table7(table: Table7, json_file: Path, picture_file: Path | None) -> N
         partial = picture_file.with_name(picture_file.name + ".partial")
         render_table7(table).save(partial, format="PNG")
         partial.replace(picture_file)
+
+
+def write_table7_page(table: Table7, plots: Mapping[str, Sequence[LinePlot]], file: Path) -> None:
+    """Write the picture as an HTML page of its own, and under it what each run's instruments showed.
+
+    Args:
+        table: with pictures.
+        plots: by heading, one per run; a run without any is named as such.
+        file: the page; it appears whole or not at all.
+    """
+    subtitle = "Rows, figures, and what the instruments of each run showed while it trained."
+    parts = [page_start("Table 7", subtitle), f"<div class=wide>{inline_picture(render_table7(table))}</div>"]
+    for heading, shown in plots.items():
+        missing = f"<h2>{html.escape(heading)}</h2>\n<p class=note>Trained without log.instruments_every.</p>"
+        parts.append(render_plots(heading, shown) or missing)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("\n".join(parts) + "\n</html>\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def render_table7(table: Table7) -> Image.Image:

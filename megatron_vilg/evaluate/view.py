@@ -65,6 +65,28 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """One quantity over training steps."""
+
+    name: str
+    points: tuple[tuple[int, float], ...]
+    """(step, value), steps rising, at least one; a value may be NaN or infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinePlot:
+    """Curves of one unit that belong together."""
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    note: str = ""
+    low: float | None = None
+    """Lower end of the axis; None: from the values."""
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ReportView:
     """One page."""
 
@@ -73,3 +95,5 @@ class ReportView:
     groups: tuple[Group, ...]
     tables: tuple[Table, ...]
     footer: tuple[str, ...] = field(default=())
+    plots: tuple[LinePlot, ...] = field(default=())
+    """Of the run's training; on the HTML page only."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,14 +52,29 @@ def deceive_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_weight: Tensor) -> Tensor:
+Mean = Callable[[Tensor], Tensor]
+"""A tensor's mean over the processes that see different pictures, without gradient."""
+
+
+def adaptive_weight(
+    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_weight: Tensor, mean: Mean | None = None
+) -> Tensor:
     """How to scale the adversarial loss so that both pull equally on the decoder's last layer (VQGAN equation 7).
+
+    Args:
+        reconstruction_loss, adversarial_loss: 0-dim means over this process's pictures.
+        last_weight: of the decoder.
+        mean: over processes. It is the gradients that are averaged, not their norms: the norm of a whole batch's
+            gradient is smaller than the mean of its parts' norms.
 
     Returns:
         Scalar without gradient, at most 1e4.
     """
-    wanted = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)[0].norm()
-    given = torch.autograd.grad(adversarial_loss, last_weight, retain_graph=True)[0].norm()
+    losses = (reconstruction_loss, adversarial_loss)
+    gradients = [torch.autograd.grad(loss, last_weight, retain_graph=True)[0] for loss in losses]
+    if mean is not None:
+        gradients = list(mean(torch.stack(gradients)).unbind())
+    wanted, given = (gradient.norm() for gradient in gradients)
     return (wanted / (given + _GRADIENT_FLOOR)).clamp(0.0, _MAX_ADAPTIVE_WEIGHT).detach()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig, ReconstructorConfig
-from megatron_vilg.models.critics import PatchCritic, adaptive_weight, deceive_loss
+from megatron_vilg.models.critics import Mean, PatchCritic, adaptive_weight, deceive_loss
 from megatron_vilg.models.features import FeatureNetwork
 from megatron_vilg.models.pixel_losses import (
     edge_error,
@@ -60,10 +60,19 @@ class Helpers:
     """Of the perceptual distance."""
     critic: PatchCritic | None = None
     """Works only where this is set; the engine opens and closes the gate."""
+    mean: Mean | None = None
+    """Over processes that see different pictures; None: there is one."""
     pictures: list[Tensor] = field(default_factory=list)
     """What was decoded since the engine last trained the critic, without gradient."""
+    adversarial: list[Tensor] = field(default_factory=list)
+    """Of each of those micro-batches the loss of being told apart, and its weight: float32 [2], without gradient."""
     warming: bool = False
     """Only the mapping learns, to hit the codebook rows."""
+
+    def forget(self) -> None:
+        """Drop what was kept for the critic."""
+        self.pictures.clear()
+        self.adversarial.clear()
 
 
 class Reconstructor(nn.Module):
@@ -154,7 +163,9 @@ class Reconstructor(nn.Module):
         critic.requires_grad_(False)
         adversarial = deceive_loss(critic(pictures))
         critic.requires_grad_(True)
-        weight: Tensor | float = self.config.critic_weight
+        weight = torch.full_like(adversarial, self.config.critic_weight, requires_grad=False)
         if self.config.critic_adaptive_weight:
-            weight = weight * adaptive_weight(reconstruction.mean(), adversarial, self.decoder.last_weight)
+            last, mean = self.decoder.last_weight, self.helpers.mean
+            weight = weight * adaptive_weight(reconstruction.mean(), adversarial, last, mean)
+        self.helpers.adversarial.append(torch.stack([adversarial.detach(), weight]))
         return weight * adversarial

@@ -72,6 +72,19 @@ class Mesh:
                 dist.all_reduce(value, group=self.axis(name).get_group())
         return value
 
+    def max(self, value: Tensor, axes: Sequence[str]) -> Tensor:
+        """The largest ``value`` of all ranks along ``axes``, number by number; the same on each of them."""
+        value = value.clone()
+        for name in axes:
+            if self.size(name) > 1:
+                dist.all_reduce(value, dist.ReduceOp.MAX, group=self.axis(name).get_group())
+        return value
+
+    def data_mean(self, value: Tensor) -> Tensor:
+        """The mean of ``value`` over all data ranks, without gradient."""
+        value = value.detach()
+        return value if self.data_size == 1 else self.sum(value, DATA_AXES) / self.data_size
+
     def same(self, value: Tensor, axis: str) -> Tensor:
         """The ``value`` of the first rank along an axis, on all of them; those of the others have the same shape."""
         if self.size(axis) == 1:

@@ -44,6 +44,11 @@ class Course:
         found: dict[str, int | float | str] = {_SKIPPED: self.skipped, _ROLLBACKS: self.rollbacks}
         return found | ({} if math.isnan(self._mean) else {_MEAN: self._mean})
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a log line says; nothing in a run that never goes back."""
+        return {"step/rollbacks": float(self.rollbacks)} if self.options.rollback_factor else {}
+
     def batch_number(self, step: int) -> int:
         """Which batch the step with this number takes: later ones once batches were left behind."""
         return step + self.skipped

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from megatron_vilg.config.schema import OptimConfig, RunConfig
 from megatron_vilg.data.batch import PairBatch, build_targets
-from megatron_vilg.models.critics import CriticGate, PatchCritic, critic_loss
 from megatron_vilg.models.features import load_feature_network
 from megatron_vilg.models.reconstructor import FIGURES, Helpers, Reconstructor, pixel_loss_of
 from megatron_vilg.models.tokenizers import AnyTokenizer
@@ -22,6 +21,7 @@ from megatron_vilg.parallel.init import init_weights
 from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
 from megatron_vilg.parallel.replicas import average_together
 from megatron_vilg.train.engine import NativeEngine, StepResult
+from megatron_vilg.train.joint_critic import JointCritic
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
 from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate, update
 from megatron_vilg.train.weight_average import WeightAverage
@@ -53,10 +53,10 @@ class EndToEndEngine(NativeEngine):
         self.warming = False
         self.part: Reconstructor | None = None
         self.average: WeightAverage | None = None
-        self.critic: PatchCritic | None = None
         self._rates = _rates_of(run.optim, run.reconstructor.lr_share * run.optim.lr, run.reconstructor.grad_clip)
         if self.parts[-1].norm is not None:
             self._build_part(self.parts[-1], tokenizer)
+        self.critic = JointCritic(run, self.mesh, None if self.part is None else self.part.helpers)
 
     def _build_part(self, last: ViLG, tokenizer: AnyTokenizer) -> None:
         run, options = self.run, self.run.reconstructor
@@ -75,13 +75,6 @@ class EndToEndEngine(NativeEngine):
         if options.perceptual_weight:
             network = load_feature_network(run.image_tokenizer_train.perceptual_network)
             self.helpers.network = network.to(self.device)
-        self.gate = CriticGate(start_step=options.critic_start_step, threshold=options.critic_gate).to(self.device)
-        if options.critic_weight:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(run.train.seed + 1)
-                self.critic = PatchCritic(options.critic_channels).to(self.device)
-            self._critic_rates = _rates_of(run.optim, options.critic_lr, options.grad_clip)
-            self.critic_optimizer = build_optimizer(self.critic.named_parameters(), self._critic_rates, self.device)
 
     def _named_part(self) -> Iterator[tuple[str, nn.Parameter]]:
         assert self.part is not None
@@ -105,11 +98,14 @@ class EndToEndEngine(NativeEngine):
         skipped = (~torch.isfinite(norm + part_norm + totals[0])).float()
         self._update(skipped)
         extra = self._reports(totals) | {"grad_norm/reconstructor": part_norm}
-        accepted = not bool(skipped) if self.average is not None or self.critic is not None else True
+        judged = bool(run.reconstructor.critic_weight)
+        accepted = not bool(skipped) if self.average is not None or judged else True
         if accepted and self.average is not None and self.part is not None:
             self.average.update(self.part)
-        if self.critic is not None:
-            extra |= self._train_critic(batch, totals, accepted)
+        if judged:
+            assert batch.pixels is not None
+            now = {"accepted": accepted, "warming": self.warming}
+            extra |= self.critic.after_step(batch.pixels, 0.5 * totals[4], self.step, **now)
         self.step += 1
         return StepResult(totals[0], totals[1], totals[2], norm.detach(), skipped, extra)
 
@@ -129,7 +125,7 @@ class EndToEndEngine(NativeEngine):
         if self.part is not None:
             gradients = [p.grad for p in self.part.parameters() if p.grad is not None]
             if self.mesh.data_size > 1:
-                average_together(gradients, lambda flat: self.mesh.sum(flat, DATA_AXES) / self.mesh.data_size)
+                average_together(gradients, self.mesh.data_mean)
             with_grad = [p for p in self.part.parameters() if p.grad is not None]
             norm = nn.utils.clip_grad_norm_(with_grad, self._rates.grad_clip).detach()
         return self.mesh.sum(norm, ("pp",))
@@ -168,48 +164,20 @@ class EndToEndEngine(NativeEngine):
             "reconstruction/code_distance": totals[5],
         }
 
-    def _train_critic(self, batch: PairBatch, totals: Tensor, accepted: bool) -> dict[str, Tensor]:
-        """Let the critic learn from this step's pictures, and decide whether it works in the next."""
-        assert self.critic is not None and batch.pixels is not None
-        extra = {"critic/open(0-1)": self.gate.is_open.float()}
-        if self.helpers.pictures and accepted:
-            fake = torch.cat(self.helpers.pictures)
-            real = batch.pixels.to(self.device).float() / 127.5 - 1.0
-            with self._autocast():
-                loss = critic_loss(self.critic(real), self.critic(fake))
-            self.critic_optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self._critic_rates.grad_clip)
-            if bool(torch.isfinite(norm)):
-                rate = learning_rate(self.step, self._critic_rates, self.run.train.num_steps)
-                set_learning_rate(self.critic_optimizer, rate)
-                self.critic_optimizer.step()
-            extra |= {"loss/critic": loss.detach()}
-        self.helpers.pictures.clear()
-        if accepted and not self.helpers.warming:
-            works = self.gate.update(self.step, 0.5 * totals[4])
-            self.helpers.critic = self.critic if works else None
-        return extra
-
     def state_dict(self) -> dict[str, Any]:
         """As the native engine's, with the reconstructor's optimizer, averages, gate and critic."""
-        state = super().state_dict()
+        state = super().state_dict() | self.critic.state_dict()
         if self.part is None:
             return state
         state["reconstructor_optimizer"] = optimizer_state(self.part_optimizer, self._named_part())
-        state["gate"] = self.gate.state_dict()
         if self.average is not None:
             state["reconstructor_average"] = self.average.state_dict()
-        if self.critic is not None:
-            state["critic"] = self.critic.state_dict()
-            state["critic_optimizer"] = optimizer_state(self.critic_optimizer, self.critic.named_parameters())
         return state
 
     def resume(self, step: int) -> None:
         """Go on after ``step`` steps, once the tensors of ``state_dict`` have been filled in place."""
         super().resume(step)
-        if self.critic is not None:
-            self.helpers.critic = self.critic if bool(self.gate.is_open) else None
+        self.critic.resume()
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical names and whole tensors; of the reconstructor the averaged ones, where there are any."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,11 +18,11 @@ from megatron_vilg.parallel.clip import clip_gradients
 from megatron_vilg.parallel.gather import whole_tensors
 from megatron_vilg.parallel.init import init_weights
 from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
-from megatron_vilg.parallel.pipeline import HiddenShape, Pipeline, keep_stage, stages_of_rank
+from megatron_vilg.parallel.pipeline import keep_stage, stages_of_rank
 from megatron_vilg.parallel.plan import check_plan
 from megatron_vilg.parallel.recompute import apply_recompute
 from megatron_vilg.parallel.tensor import apply_tensor_parallel
-from megatron_vilg.parallel.zero import apply_zero, before_backward, release_gathered
+from megatron_vilg.parallel.zero import apply_zero, release_gathered
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
 from megatron_vilg.train.optim import (
     build_optimizer,
@@ -33,6 +32,7 @@ from megatron_vilg.train.optim import (
     state_was_filled,
     update,
 )
+from megatron_vilg.train.passes import Passes
 
 log = get_logger(__name__)
 
@@ -145,7 +145,7 @@ class NativeEngine:
         self.step = 0
         self.parts: Sequence[ViLG] = build_parts(run, self.mesh, codebook)
         self._counts = TokenCounts(1, 1)
-        self._pipeline = self._build_pipeline() if run.parallel.pipeline > 1 else None
+        self._passes = Passes(run, self.mesh, self.parts, self._loss_of, self.num_totals)
         self._home = torch.device("cpu") if run.parallel.cpu_offload else self.mesh.device
         self.optimizer = build_optimizer(self.named_parameters(), run.optim, self._home)
 
@@ -202,33 +202,7 @@ class NativeEngine:
 
     def _run_micro_batches(self, batch: PairBatch, targets: Tensor, *, backward: bool) -> Tensor:
         """This rank's share of (loss, image_ce, text_ce, ...): float32 [num_totals], zeros before the last stage."""
-        run = self.run
-        text_ids, image_ids, text_len = batch.rows()
-        more = self._more_inputs(batch)
-        if self._pipeline is not None:
-            options = {"text_len": text_len, "targets": targets} | more
-            return self._pipeline.step((text_ids, image_ids), options, backward=backward)
-        pieces = run.parallel.num_microbatches if backward else 1
-        size = -(-len(batch) // pieces)
-        totals = torch.zeros(self.num_totals, device=self.mesh.device)
-        for start in range(0, len(batch), size):
-            pairs, rows = slice(start, start + size), slice(2 * start, 2 * (start + size))
-            if backward and self.mesh.is_distributed:
-                before_backward(self.model, run.parallel.zero, is_last=start + size >= len(batch))
-            with self._autocast():
-                result = self.model(
-                    text_ids[rows],
-                    image_ids[rows],
-                    text_len=text_len[rows],
-                    targets=targets[pairs],
-                    loss=run.loss,
-                    **{name: tensor[pairs] for name, tensor in more.items()},
-                )
-            loss, numbers = self._loss_of(result)
-            if backward:
-                loss.backward()
-            totals += numbers
-        return totals
+        return self._passes.step(batch, targets, self._more_inputs(batch), backward=backward)
 
     def _more_inputs(self, batch: PairBatch) -> dict[str, Tensor]:
         """Further inputs of the model, one row per pair; for engines that train more than the generator."""
@@ -254,24 +228,6 @@ class NativeEngine:
             # Masks depend on step and place alone, so that a resumed run draws the same ones.
             place = self.mesh.data_rank + 1_009 * self.mesh.rank("pp")
             torch.manual_seed(self.run.train.seed * 1_000_003 + self.step + 7_368_787 * place)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Of one process; elsewhere gathered weights are bfloat16 already.
-
-        Its memory of weights in bfloat16 would hold all blocks until the end of the forward pass, where recomputation
-        means to hold one; then nothing but memory is lost by it, because a pass reads each weight once.
-        """
-        enabled = self.run.train.precision == "bf16" and not self.mesh.is_distributed
-        keeps_copies = self.run.parallel.recompute != "block"
-        return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=enabled, cache_enabled=keeps_copies)
-
-    def _build_pipeline(self) -> Pipeline:
-        run, parallel = self.run, self.run.parallel
-        pairs = run.train.batch_size // self.mesh.data_size // parallel.num_microbatches
-        shape = (2 * pairs, run.model.spec.length // parallel.tensor, run.model.width)
-        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-        hidden = HiddenShape(shape, dtype)
-        return Pipeline(self.parts, self.mesh, parallel, hidden, self._loss_of, run.loss, self.num_totals)
 
     def state_dict(self) -> dict[str, Any]:
         """``{"model": {name: tensor}, "optimizer": {slot: {name: tensor}}}``, the live tensors or shards."""

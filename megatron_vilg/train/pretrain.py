@@ -71,18 +71,18 @@ def pretrain(
     loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh)
     course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache)))
-    window, must_stop = StepWindow(run.train.max_skipped_in_row), False
+    window, instruments, must_stop = StepWindow(run.train.max_skipped_in_row), instruments_of(engine, run), False
     with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
         while engine.step < run.train.num_steps and not must_stop:
             with writer.loading():
                 batch = loader.batch(course.batch_number(engine.step))
-            result, seen = watched_step(engine, batch, run.log.instruments_every)
+            result, seen = watched_step(engine, batch, instruments)
             step = engine.step
             writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
             window.add(batch.sample_ids, result)
             measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
             if writer.due(step) or measure or seen:
-                values = window.read() | seen | {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
+                values = window.read() | seen | course.metrics | rate_of(run, step)
                 writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
                 if course.lost(step, values):
                     course.go_back(engine, checkpointer, identity, mesh)
@@ -116,11 +116,22 @@ def build_engine(
     return EndToEndEngine(run, mesh, image_tokenizer)
 
 
-def watched_step(engine: Engine, batch: PairBatch, every: int) -> tuple[StepResult, dict[str, float]]:
-    """A training step, and every so many steps what the instruments show of it."""
-    if not every or (engine.step + 1) % every or not isinstance(engine, NativeEngine):
+def rate_of(run: RunConfig, step: int) -> dict[str, float]:
+    """The learning rate of the step with this number, counted from 1, by metric name."""
+    return {"lr": learning_rate(step - 1, run.optim, run.train.num_steps)}
+
+
+def instruments_of(engine: Engine, run: RunConfig) -> Instruments | None:
+    """What looks into the steps, if ``log.instruments_every`` asks for it; other engines refuse that beforehand."""
+    return Instruments(engine) if run.log.instruments_every and isinstance(engine, NativeEngine) else None
+
+
+def watched_step(
+    engine: Engine, batch: PairBatch, instruments: Instruments | None
+) -> tuple[StepResult, dict[str, float]]:
+    """A training step, and every ``log.instruments_every`` steps what the instruments show of it."""
+    if instruments is None or not instruments.due(engine.step + 1):
         return engine.train_step(batch), {}
-    instruments = Instruments(engine.model)
     seen = instruments.before(batch)
     result = engine.train_step(batch)
     return result, seen | instruments.after()

@@ -77,8 +77,8 @@ def go_on(run: RunConfig, cache: TokenCache, out: Path, stop_at: int) -> Seen:
     seen = Seen({}, {})
     step_of = loop.watched_step
 
-    def noted(engine: Engine, batch: PairBatch, every: int) -> Any:
-        result = step_of(engine, batch, every)
+    def noted(engine: Engine, batch: PairBatch, instruments: Any) -> Any:
+        result = step_of(engine, batch, instruments)
         seen.samples[engine.step] = batch.sample_ids.tolist()
         seen.losses[engine.step] = float(result[0].loss)
         return result

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from megatron_vilg.cli.main import EXIT_ERROR, main
+from tests.evaluate.test_curves import metric_line
 from tests.tiny_run import CAPTIONS, write_tiny_run
 
 
@@ -15,6 +16,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_tiny_run(folder, checkpoint=False)
     (folder / "seconds.json").write_text('{"train": 3.5}')
+    (folder / "metrics.jsonl").write_text("".join(metric_line(step) for step in (10, 20)))
     return folder
 
 
@@ -43,6 +45,8 @@ def test_a_run_is_evaluated(run_folder: Path, data: Path, tmp_path: Path) -> Non
     assert report["counts"]["trained"] == 6 and report["counts"]["unseen"] == 4
     assert report["num_prompts"] == {"trained": 3, "unseen": 3}
     assert report["retrieval"] is None, "these pairs name no concepts"
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Instruments over training" in page and "Mean log Z of both heads" in page
     for direction in ("text_to_image", "image_to_text"):
         assert all(value > 0 for value in report["ce"][direction].values())
 

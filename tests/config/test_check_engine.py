@@ -38,6 +38,12 @@ RULES = [
         "Works: false, or train.engine=native.",
     ),
     (
+        [DEEPSPEED, "log.instruments_every=50"],
+        1,
+        "log.instruments_every=50: the instruments look into the native engine's passes. "
+        "Works: 0, or train.engine=native.",
+    ),
+    (
         [DEEPSPEED, "parallel.zero=2", "parallel.offload_weights=cpu"],
         2,
         "parallel.offload_weights=cpu: at parallel.zero=2 weights are whole on every process. "

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_vilg.evaluate.curves import instrument_plots
 from megatron_vilg.evaluate.demo_report import Report, make_report, write_report
 from megatron_vilg.evaluate.subject import EvaluationSettings
+from tests.evaluate.test_curves import metric_line
 from tests.evaluate.toy_world import CONCEPTS, SIDE, STYLES, UNSEEN, Flat, toy_pairs, toy_subject
 
 SETTINGS = EvaluationSettings(seed=5, shown_prompts=2, shown_captions=3, shown_samples=2)
@@ -93,6 +95,18 @@ def test_written_report_can_be_read(report: Report, tmp_path: Path) -> None:
     assert "http" not in page, "the page needs no other file"
     # Two groups of two prompts with two samples, and three captions each.
     assert page.count("data:image/png;base64,") == 2 * (2 * 4) + 2 * 3
+
+
+def test_page_has_plots_where_the_instruments_looked(report: Report, tmp_path: Path) -> None:
+    plots = instrument_plots([json.loads(metric_line(step)) for step in (10, 20)])
+    pairs = toy_pairs()
+    plotted = make_report(toy_subject(pairs), pairs, Flat(), SETTINGS, plots=plots)
+    for name, made in (("without", report), ("with", plotted)):
+        write_report(made, tmp_path / name)
+    pages = [(tmp_path / name / "report.html").read_text(encoding="utf-8") for name in ("without", "with")]
+    assert "Instruments over training" not in pages[0]
+    assert pages[1].count("<svg") == len(plots) > 5
+    assert "http" not in pages[1]
 
 
 def test_shown_pictures_carry_the_verdict(report: Report) -> None:

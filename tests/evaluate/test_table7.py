@@ -18,6 +18,7 @@ from megatron_vilg.evaluate.frechet import Gaussian, frechet_distance
 from megatron_vilg.evaluate.reconstruction import structural_similarity
 from megatron_vilg.evaluate.statistics import mean_interval
 from megatron_vilg.evaluate.table7 import DIFFERENCES, ROWS
+from tests.evaluate.test_curves import metric_line
 from tests.tiny_run import CAPTIONS, write_tiny_run
 
 
@@ -69,6 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         torch.manual_seed(0)  # one image tokenizer for both
         write_tiny_run(root / name, checkpoint=False, reconstructor=ReconstructorConfig(enabled=True, detach=detach))
         folders.append(root / name)
+    (root / "joint" / "metrics.jsonl").write_text("".join(metric_line(step) for step in (10, 20)))
     return folders
 
 
@@ -109,6 +111,10 @@ def test_table_of_tiny_runs(runs: list[Path], data: Path, tmp_path: Path) -> Non
         assert end_to_end["paper_fid"] == -3.1 and end_to_end["frechet"]["beyond_interval"] is False
     with Image.open(tmp_path / "report" / "table7.png") as page:
         assert page.width > 400
+    html = (tmp_path / "report" / "table7.html").read_text(encoding="utf-8")
+    joint, detached = html.split("<h2>")[1:]
+    assert "joint, seed 0" in joint and "Largest attention logit" in joint and "<svg" in joint
+    assert "detached, seed 0" in detached and "without log.instruments_every" in detached
 
 
 def test_what_is_missing_for_the_table_is_named(

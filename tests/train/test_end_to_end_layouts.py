@@ -1,4 +1,5 @@
-"""End-to-end training in every kind of layout equals one process: losses, norms, weights of both parts, exports."""
+"""End-to-end training in every kind of layout equals one process: losses, norms, weights of both parts and of the
+critic, what the instruments show, exports."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from megatron_vilg.config.check import check
-from megatron_vilg.config.schema import ReconstructorConfig, RunConfig
+from megatron_vilg.config.schema import LogConfig, ReconstructorConfig, RunConfig
+from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.end_to_end import PREFIX, EndToEndEngine
+from megatron_vilg.train.instruments import Instruments
 from tests.helpers import run_distributed
 from tests.models.test_reconstructor import tokenizer_config
 from tests.parallel.cases import BATCH, case_model, case_run, whole
@@ -43,26 +46,48 @@ def joint_case(parallel: dict[str, Any] | None = None, **options: Any) -> RunCon
     )
 
 
-def joint_steps(run: RunConfig, steps: int = 3) -> dict[str, Any]:
-    """Three steps and an evaluation on the current process group, or on this process alone."""
-    mesh = build_mesh(run.parallel, "cpu")
-    engine = EndToEndEngine(run, mesh, tokenizer_of(run))
-    size, numbers = BATCH // mesh.data_size, []
+def judged_case(parallel: dict[str, Any] | None = None) -> RunConfig:
+    """With a critic that works from the second step on."""
+    return joint_case(parallel, critic_weight=0.3, critic_start_step=0, critic_gate=10.0, critic_channels=4)
+
+
+def joint_batches(run: RunConfig, steps: int) -> list[PairBatch]:
     batches = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         pixels = torch.randint(256, (BATCH, 3, 24, 24), dtype=torch.uint8, generator=generator)
         batches.append(dataclasses.replace(tiny_batch(run.model, BATCH, seed=step), pixels=pixels))
-    for batch in batches:
-        found = engine.train_step(batch.slice(mesh.data_rank * size, (mesh.data_rank + 1) * size))
+    return batches
+
+
+def joint_steps(run: RunConfig, order: list[int] | None = None) -> dict[str, Any]:
+    """Three steps and an evaluation on the current process group, or on this process alone, with pairs in ``order``."""
+    mesh = build_mesh(run.parallel, "cpu")
+    engine = EndToEndEngine(run, mesh, tokenizer_of(run))
+    instruments = Instruments(engine)
+    size, numbers, seen = BATCH // mesh.data_size, [], []
+    batches = joint_batches(run, 3)
+    for whole_batch in batches:
+        batch = whole_batch if order is None else whole_batch.take(torch.tensor(order))
+        batch = batch.slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
+        shown = instruments.before(batch)
+        found = engine.train_step(batch)
+        seen.append(shown | instruments.after())
         numbers += [found.loss, found.grad_norm, *found.extra.values()]
     measured = engine.eval_step(batches[0].slice(0, 5))
     numbers += [measured.loss, *measured.extra.values()]
     weights = {name: whole(p) for name, p in engine.named_parameters()}
     if engine.part is not None:
         weights |= {PREFIX + name: whole(p) for name, p in engine.part.named_parameters()}
+    if engine.critic.critic is not None:
+        weights |= {"critic." + name: whole(p) for name, p in engine.critic.critic.named_parameters()}
     exported = {name: value.clone() for name, value in engine.export()}
-    return {"numbers": [float(n) for n in numbers], "weights": weights, "exported": exported}
+    return {"numbers": [float(n) for n in numbers], "seen": seen, "weights": weights, "exported": exported}
+
+
+def both_cases(parallel: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """With averaged weights, and with a critic."""
+    return joint_steps(joint_case(parallel, ema_decay=0.5)), joint_steps(judged_case(parallel))
 
 
 @cache
@@ -70,11 +95,33 @@ def one_process() -> dict[str, Any]:
     return joint_steps(joint_case(ema_decay=0.5))
 
 
+@cache
+def one_critic(ranks: int, pieces: int) -> dict[str, Any]:
+    """One process whose micro-batches hold what those of ``ranks`` data ranks hold together: the critic sees batches.
+
+    Pair p of rank r's micro-batch m has the place (r, m, p) in the batch of all ranks.
+    """
+    order = torch.arange(BATCH).view(ranks, pieces, -1).transpose(0, 1).flatten().tolist()
+    return joint_steps(judged_case({"num_microbatches": pieces}), order)
+
+
 def assert_same(name: str, layouts: dict[str, tuple[int, dict[str, Any]]]) -> None:
     world_size, parallel = layouts[name]
-    run = joint_case(parallel, ema_decay=0.5)
-    assert not any(problem.startswith("reconstructor") for problem in check(run, world_size))
-    expected, found = one_process(), run_distributed(joint_steps, world_size, run, timeout=400.0)
+    for run in (joint_case(parallel), judged_case(parallel)):
+        run = dataclasses.replace(run, log=LogConfig(instruments_every=1))
+        assert not any(problem.startswith(("reconstructor", "log.")) for problem in check(run, world_size))
+    ranks = world_size // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
+    plain, judged = zip(*run_distributed(both_cases, world_size, parallel, timeout=400.0), strict=True)
+    assert_equal(list(plain), one_process())
+    for rank in plain:
+        for shown, expected in zip(rank["seen"], one_process()["seen"], strict=True):
+            assert shown == pytest.approx(expected, rel=2e-4, abs=1e-6)
+    expected = one_critic(ranks, parallel.get("num_microbatches", 1))
+    assert len(expected["numbers"]) > len(one_process()["numbers"]), "the critic never worked"
+    assert_equal(list(judged), expected)
+
+
+def assert_equal(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     seen = set()
     for rank in found:
         assert rank["numbers"] == pytest.approx(expected["numbers"], abs=2e-5)
@@ -96,8 +143,3 @@ def test_layout_equals_one_process(name: str) -> None:
 @pytest.mark.parametrize("name", SLOW)
 def test_rarer_layout_equals_one_process(name: str) -> None:
     assert_same(name, SLOW)
-
-
-def test_critic_beside_the_generator_is_for_one_process() -> None:
-    run = joint_case({"shard": 2}, critic_weight=0.1, critic_start_step=1)
-    assert any("reconstructor.critic_weight=0.1: a critic beside" in problem for problem in check(run, 2))

@@ -8,65 +8,108 @@ import math
 import pytest
 import torch
 
+from megatron_vilg.config.schema import LossConfig, RunConfig
+from megatron_vilg.data.batch import PairBatch
+from megatron_vilg.train.end_to_end import EndToEndEngine
+from megatron_vilg.train.engine import NativeEngine
 from megatron_vilg.train.instruments import Instruments
-from tests.models.test_reconstructor import joint_model
-from tests.tiny import tiny_batch, tiny_config, tiny_model
+from tests.tiny import tiny_batch, tiny_config, tiny_run
+from tests.train.test_end_to_end import batch_of, joint_run, tokenizer_of
 
 
-def pixels() -> torch.Tensor:
-    return torch.randint(256, (4, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def joint_engine(run: RunConfig) -> EndToEndEngine:
+    return EndToEndEngine(run, "cpu", tokenizer_of(run))
+
+
+def before(engine: NativeEngine, batch: PairBatch) -> dict[str, float]:
+    return Instruments(engine).before(batch)
 
 
 def test_metrics_of_a_joint_model() -> None:
-    model, _ = joint_model("dvae")
-    model.train()
-    batch = dataclasses.replace(tiny_batch(model.config), pixels=pixels())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = Instruments(model).before(batch)
+    run = joint_run()
+    engine, batch = joint_engine(run), batch_of(run)
+    engine.train_step(batch)
+    model = engine.model.train()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    found = before(engine, batch)
     assert {f"attention/max_logit(layer {i})" for i in range(4)} <= found.keys()
     for name in ("text_to_image", "image_to_text", "reconstruction"):
         assert found[f"gradient({name})"] > 0
     assert -1 <= found["gradient/cosine(generation, reconstruction)"] <= 1
     assert found["hidden/last_rms"] > 0 and all(math.isfinite(value) for value in found.values())
     assert model.training and all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert Instruments(model).before(batch) == found, "the same numbers again"
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert before(engine, batch) == found, "the same numbers again"
+
+
+def test_gradients_are_those_of_bare_terms_on_the_first_pairs() -> None:
+    run = dataclasses.replace(joint_run(weight=7.0), loss=LossConfig(image_to_text_weight=0.1, z_loss=0.1))
+    engine, batch = joint_engine(run), batch_of(run)
+    found = before(engine, batch)
+    bare = dataclasses.replace(joint_run(weight=0.0), loss=LossConfig(image_to_text_weight=0.0))
+    reference = joint_engine(bare)
+    assert found["gradient(text_to_image)"] == pytest.approx(float(reference.train_step(batch).grad_norm), rel=1e-5)
+    more = dataclasses.replace(
+        batch, **{f.name: torch.cat([getattr(batch, f.name)] * 2) for f in dataclasses.fields(batch)}
+    )
+    assert before(engine, more) == found, "only the first four count"
+
+
+def test_watching_leaves_training_and_a_working_critic_alone() -> None:
+    run = joint_run("vqgan", critic_weight=0.5, critic_start_step=0, critic_gate=10.0)
+    plain, watched = joint_engine(run), joint_engine(run)
+    instruments = Instruments(watched)
+    for step in range(3):
+        batch = batch_of(run, step)
+        instruments.before(batch)
+        numbers = [engine.train_step(batch) for engine in (plain, watched)]
+        assert {"update/weight(blocks)", "update/weight(reconstructor)"} <= instruments.after().keys()
+        assert numbers[0].loss == numbers[1].loss
+        assert numbers[0].extra == numbers[1].extra
+    assert "loss/critic" in numbers[0].extra
+
+
+def test_recomputation_does_not_change_what_is_seen() -> None:
+    run = tiny_run()
+    again = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, recompute="block"))
+    batch = tiny_batch(run.model)
+    assert before(NativeEngine(again), batch) == pytest.approx(before(NativeEngine(run), batch), rel=1e-6)
 
 
 def test_detached_reconstruction_has_no_gradient_in_the_generator() -> None:
-    model, _ = joint_model("dvae", detach=True)
-    found = Instruments(model).before(dataclasses.replace(tiny_batch(model.config), pixels=pixels()))
-    assert found["gradient(reconstruction)"] == 0.0
+    run = joint_run(detach=True)
+    assert before(joint_engine(run), batch_of(run))["gradient(reconstruction)"] == 0.0
 
 
 def test_attention_logits_follow_the_queries() -> None:
-    model = tiny_model(tiny_config(qk_norm=False))
-    batch = tiny_batch(model.config)
-    first = Instruments(model).before(batch)
+    run = tiny_run(tiny_config(qk_norm=False))
+    engine, batch = NativeEngine(run), tiny_batch(run.model)
+    first = before(engine, batch)
     with torch.no_grad():
-        model.blocks["0"].attention.q.weight.mul_(3.0)  # type: ignore[union-attr,operator]
-        model.blocks["0"].attention.q.bias.mul_(3.0)  # type: ignore[union-attr,operator]
-    second = Instruments(model).before(batch)
+        engine.model.blocks["0"].attention.q.weight.mul_(3.0)  # type: ignore[union-attr,operator]
+        engine.model.blocks["0"].attention.q.bias.mul_(3.0)  # type: ignore[union-attr,operator]
+    second = before(engine, batch)
     name = "attention/max_logit(layer 0)"
     assert second[name] == pytest.approx(3.0 * first[name], rel=1e-4)
     assert "gradient(reconstruction)" not in first
 
 
 def test_log_z_grows_with_the_output_layer() -> None:
-    model = tiny_model()
-    batch = tiny_batch(model.config)
+    run = tiny_run()
+    engine = NativeEngine(run)
     with torch.no_grad():
-        model.heads["image"].weight.zero_()  # type: ignore[index,union-attr,operator]
-    found = Instruments(model).before(batch)
+        engine.model.heads["image"].weight.zero_()  # type: ignore[index,union-attr,operator]
+    found = before(engine, tiny_batch(run.model))
     assert found["log_z(text_to_image)"] == pytest.approx(math.log(11), rel=1e-5)
 
 
 def test_update_ratio() -> None:
-    model = tiny_model()
-    instruments = Instruments(model)
-    instruments.before(tiny_batch(model.config))
+    run = tiny_run()
+    engine = NativeEngine(run)
+    instruments = Instruments(engine)
+    instruments.before(tiny_batch(run.model))
     with torch.no_grad():
-        for parameter in model.blocks.parameters():
+        for parameter in engine.model.blocks.parameters():
             parameter.mul_(1.01)
     found = instruments.after()
     assert found["update/weight(blocks)"] == pytest.approx(0.01, rel=1e-3)
