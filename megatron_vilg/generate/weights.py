@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_vilg.models.layers import Block, SelfAttention
+from megatron_vilg.models.layers import Block, FeedForward, SelfAttention
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.parallel.decoding import SharedLinear
 
@@ -28,17 +28,23 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without gradients, packed for ``num_rows`` rows; under autocast in autocast's type."""
+    """A linear layer without gradients, packed for ``num_rows`` rows; under autocast in autocast's type.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int) -> None:
+    Args:
+        activation: ``none``, or what is applied to the result while it is in the cache: ``gelu`` (the exact one).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int, activation: str = "none") -> None:
         super().__init__()
+        self.activation = activation
         self.dtype = _arithmetic(weight)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype), num_rows)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "")
+        x = x.to(self.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.activation, [], "none")
 
 
 class PackedShare(nn.Module):
@@ -98,6 +104,14 @@ def use_int8(model: ViLG) -> None:
     use_bf16(model)
 
 
+class FusedFeedForward(FeedForward):
+    """A feed-forward part whose first layer applies the GELU itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return cast(Tensor, self.down(self.up(x)))
+
+
 class JointAttention(SelfAttention):
     """Attention with queries, keys and values from one product."""
 
@@ -143,8 +157,10 @@ def packed_block(block: Block, num_rows: int) -> Block:
     attention, mlp = block.attention, block.mlp
     heads = _twin(attention, out=packed_linear(attention.out, num_rows), qkv=_joint(attention, num_rows))
     heads.__class__ = JointAttention
-    up, down = packed_linear(mlp.up, num_rows), packed_linear(mlp.down, num_rows)
-    return _twin(block, attention=heads, mlp=_twin(mlp, up=up, down=down))
+    up = PackedLinear(mlp.up.weight, mlp.up.bias, num_rows, activation="gelu")  # also a rank's share: its own features
+    forward = _twin(mlp, up=up, down=packed_linear(mlp.down, num_rows))
+    forward.__class__ = FusedFeedForward
+    return _twin(block, attention=heads, mlp=forward)
 
 
 def _twin(module: Module, **children: nn.Module) -> Module:
