@@ -92,8 +92,8 @@ def main(arguments: Sequence[str] | None = None, suites: Mapping[str, Mapping[st
         for row in metrics[name](bench):
             print(line(row), flush=True)
             rows.append(row)
-    if options.json is not None:
-        _write(options.json, {**header, "rows": [row.record() for row in rows]})
+        if options.json is not None:  # after each metric: a run of an hour that is cut short keeps what it measured
+            _write(options.json, {**header, "rows": [row.record() for row in rows]})
     missed = [row for row in rows if row.ok is False]
     print(f"{len(missed)} of {sum(row.goal is not None for row in rows)} goals missed")
     return int(bool(missed) and options.strict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,15 @@ class DcpSource(TensorSource):
         super().__init__(path)
         self.manifest = read_manifest(path) if manifest is None else manifest
         self.tensors, self._boxes = read_metadata(path)
-        self._archive: tuple[Box, TorchFile, Described] | None = None
+        self._last = threading.local()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See :meth:`TensorSource.rows`."""
         info, boxes = self.tensors[name], self._boxes[name]
-        if len(boxes) == 1:
-            return self._box_rows(boxes[0], info, start, stop)
+        for box in boxes:
+            first = box.offsets[0] if box.offsets else 0
+            if box.sizes[1:] == info.row_shape and first <= start and stop <= first + (box.sizes or (1,))[0]:
+                return self._box_rows(box, info, start - first, stop - first)
         out = torch.empty((stop - start, *info.row_shape), dtype=info.dtype)
         for box in boxes:
             low, high = max(start, box.offsets[0]), min(stop, box.offsets[0] + box.sizes[0])
@@ -72,7 +75,8 @@ class DcpSource(TensorSource):
         return out
 
     def _box_rows(self, box: Box, info: TensorInfo, start: int, stop: int) -> Tensor:
-        if self._archive is None or self._archive[0] is not box:
+        last: tuple[Box, TorchFile, Described] | None = getattr(self._last, "archive", None)
+        if last is None or last[0] is not box:
             path = self.path / box.file
             archive = TorchFile(self.descriptor(path), path, box.begin, box.length)
             tensor = archive.content
@@ -80,8 +84,8 @@ class DcpSource(TensorSource):
                 raise CheckpointError(
                     f"{path}: a tensor is not the one that {METADATA} names; the folder is damaged. {REMEDY}"
                 )
-            self._archive = box, archive, tensor
-        return self._archive[1].rows(self._archive[2], start, stop)
+            self._last.archive = last = box, archive, tensor
+        return last[1].rows(last[2], start, stop)
 
 
 def read_metadata(path: Path) -> tuple[dict[str, TensorInfo], dict[str, list[Box]]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +18,22 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.manifest import Manifest, current_versions, write_manifest
 from megatron_vilg.checkpoint.new_folder import Background, new_folder
 from megatron_vilg.checkpoint.safetensors_file import WRITE_BYTES
 from megatron_vilg.checkpoint.tensors import OPTIMIZER, TensorInfo, TensorSource, count_not_finite, part_of, pieces
-from megatron_vilg.checkpoint.transfer import Options, equal_bits
+from megatron_vilg.checkpoint.transfer import Options, differing_tensors
 from megatron_vilg.errors import CheckpointError
 
 ONE_FILE_BYTES = 64 << 20
 """Checkpoints up to this size are written as one file."""
+PART_BYTES = 64 << 20
+"""Larger tensors are stored in parts; each thread that writes holds one."""
+WRITERS = 2
 
 
 class PieceStream(io.FileIO):
@@ -58,40 +64,70 @@ class LazyPlanner(dcp.DefaultSavePlanner):
     Args:
         source: where they are.
         options: progress.
-        one_at_a_time: a tensor is written and forgotten before the next is asked for, so that all can use the same
-            memory: fresh memory for each costs as much as writing it.
+        part_bytes: larger tensors are stored in parts of so many bytes (or one row). A thread writes one part and
+            forgets it before it asks for the next, and so has one piece of memory for all of them: fresh memory costs
+            as much as writing. None: whole tensors, each in memory of its own.
     """
 
-    def __init__(self, source: TensorSource, options: Options, *, one_at_a_time: bool) -> None:
+    def __init__(self, source: TensorSource, options: Options, part_bytes: int | None) -> None:
         super().__init__()
-        self.source, self.options = source, options
+        self.source, self.options, self.part_bytes = source, options, part_bytes
         self.total = sum(info.num_bytes for info in source.tensors.values())
-        self._shared = bytearray(max(info.num_bytes for info in source.tensors.values()) if one_at_a_time else 0)
         self.done = 0
-        self.bad: list[str] = []
+        self.not_finite: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        self._memory = threading.local()
 
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor of that name, read from the source."""
-        info = self.source.tensors[index.fqn]
-        whole, not_finite = self._memory(info), 0
-        for start, stop in pieces(info):
-            rows = self.source.rows(index.fqn, start, stop)
-            not_finite += count_not_finite(index.fqn, rows)
-            whole[start:stop] = rows
-            self.done += rows.numel() * rows.dtype.itemsize
-            if self.options.progress is not None:
-                self.options.progress("writing", self.done, self.total)
-        if not_finite:
-            self.bad.append(f"{index.fqn} ({not_finite} of {info.numel} values)")
-        return whole.reshape(info.shape)
+    def create_local_plan(self) -> SavePlan:
+        """torch's plan, with large tensors in parts."""
+        plan = super().create_local_plan()
+        self.plan = dataclasses.replace(plan, items=[part for item in plan.items for part in self._parts(item)])
+        return self.plan
 
-    def _memory(self, info: TensorInfo) -> Tensor:
-        if self._shared and info.numel:
-            # A storage of exactly this size: torch copies what is part of a larger one.
-            whole = torch.frombuffer(self._shared, dtype=info.dtype, count=info.numel)
-        else:
-            whole = torch.empty(info.numel, dtype=info.dtype)
-        return whole.view(info.num_rows, *info.row_shape)
+    def _parts(self, item: WriteItem) -> Iterator[WriteItem]:
+        info, data = self.source.tensors[item.index.fqn], item.tensor_data
+        assert data is not None, f"{item.index.fqn} is no tensor"
+        if self.part_bytes is None or info.num_bytes <= self.part_bytes or not info.shape:
+            yield item
+            return
+        step = max(1, self.part_bytes // (info.row_numel * info.dtype.itemsize))
+        for start in range(0, info.num_rows, step):
+            offsets = torch.Size([start] + [0] * len(info.row_shape))
+            sizes = torch.Size([min(step, info.num_rows - start), *info.row_shape])
+            chunk = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
+            yield WriteItem(
+                index=MetadataIndex(item.index.fqn, offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=dataclasses.replace(data, chunk=chunk),
+            )
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The (part of a) tensor, read from the source."""
+        name, data = write_item.index.fqn, write_item.tensor_data
+        assert data is not None, f"{name} is no tensor"
+        info, shape = self.source.tensors[name], tuple(data.chunk.sizes)
+        part = TensorInfo(shape, info.dtype)
+        first = data.chunk.offsets[0] if shape else 0
+        values = self._empty(part)
+        for start, stop in pieces(part):
+            rows = self.source.rows(name, first + start, first + stop)
+            not_finite = count_not_finite(name, rows)
+            values[start:stop] = rows
+            with self._counting:
+                self.not_finite[name] += not_finite
+                self.done += rows.numel() * rows.dtype.itemsize
+                if self.options.progress is not None:
+                    self.options.progress("writing", self.done, self.total)
+        return values.reshape(shape)
+
+    def _empty(self, part: TensorInfo) -> Tensor:
+        if self.part_bytes is None or not part.numel:
+            return torch.empty((part.num_rows, *part.row_shape), dtype=part.dtype)
+        memory = getattr(self._memory, "bytes", bytearray())
+        if len(memory) < part.num_bytes:
+            self._memory.bytes = memory = bytearray(max(part.num_bytes, min(self.part_bytes, self.total)))
+        # A storage of exactly this size: torch copies what is part of a larger one.
+        return torch.frombuffer(memory, dtype=part.dtype, count=part.numel).view(part.num_rows, *part.row_shape)
 
 
 def write_training_checkpoint(
@@ -137,11 +173,12 @@ def write_training_checkpoint(
 
 
 def _save(source: TensorSource, names: Sequence[str], partial: Path, options: Options) -> None:
-    # torch keeps all tensors of a file in memory until it is closed, so a large checkpoint gets a file per tensor.
+    # torch keeps all tensors of a file in memory until it is closed, so a large checkpoint gets a file per part.
     is_small = sum(info.num_bytes for info in source.tensors.values()) <= ONE_FILE_BYTES
-    planner = LazyPlanner(source, options, one_at_a_time=not is_small)
+    planner = LazyPlanner(source, options, None if is_small else PART_BYTES)
     # Files are forced to the disk together, before the folder gets its name; one by one takes much longer.
-    writer = dcp.FileSystemWriter(partial, single_file_per_rank=is_small, sync_files=False)
+    threads = 1 if is_small else WRITERS
+    writer = dcp.FileSystemWriter(partial, single_file_per_rank=is_small, sync_files=False, thread_count=threads)
     writer.fs = PieceFileSystem()
     state: dict[str, Any] = {}
     for name in names:
@@ -161,23 +198,21 @@ def _save(source: TensorSource, names: Sequence[str], partial: Path, options: Op
         if isinstance(cause, CheckpointError | OSError) or not isinstance(cause, Exception):
             raise cause from error
         raise CheckpointError(f"{partial}: cannot be written ({cause!r})") from error
-    if planner.bad and not options.allow_non_finite:
-        raise CheckpointError(f"{source.path}: values that are not finite: {', '.join(planner.bad[:8])}")
+    bad = [
+        f"{name} ({count} of {source.tensors[name].numel} values)"
+        for name, count in planner.not_finite.items()
+        if count
+    ]
+    if bad and not options.allow_non_finite:
+        raise CheckpointError(f"{source.path}: values that are not finite: {', '.join(bad[:8])}")
 
 
 def _require_equal(source: TensorSource, result: TensorSource, names: Sequence[str], options: Options) -> None:
     """Read the checkpoint back and compare it with the source bit by bit."""
-    done, total = 0, sum(source.tensors[name].num_bytes for name in names)
     if dict(result.tensors) != {name: source.tensors[name] for name in names}:
         raise CheckpointError(f"{result.path}: names or shapes are not those of {source.path}")
-    for name in names:
-        for start, stop in pieces(source.tensors[name]):
-            rows: Tensor = source.rows(name, start, stop)
-            if not equal_bits(rows, result.rows(name, start, stop)):
-                raise CheckpointError(f"{result.path}: values of {name} differ from {source.path}")
-            done += rows.numel() * rows.dtype.itemsize
-            if options.progress is not None:
-                options.progress("comparing", done, total)
+    if wrong := differing_tensors(source, result, names, options):
+        raise CheckpointError(f"{result.path}: values of {wrong[0]} differ from {source.path}")
 
 
 def has_optimizer(names: Sequence[str]) -> bool:

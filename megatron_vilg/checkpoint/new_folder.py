@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from megatron_vilg.checkpoint.files import PARTIAL, digest_of, publish, remove, sync, sync_tree, with_suffix
 from megatron_vilg.checkpoint.manifest import FILE_NAME, REMEDY, FileEntry, find_damage
@@ -72,6 +75,37 @@ def gigabytes(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
     return f"{num_bytes} bytes"
+
+
+class InOrder:
+    """One thread that makes the calls it is given in their order, while the caller goes on.
+
+    Args:
+        ahead: how many calls may wait; the caller waits for more than that.
+
+    The first error of a call is raised in the caller, by the next :meth:`submit` that has to wait or at the end.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self._ahead = ahead
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._calls: deque[Future[object]] = deque()
+
+    def submit(self, call: Callable[..., object], *arguments: object) -> None:
+        """Make ``call(*arguments)`` behind all earlier ones."""
+        self._calls.append(self._pool.submit(call, *arguments))
+        while len(self._calls) > self._ahead:
+            self._calls.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            while error is None and self._calls:
+                self._calls.popleft().result()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Background:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class TensorInfo:
 
 
 class TensorSource:
-    """Named tensors in a folder or file. Subclasses fill the attributes and read rows."""
+    """Named tensors in a folder or file. Subclasses fill the attributes and read rows, in several threads at once."""
 
     path: Path
     manifest: Manifest | None
@@ -81,6 +82,7 @@ class TensorSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor, contiguous, on the CPU: [stop - start, ...]; of a scalar [1].
@@ -96,12 +98,13 @@ class TensorSource:
 
     def descriptor(self, path: Path) -> int:
         """An open file descriptor, kept until :meth:`close`."""
-        if path not in self._open:
-            try:
-                self._open[path] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror}). {REMEDY}") from error
-        return self._open[path]
+        with self._opening:
+            if path not in self._open:
+                try:
+                    self._open[path] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: cannot be read ({error.strerror}). {REMEDY}") from error
+            return self._open[path]
 
     def close(self) -> None:
         """Close all files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.checkpoint.layout import Part
-from megatron_vilg.checkpoint.new_folder import Background, Progress
+from megatron_vilg.checkpoint.new_folder import Background, InOrder, Progress
 from megatron_vilg.checkpoint.safetensors_file import SafetensorsWriter
 from megatron_vilg.checkpoint.tensors import (
     MODEL,
@@ -25,6 +26,9 @@ from megatron_vilg.checkpoint.tensors import (
 from megatron_vilg.errors import CheckpointError
 
 _MOST_NAMED = 8
+_PIECES_AHEAD = 16
+"""How many pieces may have been read and not yet written."""
+_COMPARERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +87,33 @@ def write_files(
     writers: dict[str, SafetensorsWriter] = {}
     left = {file: len(tensors) for file, tensors in files.content.items()}
     done, total, bad = 0, files.num_bytes, []
+
+    def finish(file: str) -> None:
+        writers.pop(file).close()
+        background.digest(folder / file)
+
     try:
-        for name, targets in files.routes.items():
-            for file, _ in targets:
-                if file not in writers:
-                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                    writers[file] = SafetensorsWriter(folder / file, files.content[file], metadata)
-            short, not_finite = name.partition(".")[2], 0
-            num_rows = source.tensors[name].num_rows
-            for start, rows in converted_pieces(source, name, options):
-                not_finite += count_not_finite(name, rows)
-                for file, part in targets:
-                    done += writers[file].write(short, part.of(rows, start, num_rows))
-                _report(options, "writing", done, total)
-            if not_finite:
-                bad.append(f"{name} ({not_finite} of {source.tensors[name].numel} values)")
-            for file, _ in targets:
-                left[file] -= 1
-                if not left[file]:
-                    writers.pop(file).close()
-                    background.digest(folder / file)
+        with InOrder(_PIECES_AHEAD) as writing:
+            for name, targets in files.routes.items():
+                for file, _ in targets:
+                    if file not in writers:
+                        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                        writers[file] = SafetensorsWriter(folder / file, files.content[file], metadata)
+                short, not_finite = name.partition(".")[2], 0
+                num_rows = source.tensors[name].num_rows
+                for start, rows in converted_pieces(source, name, options):
+                    not_finite += count_not_finite(name, rows)
+                    for file, part in targets:
+                        share = part.of(rows, start, num_rows)
+                        writing.submit(writers[file].write, short, share)
+                        done += share.numel() * share.element_size()
+                    _report(options, "writing", done, total)
+                if not_finite:
+                    bad.append(f"{name} ({not_finite} of {source.tensors[name].numel} values)")
+                for file, _ in targets:
+                    left[file] -= 1
+                    if not left[file]:
+                        writing.submit(finish, file)
     finally:
         for writer in writers.values():
             writer.close(complete=False)
@@ -139,17 +150,32 @@ def require_equal(source: TensorSource, result: TensorSource, names: Sequence[st
         raise CheckpointError(
             f"{result.path}: names or shapes are not those of {source.path}: {differing[:_MOST_NAMED]}"
         )
-    done, total, wrong = 0, sum(info.num_bytes for info in wanted.values()), []
-    for name in names:
-        for start, rows in converted_pieces(source, name, options):
-            if not equal_bits(rows, result.rows(name, start, start + len(rows))):
-                wrong.append(name)
-                break
-            done += rows.numel() * rows.dtype.itemsize
-            _report(options, "comparing", done, total)
+    wrong = differing_tensors(source, result, names, options)
     problems = [f"values of {name} differ" for name in wrong[:_MOST_NAMED]] + result.verify()
     if problems:
         raise CheckpointError(f"{result.path}: is not what {source.path} holds: " + "; ".join(problems))
+
+
+def differing_tensors(source: TensorSource, result: TensorSource, names: Sequence[str], options: Options) -> list[str]:
+    """Read source and result once more, two tensors at a time; the names of those that are not equal bit by bit."""
+
+    def is_equal(name: str) -> bool:
+        return all(
+            equal_bits(rows, result.rows(name, start, start + len(rows)))
+            for start, rows in converted_pieces(source, name, options)
+        )
+
+    done, total, wrong = 0, sum(result.tensors[name].num_bytes for name in names), []
+    pool = ThreadPoolExecutor(_COMPARERS)
+    try:
+        for name, equal in zip(names, pool.map(is_equal, names), strict=True):
+            if not equal:
+                wrong.append(name)
+            done += result.tensors[name].num_bytes
+            _report(options, "comparing", done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return wrong
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:

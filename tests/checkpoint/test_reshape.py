@@ -57,13 +57,23 @@ def layouts(draw: st.DrawFn) -> tuple[ModelConfig, list[tuple[int, int]]]:
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=layouts(), optimizer=st.booleans(), piece=st.sampled_from([1, 64, 4 << 20]))
-def test_any_way_through_the_formats_is_the_identity(tmp_path_factory, case, optimizer: bool, piece: int) -> None:
+@given(
+    case=layouts(),
+    optimizer=st.booleans(),
+    piece=st.sampled_from([1, 64, 4 << 20]),
+    part=st.sampled_from([None, 1, 300]),
+)
+def test_any_way_through_the_formats_is_the_identity(
+    tmp_path_factory, case, optimizer: bool, piece: int, part: int | None
+) -> None:
     config, pairs = case
     folder = tmp_path_factory.mktemp("way")
     source = memory_source(config, optimizer=optimizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "PIECE_BYTES", piece)
+        if part is not None:
+            patch.setattr(dcp_write, "ONE_FILE_BYTES", 0)
+            patch.setattr(dcp_write, "PART_BYTES", part)
         shard(source, folder / "a", *pairs[0], optimizer=optimizer)
         with open_source(folder / "a") as ranks:
             shard(ranks, folder / "b", *pairs[1], optimizer=optimizer)
@@ -78,9 +88,14 @@ def test_any_way_through_the_formats_is_the_identity(tmp_path_factory, case, opt
     assert manifest.model == dataclasses.asdict(config)
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["a file per tensor", "one file"])
-def test_the_trainer_loads_what_shard_wrote(tmp_path: Path, monkeypatch, limit: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "part"),
+    [(0, 64 << 20), (0, 200), (1 << 30, 64 << 20)],
+    ids=["a file per tensor", "large tensors in parts", "one file"],
+)
+def test_the_trainer_loads_what_shard_wrote(tmp_path: Path, monkeypatch, limit: int, part: int) -> None:
     monkeypatch.setattr(dcp_write, "ONE_FILE_BYTES", limit)
+    monkeypatch.setattr(dcp_write, "PART_BYTES", part)
     source = memory_source()
     write_run_folder(source, tmp_path / "run", optimizer=True)
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointConfig())
