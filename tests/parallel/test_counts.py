@@ -14,7 +14,7 @@ from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.parallel import pipeline
 from megatron_vilg.parallel.mesh import build_mesh
-from megatron_vilg.train import engine as engine_module
+from megatron_vilg.train import passes
 from megatron_vilg.train.engine import NativeEngine
 from tests.helpers import run_distributed
 from tests.parallel.cases import BATCH, case_model, case_run
@@ -124,7 +124,7 @@ def held_between_micro_batches(run: RunConfig) -> tuple[list[tuple[int, int]], i
         found.append(whole_bytes(list(engine.parts)))
         before(model, zero, is_last=is_last)
 
-    engine_module.before_backward = pipeline.before_backward = noted  # this process ends with the test
+    passes.before_backward = pipeline.before_backward = noted  # this process ends with the test
     step(0)
     shards = sum(local(p).numel() for _, p in engine.named_parameters())
     return found[1:], shards * engine.mesh.size("shard") * FLOAT
