@@ -26,7 +26,7 @@ from megatron_vilg.checkpoint.manifest import Manifest, current_versions, write_
 from megatron_vilg.checkpoint.new_folder import Background, new_folder
 from megatron_vilg.checkpoint.safetensors_file import WRITE_BYTES
 from megatron_vilg.checkpoint.tensors import OPTIMIZER, TensorInfo, TensorSource, count_not_finite, part_of, pieces
-from megatron_vilg.checkpoint.transfer import Options, differing_tensors
+from megatron_vilg.checkpoint.transfer import Options, require_equal
 from megatron_vilg.errors import CheckpointError
 
 ONE_FILE_BYTES = 64 << 20
@@ -165,7 +165,7 @@ def write_training_checkpoint(
             for path in partial.iterdir():
                 background.digest(path)
             with DcpSource(partial, manifest) as result:
-                _require_equal(source, result, names, options)
+                require_equal(source, result, names, dataclasses.replace(options, dtype=None))
             known = background.finish(source.path)
         finally:
             background.close()
@@ -205,14 +205,6 @@ def _save(source: TensorSource, names: Sequence[str], partial: Path, options: Op
     ]
     if bad and not options.allow_non_finite:
         raise CheckpointError(f"{source.path}: values that are not finite: {', '.join(bad[:8])}")
-
-
-def _require_equal(source: TensorSource, result: TensorSource, names: Sequence[str], options: Options) -> None:
-    """Read the checkpoint back and compare it with the source bit by bit."""
-    if dict(result.tensors) != {name: source.tensors[name] for name in names}:
-        raise CheckpointError(f"{result.path}: names or shapes are not those of {source.path}")
-    if wrong := differing_tensors(source, result, names, options):
-        raise CheckpointError(f"{result.path}: values of {wrong[0]} differ from {source.path}")
 
 
 def has_optimizer(names: Sequence[str]) -> bool:

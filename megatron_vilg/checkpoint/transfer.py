@@ -150,13 +150,13 @@ def require_equal(source: TensorSource, result: TensorSource, names: Sequence[st
         raise CheckpointError(
             f"{result.path}: names or shapes are not those of {source.path}: {differing[:_MOST_NAMED]}"
         )
-    wrong = differing_tensors(source, result, names, options)
+    wrong = _differing_tensors(source, result, names, options)
     problems = [f"values of {name} differ" for name in wrong[:_MOST_NAMED]] + result.verify()
     if problems:
         raise CheckpointError(f"{result.path}: is not what {source.path} holds: " + "; ".join(problems))
 
 
-def differing_tensors(source: TensorSource, result: TensorSource, names: Sequence[str], options: Options) -> list[str]:
+def _differing_tensors(source: TensorSource, result: TensorSource, names: Sequence[str], options: Options) -> list[str]:
     """Read source and result once more, two tensors at a time; the names of those that are not equal bit by bit."""
 
     def is_equal(name: str) -> bool:

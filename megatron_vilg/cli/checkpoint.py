@@ -361,8 +361,13 @@ def _options(args: argparse.Namespace) -> Iterator[Options]:
     from megatron_vilg.checkpoint.transfer import Options
 
     dtype = getattr(torch, _DTYPES[args.dtype]) if args.dtype else None
-    with _progress() as progress:
-        yield Options(dtype, args.allow_non_finite, progress)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # pieces are small and have threads of their own: torch's would wait for each other
+    try:
+        with _progress() as progress:
+            yield Options(dtype, args.allow_non_finite, progress)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager
