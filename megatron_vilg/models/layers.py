@@ -11,6 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vilg.config.schema import ModelConfig
 from megatron_vilg.ops.attention import Prepared, attend
+from megatron_vilg.ops.linear import linear
+
+
+class Linear(nn.Linear):
+    """torch's layer; on a CPU in fp32 oneDNN computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E]."""
+        return linear(x, self.weight, self.bias)
 
 
 class SelfAttention(nn.Module):
@@ -22,11 +31,11 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.recompute = False
         """Whether scores and softmax are computed again in the backward pass."""
-        self.q = nn.Linear(width, width)
+        self.q = Linear(width, width)
         # A bias on keys shifts all scores of a query alike, which softmax ignores: its gradient would be noise.
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.k = Linear(width, width, bias=False)
+        self.v = Linear(width, width)
+        self.out = Linear(width, width)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else None
         self.k_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else None
 
@@ -58,8 +67,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, config.mlp_ratio * config.width)
-        self.down = nn.Linear(config.mlp_ratio * config.width, config.width)
+        self.up = Linear(config.width, config.mlp_ratio * config.width)
+        self.down = Linear(config.mlp_ratio * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

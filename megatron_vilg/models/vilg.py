@@ -15,6 +15,7 @@ from megatron_vilg.models.layers import Block
 from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.ops.attention import Implementation, Prepared, prepare
 from megatron_vilg.ops.cross_entropy import IGNORE, linear_cross_entropy
+from megatron_vilg.ops.linear import linear
 from megatron_vilg.ops.rules import AttentionRule, Pattern, layer_patterns
 from megatron_vilg.sequence import Direction, ImageBoundary, TextToken
 
@@ -121,7 +122,7 @@ class OutputHead(nn.Linear):
     def forward(self, x: Tensor, labels: Tensor | None = None, loss: LossConfig | None = None) -> Any:
         """Hidden [..., D] to logits [..., V]; with labels int64 [...] to sums as ``linear_cross_entropy`` has them."""
         if labels is None:
-            return super().forward(x)
+            return linear(x, self.weight)
         loss = loss or LossConfig()
         return linear_cross_entropy(x, self.weight, labels, z_loss=loss.z_loss, label_smoothing=loss.label_smoothing)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vilg.ops.linear import linear
+
 IGNORE = -100
 """Label of a row that is not predicted."""
 CHUNKS = 24
@@ -83,11 +85,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden), rows_each):
                 part = slice(start, start + rows_each)
                 rows = hidden[part].to(dtype)
-                logits = rows @ cast_weight.T
+                logits = linear(rows, cast_weight)
                 loss, slope = _chunk(logits, labels[part], z_loss, smoothing, gradient=needs_hidden or needs_weight)
                 sums += loss
                 if grad_hidden is not None:
-                    grad_hidden[part] = slope @ cast_weight
+                    grad_hidden[part] = linear(slope, cast_weight.T)
                 if needs_weight:
                     grad_weight = _add_product(grad_weight, slope, rows)
             if needs_weight:

@@ -15,6 +15,7 @@ from megatron_vilg.models.cost import (
     parameter_shapes,
 )
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.linear import has_onednn
 from megatron_vilg.ops.rules import AttentionRule, full_length_mask, layer_patterns
 from megatron_vilg.sequence import Direction
 from tests.tiny import tiny_config
@@ -66,12 +67,16 @@ def test_kinds_of_layers_are_those_of_the_rules() -> None:
 def test_flops_are_those_a_profiler_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
+    def product(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+        return 2 * x.numel() * weight[0]
+
     config = tiny_config(pattern="full")
     spec = config.spec
     model = ViLG(config)
     text = torch.zeros(2, spec.num_text_slots, dtype=torch.int64)
     image = torch.zeros(2, spec.num_image_tokens, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
+    products = {torch.ops.mkldnn._linear_pointwise: product} if has_onednn() else None  # torch does not count these
+    with FlopCounterMode(display=False, custom_mapping=products) as counter:
         model(text, image, text_len=torch.full((2,), spec.num_text_slots))
     flops = forward_flops(config)
     # The profiler counts padding too: positions in matrix products, their squares in attention.
