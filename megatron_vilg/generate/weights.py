@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_vilg.models.layers import Block, FeedForward, SelfAttention
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.linear import has_onednn, onednn_product
 from megatron_vilg.parallel.decoding import SharedLinear
 
 PACK_FROM_STEPS = 32
@@ -31,7 +32,7 @@ class PackedLinear(nn.Module):
     """A linear layer without gradients, packed for ``num_rows`` rows; under autocast in autocast's type.
 
     Args:
-        activation: ``none``, or what is applied to the result while it is in the cache: ``gelu`` (the exact one).
+        activation: as for ``ops.linear.onednn_product``.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int, activation: str = "none") -> None:
@@ -43,8 +44,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""
-        x = x.to(self.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.activation, [], "none")
+        return onednn_product(x.to(self.dtype), self.packed, self.bias, self.activation)
 
 
 class PackedShare(nn.Module):
@@ -125,9 +125,7 @@ class JointAttention(SelfAttention):
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN packs such a matrix here."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if weight.device.type != "cpu" or not has_onednn():
         return False
     dtype = _arithmetic(weight)
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vilg.config.schema import LossConfig, ModelConfig
-from megatron_vilg.models.layers import Block
+from megatron_vilg.models.layers import Block, Linear
 from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.ops.attention import Implementation, Prepared, prepare
 from megatron_vilg.ops.cross_entropy import IGNORE, linear_cross_entropy
-from megatron_vilg.ops.linear import linear
 from megatron_vilg.ops.rules import AttentionRule, Pattern, layer_patterns
 from megatron_vilg.sequence import Direction, ImageBoundary, TextToken
 
@@ -116,13 +115,13 @@ class StreamEmbed(nn.Module):
         return x
 
 
-class OutputHead(nn.Linear):
+class OutputHead(Linear):
     """Hidden states to logits, or straight to the loss."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None, loss: LossConfig | None = None) -> Any:
         """Hidden [..., D] to logits [..., V]; with labels int64 [...] to sums as ``linear_cross_entropy`` has them."""
         if labels is None:
-            return linear(x, self.weight)
+            return super().forward(x)
         loss = loss or LossConfig()
         return linear_cross_entropy(x, self.weight, labels, z_loss=loss.z_loss, label_smoothing=loss.label_smoothing)
 

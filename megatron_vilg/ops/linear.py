@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return cast(Tensor, _Linear.apply(x, weight, bias))
-    return _product(x, weight, bias)
+    return onednn_product(x, weight, bias)
 
 
 def _onednn_pays(x: Tensor, weight: Tensor) -> bool:
@@ -54,8 +54,14 @@ def _onednn_pays(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """``linear`` by oneDNN without gradient.
+
+    Args:
+        weight: [E, D], also one that oneDNN packed beforehand.
+        activation: ``none``, or what is applied to the result while it is in the cache: ``gelu`` (the exact one).
+    """
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none"))
 
 
 class _Linear(torch.autograd.Function):
@@ -64,7 +70,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -73,7 +79,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         return (
-            _product(grad, weight.T, None) if needs_x else None,
+            onednn_product(grad, weight.T, None) if needs_x else None,
             rows.T @ x.flatten(0, -2) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )

@@ -63,7 +63,7 @@ def test_only_the_gradients_asked_for() -> None:
 
 
 def test_other_types_and_autocast_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_product", refuse)
+    monkeypatch.setattr(module, "onednn_product", refuse)
     x, weight = inputs((5, 24), 40, bias=False)
     assert linear(x.double(), weight.double()).dtype == torch.float64
     assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
@@ -79,6 +79,6 @@ def test_other_types_and_autocast_are_torchs(monkeypatch: pytest.MonkeyPatch) ->
 def test_layer_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = Linear(24, 40), torch.randn(3, 24)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(module, "_product", refuse)
+    monkeypatch.setattr(module, "onednn_product", refuse)
     with pytest.raises(AssertionError, match="oneDNN was asked"):
         layer(x)
