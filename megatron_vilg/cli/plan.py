@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_from_args(args).run
     # Presets leave the size of the text vocabulary to its tokenizer; a plan takes the size that was asked for.
     config = config.resolve(text_vocab_size=config.model.text_vocab_size or config.text_tokenizer.vocab_size)
+    if config.train.precision == "auto":  # which it is on the GPUs that a plan is made for
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
     hardware = Hardware(
         memory=args.gpu_memory,
         peak=args.peak_tflops,

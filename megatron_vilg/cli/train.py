@@ -53,12 +53,17 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
     from megatron_vilg.cli.samples import SamplePictures
     from megatron_vilg.parallel.launch import device_of, joined, place
     from megatron_vilg.parallel.mesh import build_mesh
+    from megatron_vilg.train.host_memory import keep_freed_memory
+    from megatron_vilg.train.precision import settle_precision
     from megatron_vilg.train.pretrain import pretrain
     from megatron_vilg.train.stages import prepare, timed
 
     _log.info("rank %d of %d: %s", world.rank, world.size, place())
     device = device_of(world, chosen_device(args.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     with joined(world, device, config.parallel.timeout_seconds) as job:
+        config = settle_precision(config, device, args.out)
         ready = prepare(
             config,
             args.data,

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vilg.data.pixels import read_train_and_held_out
     from megatron_vilg.parallel.launch import device_of, joined
     from megatron_vilg.parallel.replicas import Replicas
+    from megatron_vilg.train.host_memory import keep_freed_memory
+    from megatron_vilg.train.precision import settle_precision
     from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
 
     world = read_world()
@@ -54,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
         _log.warning("%s has no split besides train: quality is measured on training pictures", args.data)
         held_out = train
     _log.info("%d training pictures, %d to measure on, %d px", len(train), len(held_out), size)
+    if device.type == "cpu":
+        keep_freed_memory()
     with joined(world, device, config.parallel.timeout_seconds):
+        config = settle_precision(config, device, args.out)
         quality = train_image_tokenizer(
             config, train, held_out, args.out / "image_tokenizer", device=device, replicas=Replicas.of_group()
         )

@@ -127,7 +127,8 @@ def generated(run: RunConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": run.train.batch_size // pieces,
         "gradient_accumulation_steps": run.parallel.num_microbatches,
         "gradient_clipping": run.optim.grad_clip,
-        "bf16": {"enabled": run.train.precision == "bf16"},
+        # Before the hardware has settled it, no file can say the same.
+        "bf16": {"enabled": "auto" if run.train.precision == "auto" else run.train.precision == "bf16"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": False,
         "zero_force_ds_cpu_optimizer": False,

@@ -95,7 +95,7 @@ def e2e_300m() -> RunConfig:
         model=ModelConfig(num_layers=24, width=1024, num_heads=16, num_text_slots=61),
         text_tokenizer=TextTokenizerConfig(vocab_size=18_000, character_coverage=0.9995),
         optim=OptimConfig(lr=3e-4, warmup_steps=5000),
-        train=TrainConfig(num_steps=250_000, batch_size=512),
+        train=TrainConfig(num_steps=250_000, batch_size=512, precision="bf16"),
         parallel=ParallelConfig(recompute="block"),
         log=LogConfig(every=50),
     )
@@ -117,7 +117,7 @@ def paper_10b() -> RunConfig:
         text_tokenizer=TextTokenizerConfig(vocab_size=18_000, character_coverage=0.9995),
         loss=LossConfig(z_loss=1e-5),
         optim=OptimConfig(lr=1e-4, betas=(0.9, 0.96), weight_decay=0.04, warmup_steps=5000),
-        train=TrainConfig(num_steps=430_000, batch_size=2048),
+        train=TrainConfig(num_steps=430_000, batch_size=2048, precision="bf16"),
         parallel=ParallelConfig(recompute="block"),
         log=LogConfig(every=50),
     )

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_vilg.config.fields import STRICT, Count, Fraction, NonNegative, Positive, PositiveInt
+from megatron_vilg.config.fields import STRICT, Count, Fraction, NonNegative, Positive, PositiveInt, Precision
 from megatron_vilg.config.tokenizers import ImageTokenizerConfig, ImageTokenizerTrainConfig, TextTokenizerConfig
 from megatron_vilg.sequence import StreamSpec
 
@@ -248,8 +248,9 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: PositiveInt = 64
     """Pairs per step over all ranks; each gives one row of either direction."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of matrix products; weights, optimizer and loss stay fp32."""
+    precision: Precision = "auto"
+    """Arithmetic of matrix products; weights, optimizer and loss stay fp32. ``auto``: bf16 where the hardware has
+    instructions for it, which many CPUs do not; a run keeps what it began with."""
     seed: int = 0
     """Initial weights, order, noise."""
     max_skipped_in_row: PositiveInt = 20

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_vilg.config.fields import STRICT, Count, Fraction, NonNegative, Positive, PositiveInt
+from megatron_vilg.config.fields import STRICT, Count, Fraction, NonNegative, Positive, PositiveInt, Precision
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -99,8 +99,8 @@ class ImageTokenizerTrainConfig:
     """Steps of linear warm-up; then a cosine down to 2 % of the peak."""
     grad_clip: Positive = 1.0
     """Largest gradient norm."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the convolutions; weights stay fp32."""
+    precision: Precision = "auto"
+    """Arithmetic of the convolutions; weights stay fp32. ``auto``: as for ``train.precision``."""
     continuous_fraction: Fraction = 0.1
     """First share of the steps without quantisation; k-means on encoder outputs then sets the codebook."""
     frozen_codebook_fraction: Fraction = 0.15

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vilg.config.schema import ModelConfig
 from megatron_vilg.ops.attention import Prepared, attend
+from megatron_vilg.ops.dropout import dropout
 from megatron_vilg.ops.linear import linear
 
 
@@ -20,6 +21,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""
         return linear(x, self.weight, self.bias)
+
+
+class Dropout(nn.Dropout):
+    """torch's layer, with a cheaper choice on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return dropout(x, self.p, training=self.training)
 
 
 class SelfAttention(nn.Module):
@@ -90,7 +99,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.post_norm1 = norm() if config.sandwich_norm else nn.Identity()
         self.post_norm2 = norm() if config.sandwich_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.recompute = False
         """Whether all but the input is computed again in the backward pass."""
 

@@ -110,6 +110,15 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
         dist.destroy_process_group()
 
 
+def all_agree(value: bool, device: torch.device | str) -> bool:
+    """Whether ``value`` is true in all processes of the job, which make this call together; of one process: itself."""
+    if not dist.is_initialized():
+        return value
+    flag = torch.tensor(float(value), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
+
+
 def _report_lost(world: World, beat: Heartbeat, error: Exception) -> None:
     """Raise ``LostRankError`` if other ranks are gone. The group stays: taking it down would wait for them."""
     # Launchers end the other ranks as soon as one has failed; the report must come first.

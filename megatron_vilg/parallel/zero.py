@@ -31,16 +31,14 @@ from megatron_vilg.parallel.mesh import Mesh
 Zero = Literal[1, 2, 3]
 
 
-def apply_zero(
-    model: ViLG, mesh: Mesh, *, zero: Zero, precision: Literal["fp32", "bf16"], cpu_offload: bool = False
-) -> None:
+def apply_zero(model: ViLG, mesh: Mesh, *, zero: Zero, in_bf16: bool, cpu_offload: bool = False) -> None:
     """Cut every parameter over the axis ``shard``: one unit per block, one for everything else of this part.
 
-    With ``bf16`` gathered weights and hidden states are bfloat16; shards and gradient sums stay float32.
+    With ``in_bf16`` gathered weights and hidden states are bfloat16; shards and gradient sums stay float32.
     """
     grid = mesh.axis("replica", "shard") if mesh.size("replica") > 1 else mesh.axis("shard")
     policy = MixedPrecisionPolicy()
-    if precision == "bf16":
+    if in_bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if cpu_offload else OffloadPolicy()
     for module in [*model.blocks.values(), model]:

@@ -31,6 +31,7 @@ from megatron_vilg.parallel.rows import Rows
 from megatron_vilg.train.engine import StepResult
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
 from megatron_vilg.train.optim import build_optimizer, create_state, learning_rate, set_learning_rate, state_was_filled
+from megatron_vilg.train.precision import settle_precision
 
 log = get_logger(__name__)
 
@@ -54,8 +55,8 @@ class DeepSpeedEngine:
     def __init__(self, run: RunConfig, mesh: Mesh | torch.device | str = "cpu", codebook: Tensor | None = None) -> None:
         if run.model.codebook_dim and codebook is None:
             raise ValueError("model.codebook_dim is set: the engine needs the tokenizer's codebook")
-        self.run = run
         self.mesh = mesh if isinstance(mesh, Mesh) else Mesh(torch.device(mesh))
+        self.run = run = settle_precision(run, self.mesh.device)
         self.step = 0
         self._rank, self._size = self.mesh.data_rank, self.mesh.data_size
         self._updates = 0

@@ -33,6 +33,7 @@ from megatron_vilg.train.optim import (
     update,
 )
 from megatron_vilg.train.passes import Passes
+from megatron_vilg.train.precision import settle_precision
 
 log = get_logger(__name__)
 
@@ -122,7 +123,8 @@ def cut_parts(run: RunConfig, mesh: Mesh, implementation: Implementation = "dens
             apply_tensor_parallel(model, mesh.axis("tp"))
         apply_recompute(model, parallel.recompute)
         if mesh.is_distributed:
-            apply_zero(model, mesh, zero=parallel.zero, precision=run.train.precision, cpu_offload=parallel.cpu_offload)
+            in_bf16 = run.train.precision == "bf16"
+            apply_zero(model, mesh, zero=parallel.zero, in_bf16=in_bf16, cpu_offload=parallel.cpu_offload)
         parts.append(model)
     return parts
 
@@ -140,8 +142,8 @@ class NativeEngine:
     """Numbers that a micro-batch reports: (loss, image_ce, text_ce), and more where more is trained."""
 
     def __init__(self, run: RunConfig, mesh: Mesh | torch.device | str = "cpu", codebook: Tensor | None = None) -> None:
-        self.run = run
         self.mesh = mesh if isinstance(mesh, Mesh) else Mesh(torch.device(mesh))
+        self.run = run = settle_precision(run, self.mesh.device)
         self.step = 0
         self.parts: Sequence[ViLG] = build_parts(run, self.mesh, codebook)
         self._counts = TokenCounts(1, 1)

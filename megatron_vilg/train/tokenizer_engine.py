@@ -18,6 +18,7 @@ from megatron_vilg.models.tokenizers import AnyTokenizer, build_image_tokenizer
 from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
 from megatron_vilg.train.pixel_source import PixelSource
+from megatron_vilg.train.precision import settle_precision
 from megatron_vilg.train.weight_average import WeightAverage
 
 
@@ -45,8 +46,9 @@ class TokenizerEngine(ABC):
             MissingPackageError: the perceptual network's package is not installed.
             ConfigError: there is no such network.
         """
-        self.options = run.image_tokenizer_train
         self.device = torch.device(device)
+        run = settle_precision(run, self.device)
+        self.options = run.image_tokenizer_train
         self.replicas = replicas or Replicas()
         self.network = (
             load_feature_network(self.options.perceptual_network).to(self.device)

@@ -26,7 +26,10 @@ def write(path: Path, content: Any) -> Path:
 
 
 def test_our_options_in_deepspeed_s_words() -> None:
-    run = run_with("train.batch_size=48", "parallel.num_microbatches=3", "parallel.zero=2", "optim.grad_clip=0.5")
+    run = run_with(
+        "train.batch_size=48", "parallel.num_microbatches=3", "parallel.zero=2", "optim.grad_clip=0.5",
+        "train.precision=bf16",
+    )  # fmt: skip
     assert deepspeed_config(run, world_size=4) == {
         "train_batch_size": 48,
         "train_micro_batch_size_per_gpu": 4,

@@ -1,0 +1,60 @@
+"""What ``precision=auto`` means for a run: settled once, by the hardware of all its processes, and kept on resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_vilg.config.load import RUN_FILE
+from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.log import get_logger
+from megatron_vilg.ops.precision import Precision, choose_precision
+from megatron_vilg.parallel.launch import all_agree
+
+log = get_logger(__name__)
+
+Section = Literal["train", "image_tokenizer_train"]
+
+
+def settle_precision(run: RunConfig, device: torch.device | str, run_dir: Path | None = None) -> RunConfig:
+    """``run`` with ``fp32`` or ``bf16`` wherever it says ``auto``. All processes of a job make this call together.
+
+    Args:
+        run: checked configuration.
+        device: where this process computes.
+        run_dir: run folder; what an earlier start of the run settled on holds, so that a resumed run repeats a
+            straight one on whatever machine.
+    """
+    sections: tuple[Section, ...] = ("train", "image_tokenizer_train")
+    for section in sections:
+        options = getattr(run, section)
+        if options.precision == "auto":
+            precision = _settled(section, device, run_dir)
+            run = dataclasses.replace(run, **{section: dataclasses.replace(options, precision=precision)})
+    return run
+
+
+def _settled(section: Section, device: torch.device | str, run_dir: Path | None) -> Precision:
+    fastest, reason = choose_precision("auto", device)
+    if (kept := _kept(section, run_dir)) is not None:
+        log.info("%s.precision: %s (as this run began)", section, kept)
+        if kept == "bf16" and fastest == "fp32":
+            log.warning("%s, so this is slow here. %s.precision=fp32 is faster, and changes the run", reason, section)
+        return kept
+    if not all_agree(fastest == "bf16", device) and fastest == "bf16":
+        fastest, reason = "fp32", "another process has no bfloat16 instructions"
+    log.info("%s.precision: %s (%s)", section, fastest, reason)
+    return fastest
+
+
+def _kept(section: Section, run_dir: Path | None) -> Precision | None:
+    """What ``RUN/config.json`` says, if it is there and had settled."""
+    file = None if run_dir is None else run_dir / RUN_FILE
+    if file is None or not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8")).get(section, {}).get("precision")
+    return found if found in ("fp32", "bf16") else None

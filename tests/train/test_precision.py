@@ -1,0 +1,78 @@
+"""precision=auto is settled once for a run, by all of its processes, and kept on resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_vilg.config.load import write_run_folder_config
+from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.ops import precision as ops_precision
+from megatron_vilg.train.engine import NativeEngine
+from megatron_vilg.train.precision import settle_precision
+from megatron_vilg.train.vqgan_engine import VQGANEngine
+from tests.helpers import run_distributed
+from tests.tiny import tiny_run
+from tests.train.vqgan_case import tiny_run as tiny_tokenizer_run
+
+FAST, SLOW = {"avx512_bf16": True}, {"avx2": True}
+
+
+def both(run: RunConfig) -> tuple[str, str]:
+    return run.train.precision, run.image_tokenizer_train.precision
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, instructions: dict[str, Any]) -> None:
+    monkeypatch.setattr(ops_precision, "cpu_instructions", lambda: instructions)
+
+
+@pytest.mark.parametrize(("instructions", "expected"), [(FAST, "bf16"), (SLOW, "fp32")])
+def test_by_hardware(instructions: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, instructions)
+    assert both(settle_precision(RunConfig(), "cpu")) == (expected, expected)
+
+
+def test_asked_for_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, SLOW)
+    run = RunConfig()
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, precision="bf16"))
+    assert both(settle_precision(run, "cpu")) == ("bf16", "fp32")
+
+
+def test_a_run_keeps_what_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend(monkeypatch, FAST)
+    write_run_folder_config(settle_precision(RunConfig(), "cpu", tmp_path), tmp_path)
+    pretend(monkeypatch, SLOW)
+    with caplog.at_level(logging.INFO):
+        assert both(settle_precision(RunConfig(), "cpu", tmp_path)) == ("bf16", "bf16")
+    assert "train.precision: bf16 (as this run began)" in caplog.text
+    assert "this CPU has no bfloat16 instructions, so this is slow here. train.precision=fp32 is faster" in caplog.text
+
+
+def test_a_run_folder_that_never_settled_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run_folder_config(RunConfig(), tmp_path)
+    pretend(monkeypatch, SLOW)
+    assert both(settle_precision(RunConfig(), "cpu", tmp_path)) == ("fp32", "fp32")
+
+
+def settled_with_unlike_processors() -> tuple[str, str]:
+    instructions = SLOW if dist.get_rank() else FAST
+    ops_precision.cpu_instructions = lambda: dict(instructions)
+    return both(settle_precision(RunConfig(), "cpu"))
+
+
+def test_processes_agree() -> None:
+    assert run_distributed(settled_with_unlike_processors, 2) == [("fp32", "fp32")] * 2
+
+
+def test_engines_settle_what_nobody_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, FAST)
+    assert NativeEngine(tiny_run(precision="auto")).run.train.precision == "bf16"
+    assert VQGANEngine(tiny_tokenizer_run(precision="auto")).options.precision == "bf16"
