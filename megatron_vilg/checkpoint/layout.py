@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint.tensors import TensorInfo, parameter_of
 from megatron_vilg.errors import CheckpointError
-from megatron_vilg.parallel.pipeline import stage_layers
+from megatron_vilg.parallel.layout import stage_layers
 from megatron_vilg.parallel.plan import Cut, rule_of, shard_dim
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")

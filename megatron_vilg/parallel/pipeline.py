@@ -18,28 +18,9 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 
 from megatron_vilg.config.schema import LossConfig, ParallelConfig
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.parallel import layout
-from megatron_vilg.parallel.layout import stage_layers
 from megatron_vilg.parallel.mesh import Mesh
+from megatron_vilg.parallel.stage import stages_of_rank
 from megatron_vilg.parallel.zero import Zero, before_backward
-
-
-def keep_stage(model: ViLG, stage: int, num_stages: int) -> None:
-    """Drop all of the model but one stage; names stay what they are."""
-    layers = stage_layers(model.config.num_layers, num_stages)[stage]
-    for name in list(model.blocks):
-        if int(name) not in layers:
-            del model.blocks[name]
-    if stage > 0:
-        model.embed = None
-    if stage < num_stages - 1:
-        model.norm, model.heads = None, None
-
-
-def stages_of_rank(parallel: ParallelConfig, rank: int) -> list[int]:
-    """The stages that a rank of ``pp`` holds: every ``pipeline``-th one."""
-    return layout.stages_of_rank(parallel.pipeline, parallel.stages_per_rank, rank)
-
 
 LossOf = Callable[[Any], tuple[Tensor, Tensor]]
 """From what the last stage's model returns to the loss of a micro-batch and the numbers to report, float32 [n]."""

@@ -18,9 +18,9 @@ from megatron_vilg.parallel.clip import clip_gradients
 from megatron_vilg.parallel.gather import whole_tensors
 from megatron_vilg.parallel.init import init_weights
 from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
-from megatron_vilg.parallel.pipeline import keep_stage, stages_of_rank
 from megatron_vilg.parallel.plan import check_plan
 from megatron_vilg.parallel.recompute import apply_recompute
+from megatron_vilg.parallel.stage import keep_stage, stages_of_rank
 from megatron_vilg.parallel.tensor import apply_tensor_parallel
 from megatron_vilg.parallel.zero import apply_zero, release_gathered
 from megatron_vilg.train.losses import TokenCounts, weighted_loss

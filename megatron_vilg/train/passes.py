@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.parallel.mesh import Mesh
-from megatron_vilg.parallel.pipeline import HiddenShape, LossOf, Pipeline
 from megatron_vilg.parallel.zero import before_backward
+
+if TYPE_CHECKING:
+    from megatron_vilg.parallel.pipeline import LossOf, Pipeline
 
 
 class Passes:
@@ -81,6 +83,9 @@ class Passes:
         return torch.autocast(self._mesh.device.type, torch.bfloat16, enabled=enabled, cache_enabled=keeps_copies)
 
     def _build_pipeline(self) -> Pipeline:
+        # Here, because torch's schedules import its compiler, which one process and most layouts never need.
+        from megatron_vilg.parallel.pipeline import HiddenShape, Pipeline
+
         run, parallel = self._run, self._run.parallel
         pairs = run.train.batch_size // self._mesh.data_size // parallel.num_microbatches
         shape = (2 * pairs, run.model.spec.length // parallel.tensor, run.model.width)

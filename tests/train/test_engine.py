@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,3 +96,9 @@ def test_bf16_stays_close_to_fp32() -> None:
     exact = NativeEngine(tiny_run())
     rounded = NativeEngine(tiny_run(precision="bf16"))
     assert losses(rounded, range(3)) == pytest.approx(losses(exact, range(3)), rel=0.02)
+
+
+def test_importing_the_engine_leaves_torchs_compiler_alone() -> None:
+    code = "import sys, megatron_vilg.train.engine; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
