@@ -66,6 +66,7 @@ def _checks(path: Path) -> tuple[tuple[str, Callable[[], str]], ...]:
         ("packages", lambda: _versions(_PACKAGES)),
         ("optional", lambda: _versions(_OPTIONAL)),
         ("devices", _devices),
+        ("arithmetic", _arithmetic),
         ("threads", _threads),
         ("memory", _memory),
         ("npm", _npm),
@@ -142,6 +143,15 @@ def _devices() -> str:
         bf16 = "bf16" if properties.major >= 8 else "no bf16"
         names.append(f"{properties.name} ({properties.total_memory / _GIB:.0f} GiB, {bf16})")
     return "; ".join(names)
+
+
+def _arithmetic() -> str:
+    import torch
+
+    from megatron_vilg.ops.precision import choose_precision
+
+    precision, reason = choose_precision("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    return f"precision=auto is {precision}: {reason}"
 
 
 def _threads() -> str:

@@ -22,6 +22,7 @@ def test_one_line_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
         "packages",
         "optional",
         "devices",
+        "arithmetic",
         "threads",
         "memory",
         "npm",
@@ -29,6 +30,7 @@ def test_one_line_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
         "disk",
     ]
     assert f"torch {torch.__version__}" in lines["packages"]
+    assert lines["arithmetic"].startswith("precision=auto is ")
     assert lines["disk"].endswith(str(tmp_path.resolve()))
 
 
