@@ -146,6 +146,8 @@ def _devices() -> str:
 
 
 def _arithmetic() -> str:
+    if _version("torch") is None:
+        return "unknown without torch"
     import torch
 
     from megatron_vilg.ops.precision import choose_precision
