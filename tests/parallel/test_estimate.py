@@ -26,7 +26,7 @@ SIZES = {"width": 128, "num_layers": 6, "image_side": 8, "conv_kernel": 5, "code
 MODEL = case_model(**SIZES, text_vocab_size=64, image_vocab_size=64)
 BATCH = 8
 WIDE = case_model(
-    **(SIZES | {"width": 512, "image_side": 4, "conv_kernel": 3}), text_vocab_size=64, image_vocab_size=64
+    **(SIZES | {"width": 256, "image_side": 4, "conv_kernel": 3}), text_vocab_size=64, image_vocab_size=64
 )
 """Weights outweigh activations, as in the 10B model on one card."""
 
