@@ -32,6 +32,6 @@ def choose_precision(requested: Precision | Literal["auto"], device: torch.devic
 
 
 def cpu_instructions() -> dict[str, object]:
-    """What torch knows of the processor; empty before torch 2.12, which does not tell."""
+    """What torch knows of the processor; empty in versions of torch that cannot tell."""
     tell = getattr(torch.cpu, "get_capabilities", None)
     return dict(tell()) if tell is not None else {}
