@@ -54,7 +54,6 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
     from megatron_vilg.parallel.launch import device_of, joined, place
     from megatron_vilg.parallel.mesh import build_mesh
     from megatron_vilg.train.host_memory import keep_freed_memory
-    from megatron_vilg.train.precision import settle_precision
     from megatron_vilg.train.pretrain import pretrain
     from megatron_vilg.train.stages import prepare, timed
 
@@ -63,7 +62,6 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
     if device.type == "cpu":
         keep_freed_memory()
     with joined(world, device, config.parallel.timeout_seconds) as job:
-        config = settle_precision(config, device, args.out)
         ready = prepare(
             config,
             args.data,

@@ -36,6 +36,7 @@ from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.parallel.launch import Job
 from megatron_vilg.parallel.replicas import Replicas
+from megatron_vilg.train.precision import settle_precision
 from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
 
 log = get_logger(__name__)
@@ -91,6 +92,8 @@ def prepare(
         DataError, CheckpointError: pairs or tokenizers that cannot be read, or a cache of other tokenizers.
     """
     job = job or Job(World(), None)
+    # Before anything that the main process does alone: several of them settle it together.
+    run = settle_precision(run, device, out)
     is_cache = (data / CACHE_MANIFEST).is_file() and "settings" in json.loads((data / CACHE_MANIFEST).read_text())
     given = {TEXT_TOKENIZER: text_tokenizer, IMAGE_TOKENIZER: image_tokenizer}
     run, text = job.main_first("text", lambda: _configuration(run, data, out, given, is_cache, job.world))

@@ -63,6 +63,8 @@ def train(data: Path, out: Path, *more: str) -> int:
 def test_one_command_from_pairs_to_export(tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert train(pairs, out) == 0
+    settled = json.loads((out / "config.json").read_text())
+    assert {settled[part]["precision"] for part in ("train", "image_tokenizer_train")} <= {"fp32", "bf16"}
     present = {path.name for path in out.iterdir()}
     assert present >= {"config.json", "text_tokenizer", "image_tokenizer", "tokens", "checkpoints", "export", "samples"}
     assert {path.name for path in (out / "export").iterdir()} >= {"text_tokenizer", "image_tokenizer", "manifest.json"}
