@@ -32,8 +32,8 @@ print(without, faults())
 def test_pages_come_back_without_faults() -> None:
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     without, with_kept = map(int, done.stdout.split())
-    # 80 MB in pages of 4 kB are 19,500 faults a round. Without the request the first round always pays them; in how many
-    # of the other four they are paid again depends on how glibc moved its own threshold by then: 1 to 4 have been seen.
+    # 80 MB in pages of 4 kB are 19,500 faults a round. Without the request the first round always pays them; in how
+    # many of the other four they are paid again depends on glibc's own moving threshold: 1 to 4 have been seen.
     assert without > 15_000 and with_kept < without / 20
 
 
