@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,8 +52,8 @@ def dalle(model: ModelConfig, *, axial: bool, cached: bool = False) -> Any:
         axial: its row and column layers in the paper's order; else all layers are dense.
         cached: its mode for inference, in which axial layers are dense ones with a mask and have a cache.
     """
-    _stand_in_for_absent_packages()
-    import dalle_pytorch
+    with stand_ins():
+        import dalle_pytorch
 
     levels = 2  # any number of halvings will do: pictures are given as codes
     vae = dalle_pytorch.DiscreteVAE(
@@ -94,17 +97,22 @@ def dalle_codes(generator: Any, text: Tensor, *, cached: bool, given: Tensor | N
     return codes
 
 
-def _stand_in_for_absent_packages() -> None:
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """Empty modules in place of what dalle-pytorch imports; gone afterwards, since transformers asks what is there."""
     roots = {name.partition(".")[0] for name in _ABSENT} - set(sys.modules)
     absent = {root for root in roots if find_spec(root) is None}
-    for name, members in _ABSENT.items():
-        if name.partition(".")[0] not in absent:
-            continue
-        module = types.ModuleType(name)
+    added = {name: types.ModuleType(name) for name in _ABSENT if name.partition(".")[0] in absent}
+    for name, module in added.items():
         module.__path__ = []
-        for member in members:
+        for member in _ABSENT[name]:
             setattr(module, member, object)
-        sys.modules[name] = module
-    if "get_distribution" not in dir(sys.modules.get("pkg_resources", object)):
-        packages = sys.modules.setdefault("pkg_resources", types.ModuleType("pkg_resources"))
+    sys.modules.update(added)
+    packages = sys.modules["pkg_resources"] if "pkg_resources" in sys.modules else import_module("pkg_resources")
+    if not hasattr(packages, "get_distribution"):
         packages.get_distribution = lambda name: types.SimpleNamespace(version="1.6.6")  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name in added:
+            sys.modules.pop(name, None)

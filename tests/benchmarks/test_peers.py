@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 
 import pytest
 import torch
 
-from benchmarks import plain_loop
+from benchmarks import peers, plain_loop
 from benchmarks.plain_loop import generate, train_step
 from benchmarks.sizes import SIZES, num_parameters, plain_model, random_pairs
 from megatron_vilg.models.vilg import ViLG
@@ -64,3 +66,12 @@ def test_random_pairs_hold_no_padding() -> None:
     pairs = random_pairs(model, 3, seed=0)
     assert pairs.text_len.eq(model.num_text_slots).all()
     assert pairs.text_ids.min() > 5 and pairs.image_ids.max() < model.image_vocab_size
+
+
+@pytest.mark.parametrize("name", ["taming.models.vqgan", "youtokentome"])
+def test_stand_ins_are_gone_once_the_peer_is_imported(name: str) -> None:
+    with peers.stand_ins():
+        importlib.import_module(name)
+    assert name not in sys.modules
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(name)
