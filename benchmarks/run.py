@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,15 @@ def main(arguments: Sequence[str] | None = None, suites: Mapping[str, Mapping[st
     print(COLUMNS.format("id", "metric", "value", "unit", "peer", "its value", "ratio", "of limit", "goal", "ok"))
     rows: list[Row] = []
     for name in options.only or (_dry(metrics) if options.dry_run else metrics):
-        for row in metrics[name](bench):
+        for measured in metrics[name](bench):
+            row = replace(measured, goal=None) if options.dry_run else measured  # toy sizes meet or miss nothing
             print(line(row), flush=True)
             rows.append(row)
         if options.json is not None:  # after each metric: a run of an hour that is cut short keeps what it measured
             _write(options.json, {**header, "rows": [row.record() for row in rows]})
+    if options.dry_run:
+        print("dry run: everything ran; sizes are toys, so no figure above says anything")
+        return 0
     missed = [row for row in rows if row.ok is False]
     print(f"{len(missed)} of {sum(row.goal is not None for row in rows)} goals missed")
     return int(bool(missed) and options.strict)

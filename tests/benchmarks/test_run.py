@@ -110,3 +110,4 @@ def test_the_gpu_suite_runs_dry(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--suite", "gpu", "--dry-run", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "C8"))
+    assert "goals missed" not in printed and "no figure above says anything" in printed
