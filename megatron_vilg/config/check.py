@@ -154,6 +154,9 @@ def _check_training(run: RunConfig) -> Iterable[str]:
     if run.data.target_view_probability and not run.data.num_views:
         rule = "there are no such copies with data.num_views=0"
         yield _problem("data.target_view_probability", run.data.target_view_probability, rule, "0, or more views")
+    if run.data.target_view_fall and not run.data.target_view_probability:
+        rule = "there is nothing to fall from with data.target_view_probability=0"
+        yield _problem("data.target_view_fall", run.data.target_view_fall, rule, "0, or a probability above 0")
     if not run.sample.top_p:
         yield _problem("sample.top_p", run.sample.top_p, "would keep no token at all", "above 0, up to 1")
 
@@ -211,6 +214,9 @@ def _check_tensor(run: RunConfig) -> Iterable[str]:
     if parallel.tensor > 1 and model.dropout:
         rule = f"with parallel.tensor={parallel.tensor} ranks would drop different values of what they share"
         yield _problem("model.dropout", model.dropout, rule, "0, or parallel.tensor=1")
+    if parallel.tensor > 1 and run.ops.compile:
+        rule = f"blocks cut over parallel.tensor={parallel.tensor} exchange data inside what would be compiled"
+        yield _problem("ops.compile", True, rule, "false, or parallel.tensor=1")
 
 
 def _check_pipeline(run: RunConfig) -> Iterable[str]:

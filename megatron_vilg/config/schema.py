@@ -81,6 +81,8 @@ class OpsConfig:
     """``dense``: written-out scores; ``sdpa``: torch's fused kernel with a mask; ``fold``: blocks of image tokens with
     their own few keys; ``flex``: FlexAttention (CPU: no training); ``triton``: our kernel (GPU). ``auto`` picks by
     size and device."""
+    compile: bool = False
+    """Let torch's compiler fuse what is around attention in training. The first step then takes up to a minute."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -98,7 +100,9 @@ class DataConfig:
     source_view_probability: Fraction = 1.0
     """How often image-to-text sees such a copy instead of the picture itself (if there are any)."""
     target_view_probability: Fraction = 0.0
-    """How often text-to-image has such a copy as its target."""
+    """How often text-to-image has such a copy as its target ..."""
+    target_view_fall: Fraction = 0.0
+    """... falling to never over this share of ``train.num_steps``. 0: it stays."""
     caption_dropout: Fraction = 0.1
     """How often text-to-image sees an empty caption (classifier-free guidance)."""
     alternate_caption_probability: Fraction = 0.0

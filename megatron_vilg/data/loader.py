@@ -35,6 +35,7 @@ class PairLoader:
         seed: int,
         pixels: PixelCache | None = None,
         share: tuple[int, int] = (0, 1),
+        num_steps: int = 0,
     ) -> None:
         """Open a split.
 
@@ -47,6 +48,7 @@ class PairLoader:
             seed: order and changes.
             share: (number, count): ``batch`` gives this one of ``count`` equal parts of each step's pairs. What is
                 drawn for a pair does not depend on it.
+            num_steps: steps of the whole run, for what changes over it.
 
         Raises:
             DataError: the split is empty, or the cache was written for other sizes.
@@ -65,6 +67,7 @@ class PairLoader:
         self._own = slice(share[0] * batch_size // share[1], (share[0] + 1) * batch_size // share[1])
         self._num_codes = int(settings["codebook_size"])
         self._pixels = None if pixels is None else pixels.split(split)
+        self._fall = data.target_view_fall * num_steps
 
     def __len__(self) -> int:
         """Pairs in the split."""
@@ -105,7 +108,7 @@ class PairLoader:
         drawn_ids[dropped], drawn_len[dropped] = 0, 0
         plain_ids, plain_len = tokens.captions(pairs, np.zeros(count, np.int64))
 
-        target = tokens.images(pairs, self._view(draw[3], draw[4], data.target_view_probability))
+        target = tokens.images(pairs, self._view(draw[3], draw[4], self.target_view_probability(step)))
         source = tokens.images(pairs, self._view(draw[5], draw[6], data.source_view_probability))
         return _pair_batch(
             text_ids=(drawn_ids, plain_ids),
@@ -118,6 +121,11 @@ class PairLoader:
             pairs=pairs,
             pixels=self._pixels,
         )
+
+    def target_view_probability(self, step: int) -> float:
+        """How often text-to-image has a copy as its target at this step."""
+        left = max(0.0, 1.0 - step / self._fall) if self._fall else 1.0
+        return left * self._data.target_view_probability
 
     def clean_batch(self, indices: Tensor | np.ndarray | list[int]) -> PairBatch:
         """The pairs with these numbers, canonical captions, plain pictures, no randomness; both rows alike."""

@@ -163,6 +163,11 @@ class ViLG(nn.Module):
         c = self.config
         return AttentionRule(pattern, self.spec, c.conv_kernel, c.conv_wrap, c.image_to_text_row)
 
+    def compile_blocks(self) -> None:
+        """``Block.compile_around_attention`` for every block; happens at its first forward pass."""
+        for block in self.blocks.values():
+            cast(Block, block).compile_around_attention()
+
     def run_blocks(self, x: Tensor, text_len: Tensor, direction: Direction | None = None) -> Tensor:
         """This stage's blocks on hidden [B, T, D]; ``direction`` None: rows alternate."""
         ready: dict[Pattern, Prepared] = {}

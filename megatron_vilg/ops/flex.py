@@ -16,6 +16,8 @@ from megatron_vilg.ops.tiles import arranged_positions, tile_list
 
 BLOCK = 64
 """Side of a mask block: at 128, torch's default, row layers keep half of all blocks, at 64 under a third."""
+_TILES = {name: BLOCK for name in ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")}
+"""Of the compiled kernels, forward and backward; torch's own choice in bfloat16, 128, would not divide a mask block."""
 
 
 def flex_mask(rule: AttentionRule, direction: int, text_len: Tensor) -> BlockMask:
@@ -29,7 +31,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, direction: int, m
     """Rows of one direction; q, k, v and the result are [B, T, A, H]."""
     order, back = _order(rule, direction, q.device)
     arranged = (x[:, order].transpose(1, 2) for x in (q, k, v))
-    out = _kernel(rule, direction, q.device.type)(*arranged, block_mask=mask)
+    options = None if q.device.type == "cpu" else _TILES
+    out = _kernel(rule, direction, q.device.type)(*arranged, block_mask=mask, kernel_options=options)
     return out.transpose(1, 2)[:, back]
 
 

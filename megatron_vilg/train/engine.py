@@ -122,6 +122,8 @@ def cut_parts(run: RunConfig, mesh: Mesh, implementation: Implementation = "dens
         if parallel.tensor > 1:
             apply_tensor_parallel(model, mesh.axis("tp"))
         apply_recompute(model, parallel.recompute)
+        if run.ops.compile:
+            model.compile_blocks()
         if mesh.is_distributed:
             in_bf16 = run.train.precision == "bf16"
             apply_zero(model, mesh, zero=parallel.zero, in_bf16=in_bf16, cpu_offload=parallel.cpu_offload)

@@ -160,7 +160,10 @@ def loader_of(
 ) -> PairLoader:
     """Batches of one split, in the order that the run's seed gives; this data rank's share of each."""
     share = (mesh.data_rank, mesh.data_size) if mesh else (0, 1)
-    return PairLoader(cache, split, run.data, run.model.spec, run.train.batch_size, run.train.seed, pixels, share)
+    train = run.train
+    return PairLoader(
+        cache, split, run.data, run.model.spec, train.batch_size, train.seed, pixels, share, num_steps=train.num_steps
+    )
 
 
 def held_out_loaders(run: RunConfig, cache: TokenCache, pixels: PixelCache | None) -> dict[str, PairLoader]:

@@ -130,6 +130,11 @@ RULES = [
         ["data.target_view_probability=0.5", "data.num_views=0"],
         "data.target_view_probability=0.5: there are no such copies with data.num_views=0. Works: 0, or more views.",
     ),
+    (
+        ["data.target_view_fall=0.5", "data.target_view_probability=0"],
+        "data.target_view_fall=0.5: there is nothing to fall from with data.target_view_probability=0. "
+        "Works: 0, or a probability above 0.",
+    ),
     (["sample.top_p=0"], "sample.top_p=0.0: would keep no token at all. Works: above 0, up to 1."),
     (
         ["parallel.num_microbatches=5"],

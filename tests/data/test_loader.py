@@ -73,6 +73,14 @@ def test_batch_depends_on_seed_and_step_alone(cache: TokenCache) -> None:
     assert not torch.equal(forward[0].sample_ids, forward[1].sample_ids)
 
 
+def test_copies_as_targets_fall_to_none(cache: TokenCache) -> None:
+    data = DataConfig(num_views=2, target_view_probability=0.8, target_view_fall=0.5)
+    feed = PairLoader(cache, "train", data, SPEC, 5, 1, num_steps=40)
+    assert [feed.target_view_probability(step) for step in (0, 10, 20, 39)] == pytest.approx([0.8, 0.4, 0.0, 0.0])
+    steady = PairLoader(cache, "train", BUSY, SPEC, 5, 1, num_steps=40)
+    assert steady.target_view_probability(39) == 0.4
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 40])
 def test_every_epoch_holds_every_pair_once(cache: TokenCache, batch_size: int) -> None:
     feed = loader(cache, batch_size=batch_size)

@@ -27,11 +27,13 @@ def inputs(rule: AttentionRule, rows: int, size: int = 8, heads: int = 2) -> lis
 
 
 def run(rule: AttentionRule, text_len: torch.Tensor, implementation: str, direction: Direction | None, size: int = 8):  # type: ignore[no-untyped-def]
-    *qkv, out_grad = inputs(rule, len(text_len), size)
+    # Where there is a GPU the kernels are compiled for it; elsewhere Triton's interpreter runs them.
+    device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+    *qkv, out_grad = (x.to(device) for x in inputs(rule, len(text_len), size))
     qkv = [x.requires_grad_() for x in qkv]
-    out = attention(*qkv, rule, text_len, implementation, direction)  # type: ignore[arg-type]
+    out = attention(*qkv, rule, text_len.to(device), implementation, direction)  # type: ignore[arg-type]
     out.backward(out_grad)
-    return [out.detach(), *(x.grad for x in qkv)]
+    return [x.cpu() for x in (out.detach(), *(x.grad for x in qkv))]
 
 
 def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
