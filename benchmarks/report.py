@@ -28,6 +28,7 @@ CLAIMS = {
     "C15": "The optimizer's update",
     "C16": "Starting",
     "K1": "Merging and sharding a checkpoint against a plain copy and other converters",
+    "G0": "What the GPU does at best",
     "G1": "One attention layer on a GPU",
     "G2": "A training step on a GPU",
     "G3": "Twelve layers of the 10B model on a GPU",

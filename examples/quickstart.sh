@@ -5,7 +5,7 @@
 #   OUT=runs/demo     run folder: checkpoints, pictures, report
 #   DATA=data/demo    where the pairs are kept
 #   SEED=0            same seed, same machine: same report, but for the seconds
-#   FULL=1            all emoji and composed scenes instead of 120 concepts: hours on two cores, meant for a GPU
+#   FULL=1            all emoji in eight styles and composed scenes instead of 120 concepts in six: meant for a GPU
 #   SMOKE=1           two minutes instead of twenty: few pairs, few steps; shows that it works, not that it learns
 #   WORKERS=2         processes that train together; without it one per core up to 4, and one where there is a GPU
 #   VILG=vilg         the command to run
@@ -21,12 +21,12 @@ SEED="${SEED:-0}"
 VILG="${VILG:-vilg}"
 PYTHON="${PYTHON:-python3}"
 
+has_gpu=0
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then has_gpu=1; fi
 if [[ -z "${WORKERS:-}" ]]; then
   WORKERS=1
   cores="$(nproc 2>/dev/null || echo 1)"
-  if ! { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; then
-    WORKERS=$((cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
-  fi
+  ((has_gpu)) || WORKERS=$((cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
 fi
 
 # Waiting threads that spin steal the time of everything else on a machine with few cores.
@@ -52,7 +52,12 @@ if [[ "${SMOKE:-0}" == 1 ]]; then
 fi
 
 if [[ "${FULL:-0}" == 1 ]]; then
-  data_options+=(--concepts 0 --scenes 8000)
+  data_options+=(--concepts 0 --scenes 8000 --styles all)
+  if ((has_gpu)); then
+    train_options+=(ops.compile=true) # small kernels, fused
+  else
+    train_options+=(parallel.num_microbatches=8) # activations of 512 pairs at once would not fit into 8 GB
+  fi
 fi
 
 say() { printf '\n== %s\n' "$*"; }

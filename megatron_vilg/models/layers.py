@@ -112,7 +112,7 @@ class Block(nn.Module):
         self._behind_attention: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def compile_around_attention(self) -> None:
-        """Have torch's compiler fuse norms, projections, residual sums and feed-forward, in front of and behind attention.
+        """Have torch's compiler fuse what stands around attention: norms, projections, sums, feed-forward.
 
         Attention itself stays as it is: it has kernels of its own. All blocks of a model share two compiled pieces.
         """

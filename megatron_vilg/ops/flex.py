@@ -16,7 +16,7 @@ from megatron_vilg.ops.tiles import arranged_positions, tile_list
 
 BLOCK = 64
 """Side of a mask block: at 128, torch's default, row layers keep half of all blocks, at 64 under a third."""
-_TILES = {name: BLOCK for name in ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")}
+_TILES = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), BLOCK)
 """Of the compiled kernels, forward and backward; torch's own choice in bfloat16, 128, would not divide a mask block."""
 
 
