@@ -97,6 +97,7 @@ def demo_full() -> RunConfig:
         ),
         optim=replace(quick.optim, warmup_steps=100),
         train=replace(quick.train, num_steps=2200, batch_size=512, eval_every=400, eval_pairs=512, sample_every=400),
+        parallel=ParallelConfig(num_microbatches=8),  # 64 pairs at a time fit into 8 GB
         checkpoint=replace(quick.checkpoint, every=100),
         sample=replace(quick.sample, guidance=2.0),
     )
