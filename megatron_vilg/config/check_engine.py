@@ -51,6 +51,9 @@ def _check_deepspeed(run: RunConfig, world_size: int | None) -> Iterator[str]:
     if run.reconstructor.enabled:
         rule = "end-to-end training is the native engine's alone"
         yield f"reconstructor.enabled=True: {rule}. Works: false, {OTHER_ENGINE}."
+    if run.ops.compile:
+        rule = "blocks are compiled by the native engine alone"
+        yield f"ops.compile=True: {rule}. Works: false, {OTHER_ENGINE}."
     if run.log.instruments_every:
         rule = "the instruments look into the native engine's passes"
         yield f"log.instruments_every={run.log.instruments_every}: {rule}. Works: 0, {OTHER_ENGINE}."

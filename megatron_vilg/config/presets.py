@@ -70,7 +70,7 @@ def demo() -> RunConfig:
 
 
 def demo_full() -> RunConfig:
-    """All emoji in eight styles and composed scenes: minutes on a GPU, nine hours on two CPU cores; resumable.
+    """All emoji in eight styles and composed scenes, 48 px: minutes on a GPU, nine hours on two CPU cores; resumable.
 
     Most of what text-to-image draws at first are shifted copies: they keep a model that sees each picture sixty times
     from learning it by heart, and what it then draws in a style never shown for a thing is right more often.

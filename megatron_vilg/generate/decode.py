@@ -91,9 +91,7 @@ def prefill(model: ViLG, direction: Direction, source: Tensor, text_len: Tensor,
     for name, block in model.blocks.items():
         block = cast(Block, block)
         pattern = model.patterns[int(name)]
-        q, k, v = block.attention.project(block.norm1(x))
-        q = q.to(v.dtype)
-        k = k.to(v.dtype)
+        q, k, v = block.attention.project_alike(block.norm1(x))
         if pattern not in ready:
             ready[pattern] = _prepare(model, model.rule(pattern), direction, used, length, v.dtype)
         out = _attend_padded(q, k, v, ready[pattern])

@@ -10,8 +10,10 @@ import torch
 
 from megatron_vilg.config.check import check
 from megatron_vilg.config.schema import OpsConfig, ParallelConfig, RunConfig
+from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.engine import NativeEngine
 from megatron_vilg.train.instruments import Instruments
+from tests.helpers import run_distributed
 from tests.tiny import tiny_batch, tiny_config, tiny_run
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
@@ -66,6 +68,33 @@ def test_instruments_see_into_compiled_blocks() -> None:
     assert seen[0].keys() == seen[1].keys() and any("max_logit" in name for name in seen[0])
     for name, value in seen[0].items():
         assert seen[1][name] == pytest.approx(value, rel=1e-3), name
+
+
+def sharded_steps(zero: int, compiled: bool) -> list[float]:
+    """Losses and gradient norms of two steps on two processes."""
+    run = dataclasses.replace(
+        tiny_run(tiny_config(sandwich_norm=True)),
+        parallel=ParallelConfig(shard=2, zero=zero),  # type: ignore[arg-type]
+        ops=OpsConfig(compile=compiled),
+    )
+    mesh = build_mesh(run.parallel, "cpu")
+    engine = NativeEngine(run, mesh)
+    own = slice(2 * mesh.data_rank, 2 * mesh.data_rank + 2)
+    results = [engine.train_step(tiny_batch(run.model, seed=step).slice(own.start, own.stop)) for step in range(2)]
+    return [float(value) for result in results for value in (result.loss, result.grad_norm)]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_sharded_blocks_can_be_compiled(zero: int) -> None:
+    plain, compiled = (run_distributed(sharded_steps, 2, zero, value)[0] for value in (False, True))
+    assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_other_engine_does_not_compile() -> None:
+    run = dataclasses.replace(tiny_run(engine="deepspeed"), ops=OpsConfig(compile=True))
+    assert any("ops.compile=True: blocks are compiled by the native engine" in problem for problem in check(run))
 
 
 def test_what_is_not_compiled_is_refused() -> None:
