@@ -27,6 +27,13 @@ def check_engine(run: RunConfig, world_size: int | None) -> Iterator[str]:
             if (value := getattr(run.parallel, name)) != "none":
                 works = "none, parallel.cpu_offload=true, or train.engine=deepspeed"
                 yield f"parallel.{name}={value}: is for train.engine=deepspeed. Works: {works}."
+        parallel = run.parallel
+        if parallel.reduce_precision == "bf16" and parallel.num_microbatches > 1:
+            if parallel.zero == 1 or parallel.replica > 1:
+                where = "parallel.zero=1" if parallel.zero == 1 else "parallel.replica above 1"
+                rule = f"with {where}, parallel.num_microbatches={parallel.num_microbatches} would be added up in bf16"
+                works = "fp32, parallel.num_microbatches=1, or parallel.replica=1 with parallel.zero=2 or 3"
+                yield f"parallel.reduce_precision=bf16: {rule}. Works: {works}."
         if run.train.deepspeed_config:
             rule = "is for train.engine=deepspeed, which does not run here"
             yield f"train.deepspeed_config={run.train.deepspeed_config}: {rule}. Works: leave it out, or that engine."
@@ -48,6 +55,10 @@ def _check_deepspeed(run: RunConfig, world_size: int | None) -> Iterator[str]:
     for name in broken:
         yield f"parallel.{name}={getattr(parallel, name)}: {reasons[name]}. Works: 1, {OTHER_ENGINE}."
     yield from _check_offload(run, offload_of(run))
+    if parallel.reduce_precision != "fp32":
+        rule = "DeepSpeed's own key communication_data_type says this"
+        works = f"fp32 with that key in train.deepspeed_config, {OTHER_ENGINE}"
+        yield f"parallel.reduce_precision={parallel.reduce_precision}: {rule}. Works: {works}."
     if run.reconstructor.enabled:
         rule = "end-to-end training is the native engine's alone"
         yield f"reconstructor.enabled=True: {rule}. Works: false, {OTHER_ENGINE}."

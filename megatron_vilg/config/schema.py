@@ -223,6 +223,8 @@ class ParallelConfig:
     """Ranks that share weights, gradients and optimizer state. -1: all that is left."""
     zero: Literal[1, 2, 3] = 3
     """What each rank keeps whole between micro-batches: 1 weights and gradients, 2 weights, 3 nothing."""
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed over data ranks in; ``bf16`` halves those messages, and rounds what they carry."""
     cpu_offload: bool = False
     """Keep shards, gradients and optimizer state in main memory, and update there."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"

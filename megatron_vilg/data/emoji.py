@@ -61,8 +61,9 @@ STYLES: dict[str, Style] = {
 }  # fmt: skip
 
 
-DEMO_STYLES = ("noto", "twemoji", "openmoji", "fluent-flat", "fluent-3d", "emojione")
-"""The six coloured sets. The other two are redrawings of two of them in black and white."""
+DEMO_STYLES = ("noto", "twemoji", "openmoji", "fluent-flat", "fluent-3d", "fluent-contrast")
+"""Five coloured sets, and the pictures of one of them in black and white. Without EmojiOne's, which hardly differ from
+Google's and Twitter's at this size."""
 
 
 @dataclass(frozen=True, slots=True)

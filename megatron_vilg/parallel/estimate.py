@@ -241,7 +241,13 @@ def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[
         # Autocast's copies: kept for the backward pass, or made anew where the block is.
         return float(sizes.compute * part.block * layers), 0.0
     gathered = part.rest + 2 * part.block if run.parallel.zero == 3 else part.whole
-    return float(sizes.compute * gathered), float((sizes.compute + MASTER_BYTES) * max(part.block, part.rest))
+    turning = sizes.compute + _reduce_bytes(run)
+    return float(sizes.compute * gathered), float(turning * max(part.block, part.rest))
+
+
+def _reduce_bytes(run: RunConfig) -> int:
+    """Bytes of a gradient between ranks."""
+    return 2 if run.parallel.reduce_precision == "bf16" else MASTER_BYTES
 
 
 def _logits(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> float:
@@ -280,8 +286,8 @@ def _sent(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int) -
 
     gathers = 2 * micro if parallel.zero == 3 else 1
     reduces = 1 if parallel.zero == 1 else micro
-    shard = ring(layout.shard) * part.whole * (gathers * sizes.compute + reduces * MASTER_BYTES)
-    replica = 2 * ring(layout.replica) * part.sharded * MASTER_BYTES
+    shard = ring(layout.shard) * part.whole * (gathers * sizes.compute + reduces * _reduce_bytes(run))
+    replica = 2 * ring(layout.replica) * part.sharded * _reduce_bytes(run)
     # Each block gathers and scatters twice, forward and backward; recomputing repeats the forward ones but the last,
     # behind which nothing is kept for the backward pass.
     exchanges = part.layers * (11 if parallel.recompute == "block" else 8)

@@ -31,15 +31,22 @@ from megatron_vilg.parallel.mesh import Mesh
 Zero = Literal[1, 2, 3]
 
 
-def apply_zero(model: ViLG, mesh: Mesh, *, zero: Zero, in_bf16: bool, cpu_offload: bool = False) -> None:
+def apply_zero(
+    model: ViLG,
+    mesh: Mesh,
+    *,
+    zero: Zero,
+    in_bf16: bool,
+    reduce_dtype: torch.dtype = torch.float32,
+    cpu_offload: bool = False,
+) -> None:
     """Cut every parameter over the axis ``shard``: one unit per block, one for everything else of this part.
 
-    With ``in_bf16`` gathered weights and hidden states are bfloat16; shards and gradient sums stay float32.
+    With ``in_bf16`` gathered weights and hidden states are bfloat16; shards, and the gradients that reach the
+    optimizer, stay float32. On their way between ranks gradients are of ``reduce_dtype``.
     """
     grid = mesh.axis("replica", "shard") if mesh.size("replica") > 1 else mesh.axis("shard")
-    policy = MixedPrecisionPolicy()
-    if in_bf16:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=reduce_dtype)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if cpu_offload else OffloadPolicy()
     for module in [*model.blocks.values(), model]:
         fully_shard(module, mesh=grid, reshard_after_forward=zero == 3, mp_policy=policy, offload_policy=offload)

@@ -125,8 +125,14 @@ def cut_parts(run: RunConfig, mesh: Mesh, implementation: Implementation = "dens
         if run.ops.compile:
             model.compile_blocks()
         if mesh.is_distributed:
-            in_bf16 = run.train.precision == "bf16"
-            apply_zero(model, mesh, zero=parallel.zero, in_bf16=in_bf16, cpu_offload=parallel.cpu_offload)
+            apply_zero(
+                model,
+                mesh,
+                zero=parallel.zero,
+                in_bf16=run.train.precision == "bf16",
+                reduce_dtype=torch.bfloat16 if parallel.reduce_precision == "bf16" else torch.float32,
+                cpu_offload=parallel.cpu_offload,
+            )
         parts.append(model)
     return parts
 

@@ -38,6 +38,24 @@ RULES = [
         "Works: false, or train.engine=native.",
     ),
     (
+        [DEEPSPEED, "parallel.reduce_precision=bf16"],
+        2,
+        "parallel.reduce_precision=bf16: DeepSpeed's own key communication_data_type says this. "
+        "Works: fp32 with that key in train.deepspeed_config, or train.engine=native.",
+    ),
+    (
+        ["parallel.reduce_precision=bf16", "parallel.zero=1", "parallel.num_microbatches=2"],
+        2,
+        "parallel.reduce_precision=bf16: with parallel.zero=1, parallel.num_microbatches=2 would be added up in bf16. "
+        "Works: fp32, parallel.num_microbatches=1, or parallel.replica=1 with parallel.zero=2 or 3.",
+    ),
+    (
+        ["parallel.reduce_precision=bf16", "parallel.replica=2", "parallel.num_microbatches=2"],
+        2,
+        "parallel.reduce_precision=bf16: with parallel.replica above 1, parallel.num_microbatches=2 would be added up in "
+        "bf16. Works: fp32, parallel.num_microbatches=1, or parallel.replica=1 with parallel.zero=2 or 3.",
+    ),
+    (
         [DEEPSPEED, "log.instruments_every=50"],
         1,
         "log.instruments_every=50: the instruments look into the native engine's passes. "

@@ -98,6 +98,8 @@ def test_rarer_layout_equals_one_process(name: str) -> None:
         pytest.param(8, {**PIPELINE, "tensor": 2}, marks=pytest.mark.slow),
         (4, {"pipeline": 2, "tensor": 2, "num_microbatches": 2}),
         pytest.param(2, {"zero": 2, "num_microbatches": 2}, marks=pytest.mark.slow),
+        (2, {"replica": 2, "reduce_precision": "bf16"}),
+        pytest.param(4, {"zero": 3, "num_microbatches": 2, "reduce_precision": "bf16"}, marks=pytest.mark.slow),
     ],
 )
 def test_bf16_stays_within_its_rounding(world_size: int, parallel: dict[str, Any]) -> None:

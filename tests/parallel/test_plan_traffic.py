@@ -51,6 +51,8 @@ def slow(world_size: int, precision: str = "fp32", **parallel: Any) -> Any:
         layout(4, tensor=2, pipeline=2, num_microbatches=2),
         layout(4, "bf16", replica=2, zero=3, num_microbatches=2),
         layout(4, "bf16", tensor=2, zero=2, recompute="block", num_microbatches=2),
+        layout(4, "bf16", replica=2, reduce_precision="bf16"),
+        slow(4, zero=2, num_microbatches=2, reduce_precision="bf16"),
         slow(2, zero=1, num_microbatches=2),
         slow(2, "bf16", zero=2, num_microbatches=4),
         slow(4, zero=3, num_microbatches=2),
