@@ -27,20 +27,26 @@ def check_engine(run: RunConfig, world_size: int | None) -> Iterator[str]:
             if (value := getattr(run.parallel, name)) != "none":
                 works = "none, parallel.cpu_offload=true, or train.engine=deepspeed"
                 yield f"parallel.{name}={value}: is for train.engine=deepspeed. Works: {works}."
-        parallel = run.parallel
-        if parallel.reduce_precision == "bf16" and parallel.num_microbatches > 1:
-            if parallel.zero == 1 or parallel.replica > 1:
-                where = "parallel.zero=1" if parallel.zero == 1 else "parallel.replica above 1"
-                rule = f"with {where}, parallel.num_microbatches={parallel.num_microbatches} would be added up in bf16"
-                works = "fp32, parallel.num_microbatches=1, or parallel.replica=1 with parallel.zero=2 or 3"
-                yield f"parallel.reduce_precision=bf16: {rule}. Works: {works}."
         if run.train.deepspeed_config:
             rule = "is for train.engine=deepspeed, which does not run here"
             yield f"train.deepspeed_config={run.train.deepspeed_config}: {rule}. Works: leave it out, or that engine."
         if run.parallel.cpu_offload and world_size == 1:
             rule = "is for sharded weights, and there is one process"
             yield f"parallel.cpu_offload=True: {rule}. Works: false, more processes, or train.engine=deepspeed."
+        yield from _check_reduce(run)
     yield from _check_optimizer(run, world_size)
+
+
+def _check_reduce(run: RunConfig) -> Iterator[str]:
+    """Micro-batches are added up in float32 only where FSDP adds them up behind the message between ranks."""
+    parallel = run.parallel
+    if parallel.reduce_precision == "fp32" or parallel.num_microbatches == 1:
+        return
+    if parallel.zero == 1 or parallel.replica > 1:
+        where = "parallel.zero=1" if parallel.zero == 1 else "parallel.replica above 1"
+        rule = f"with {where}, parallel.num_microbatches={parallel.num_microbatches} would be added up in bf16"
+        works = "fp32, parallel.num_microbatches=1, or parallel.replica=1 with parallel.zero=2 or 3"
+        yield f"parallel.reduce_precision=bf16: {rule}. Works: {works}."
 
 
 def _check_deepspeed(run: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -72,7 +72,7 @@ def demo() -> RunConfig:
         train=TrainConfig(num_steps=5600, batch_size=12, eval_every=800, sample_every=1400),
         checkpoint=CheckpointConfig(every=250),
         sample=SampleConfig(
-            temperature=0.8, top_k=16, guidance=1.5, manner_guidance=0.15, rerank=16, caption_candidates=32
+            temperature=0.8, top_k=16, thing_guidance=0.5, manner_guidance=0.75, rerank=16, caption_candidates=32
         ),
     )
 
@@ -107,7 +107,7 @@ def demo_full() -> RunConfig:
         train=replace(quick.train, num_steps=2200, batch_size=512, eval_every=400, eval_pairs=512, sample_every=400),
         parallel=ParallelConfig(num_microbatches=8),  # 64 pairs at a time fit into 8 GB
         checkpoint=replace(quick.checkpoint, every=100),
-        sample=replace(quick.sample, guidance=2.0, manner_guidance=0.0),
+        sample=replace(quick.sample, guidance=2.0, thing_guidance=0.0, manner_guidance=0.0),
     )
 
 

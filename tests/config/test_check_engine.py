@@ -52,8 +52,8 @@ RULES = [
     (
         ["parallel.reduce_precision=bf16", "parallel.replica=2", "parallel.num_microbatches=2"],
         2,
-        "parallel.reduce_precision=bf16: with parallel.replica above 1, parallel.num_microbatches=2 would be added up in "
-        "bf16. Works: fp32, parallel.num_microbatches=1, or parallel.replica=1 with parallel.zero=2 or 3.",
+        "parallel.reduce_precision=bf16: with parallel.replica above 1, parallel.num_microbatches=2 would be added up "
+        "in bf16. Works: fp32, parallel.num_microbatches=1, or parallel.replica=1 with parallel.zero=2 or 3.",
     ),
     (
         [DEEPSPEED, "log.instruments_every=50"],
