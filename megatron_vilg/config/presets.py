@@ -25,8 +25,8 @@ from megatron_vilg.config.schema import (
 def demo() -> RunConfig:
     """Emoji in six styles on two CPU cores, 48 px, 8 x 8 tokens: a little over a quarter of an hour.
 
-    At first most of what text-to-image draws are shifted copies, which cannot be learnt by heart; fewer and fewer to the
-    end, so that trained pictures are known then.
+    At first most of what text-to-image draws are shifted copies, which cannot be learnt by heart; fewer and fewer to
+    the end, so that trained pictures are known then.
     """
     return RunConfig(
         preset="demo",
