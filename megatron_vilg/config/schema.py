@@ -108,8 +108,8 @@ class DataConfig:
     alternate_caption_probability: Fraction = 0.0
     """How often text-to-image sees another wording of the caption, where a record brings some."""
     image_input_noise: Fraction = 0.0
-    """Share of text-to-image *input* codes replaced at random; what is predicted stays clean. On small sets 0.3 to 0.5 keep
-    the model from following pictures that it knows by heart, whatever the text says."""
+    """Share of text-to-image *input* codes replaced at random; what is predicted stays clean. On small sets 0.3 to
+    0.5 keep the model from following pictures that it knows by heart, whatever the text says."""
     image_source_noise: Fraction = 0.0
     """Share of image-to-text source codes replaced at random."""
     max_bad_share: Fraction = 0.01
