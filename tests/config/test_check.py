@@ -137,7 +137,7 @@ RULES = [
     ),
     (["sample.top_p=0"], "sample.top_p=0.0: would keep no token at all. Works: above 0, up to 1."),
     (
-        ["parallel.num_microbatches=5"],
+        ["train.batch_size=12", "parallel.num_microbatches=5"],
         "train.batch_size=12: must divide by replica x shard x parallel.num_microbatches = 1 x 1 x 5. Works: 10, 15.",
     ),
     (

@@ -17,7 +17,9 @@ from megatron_vilg.errors import ConfigError
 
 def run_with(*overrides: str, file: Path | None = None) -> RunConfig:
     given = [f"train.deepspeed_config={file}"] if file else []
-    return load_run_config("demo", overrides=["train.engine=deepspeed", *overrides, *given]).resolve()
+    return load_run_config(
+        "demo", overrides=["train.engine=deepspeed", "train.batch_size=12", *overrides, *given]
+    ).resolve()
 
 
 def write(path: Path, content: Any) -> Path:
