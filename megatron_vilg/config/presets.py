@@ -78,16 +78,16 @@ def demo() -> RunConfig:
 
 
 def demo_full() -> RunConfig:
-    """All emoji in eight styles and composed scenes, 48 px: minutes on a GPU, nine hours on two CPU cores; resumable.
+    """All emoji in eight styles and composed scenes, 48 px: minutes on a GPU, eight hours on two CPU cores; resumable.
 
-    Most of what text-to-image draws at first are shifted copies: they keep a model that sees each picture sixty times
-    from learning it by heart, and what it then draws in a style never shown for a thing is right more often.
+    Most of what text-to-image draws at first are shifted copies: they keep a model that sees each picture a hundred
+    times from learning it by heart, and what it then draws in a style never shown for a thing is right more often.
     """
     quick = demo()
     return replace(
         quick,
         preset="demo-full",
-        model=replace(quick.model, num_layers=8, width=384, num_heads=6, num_text_slots=16, dropout=0.1),
+        model=replace(quick.model, num_layers=6, width=320, num_heads=5, num_text_slots=16),
         text_tokenizer=TextTokenizerConfig(vocab_size=4800),
         image_tokenizer=replace(quick.image_tokenizer, channels=96, codebook_size=1024),
         image_tokenizer_train=replace(
@@ -98,17 +98,14 @@ def demo_full() -> RunConfig:
             num_views=10,
             view_flip=False,  # scenes say left and right
             target_view_probability=0.8,
-            target_view_fall=0.8,
             caption_dropout=0.1,
             alternate_caption_probability=0.35,
-            image_input_noise=0.1,
             image_source_noise=0.15,
         ),
-        optim=replace(quick.optim, lr=1.5e-3, weight_decay=0.05, warmup_steps=100),
-        train=replace(quick.train, num_steps=2200, batch_size=512, eval_every=400, eval_pairs=512, sample_every=400),
-        parallel=ParallelConfig(num_microbatches=8),  # 64 pairs at a time fit into 8 GB
-        checkpoint=replace(quick.checkpoint, every=100),
-        sample=replace(quick.sample, guidance=2.0, manner_guidance=0.0),
+        optim=replace(quick.optim, lr=2e-3, weight_decay=0.1, warmup_steps=300),
+        train=replace(quick.train, num_steps=16_000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
+        checkpoint=replace(quick.checkpoint, every=250),
+        sample=replace(quick.sample, guidance=2.0, caption_candidates=96),
     )
 
 
