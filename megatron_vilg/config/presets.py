@@ -78,7 +78,9 @@ def demo() -> RunConfig:
 
 
 def demo_full() -> RunConfig:
-    """All emoji in eight styles and composed scenes, 48 px: minutes on a GPU, eight hours on two CPU cores; resumable.
+    """All emoji in eight styles and composed scenes, 48 px; resumable.
+
+    About eight hours on two CPU cores, by the pace of its first steps; not timed on a GPU.
 
     Most of what text-to-image draws at first are shifted copies: they keep a model that sees each picture a hundred
     times from learning it by heart, and what it then draws in a style never shown for a thing is right more often.
@@ -104,7 +106,6 @@ def demo_full() -> RunConfig:
         ),
         optim=replace(quick.optim, lr=2e-3, weight_decay=0.1, warmup_steps=300),
         train=replace(quick.train, num_steps=16_000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
-        checkpoint=replace(quick.checkpoint, every=250),
         sample=replace(quick.sample, guidance=2.0, caption_candidates=96),
     )
 
