@@ -104,6 +104,12 @@ def _check_optimizer(run: RunConfig, world_size: int | None) -> Iterator[str]:
         if width % block:
             rule = f"{block} neighbours in a row share a scale, and model.width / parallel.tensor is {width}"
             yield f"optim.name={name}: {rule}. Works: a multiple of {block}, or optim.name=adamw."
+    if name == "muon" and run.train.engine == "deepspeed":
+        rule = "DeepSpeed cuts matrices into flat pieces, and this optimizer needs whole ones"
+        yield f"optim.name={name}: {rule}. Works: adamw, apex_fused_adam, {OTHER_ENGINE}."
+    if name == "muon" and run.parallel.cpu_offload and run.train.engine == "native":
+        rule = "matrices would be gathered and multiplied on the CPU"
+        yield f"optim.name={name}: {rule} with parallel.cpu_offload=true. Works: false there, or optim.name=adamw."
     if name == "apex_fused_adam" and run.train.engine == "native" and (world_size or 1) > 1:
         rule = "NVIDIA's kernel cannot read the sharded tensors of several processes"
         yield f"optim.name={name}: {rule}. Works: adamw, one process, or train.engine=deepspeed."

@@ -104,7 +104,7 @@ def demo_full() -> RunConfig:
             alternate_caption_probability=0.35,
             image_source_noise=0.15,
         ),
-        optim=replace(quick.optim, lr=2e-3, weight_decay=0.1, warmup_steps=300),
+        optim=replace(quick.optim, name="muon", lr=3e-3, weight_decay=0.1, warmup_steps=300),
         train=replace(quick.train, num_steps=16_000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
         sample=replace(quick.sample, guidance=2.0, caption_candidates=96),
     )

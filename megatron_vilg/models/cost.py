@@ -31,6 +31,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def is_hidden_matrix(name: str, ndim: int) -> bool:
+    """Whether a parameter is a matrix inside a block: neither a vector, nor an embedding, nor a head."""
+    return ndim == 2 and name.split(".")[0] == "blocks"
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Values in the whole model."""
     return sum(prod(shape) for shape in parameter_shapes(config).values())

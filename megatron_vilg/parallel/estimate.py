@@ -18,6 +18,7 @@ from megatron_vilg.models.cost import (
     block_bytes_per_row,
     forward_flops,
     input_bytes_per_row,
+    is_hidden_matrix,
     mask_bytes_per_row,
     num_parameters,
     num_stack_parameters,
@@ -30,11 +31,14 @@ MASTER_BYTES = 4
 """Weights, gradients and gradient sums are kept in float32."""
 OPTIMIZER_BYTES = {
     "adamw": 8.0,
+    "muon": 8.0,
     "apex_fused_adam": 8.0,
     "adamw_8bit": 2 * (1 + 4 / 256),
     "adamw_4bit": 2 * (0.5 + 4 / 128),
 }
 """Bytes per parameter of the optimizer's state: two moments, quantised ones with a float32 scale per block."""
+MUON_BYTES = 4.0
+"""The same for the matrices that Muon updates: one momentum."""
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 AXES = ("tp", "shard", "replica", "pp")
 
@@ -47,6 +51,8 @@ class Part:
     """As they are when gathered over ``shard``."""
     sharded: int
     """The share of the rank that has most of them."""
+    matrices: int
+    """Those of ``sharded`` that are matrices of blocks."""
     block: int
     """The largest block, gathered."""
     rest: int
@@ -134,7 +140,7 @@ def part_of(model: ModelConfig, layout: Layout, rank: int) -> Part:
     layers = {layer for stage in stages for layer in ranges[stage]}
     has_embedding, has_heads = 0 in stages, layout.num_stages - 1 in stages
     blocks = dict.fromkeys(layers, 0)
-    rest = sharded = shared = 0
+    rest = sharded = matrices = shared = 0
     for name, shape in parameter_shapes(model).items():
         top = name.split(".")
         if top[0] == "blocks" and int(top[1]) not in layers:
@@ -147,12 +153,15 @@ def part_of(model: ModelConfig, layout: Layout, rank: int) -> Part:
             blocks[int(top[1])] += size
         else:
             rest += size
-        sharded += -(-local[0] // layout.shard) * prod(local[1:])
+        largest_share = -(-local[0] // layout.shard) * prod(local[1:])
+        sharded += largest_share
+        matrices += largest_share if is_hidden_matrix(name, len(shape)) else 0
         if layout.tensor > 1 and rule_of(name).cut in (Cut.SEQUENCE, Cut.HEADS):
             shared += size
     return Part(
         whole=sum(blocks.values()) + rest,
         sharded=sharded,
+        matrices=matrices,
         block=max(blocks.values()),
         rest=rest,
         shared=shared,
@@ -209,6 +218,8 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
     passing = rows * backward_bytes_per_row(model, sizes)
     masks = rows * mask_bytes_per_row(model, sizes) if run.ops.attention in ("dense", "sdpa") else 0.0
     weights, optimizer = MASTER_BYTES * part.sharded, OPTIMIZER_BYTES[run.optim.name] * part.sharded
+    if run.optim.name == "muon":
+        optimizer -= (OPTIMIZER_BYTES["muon"] - MUON_BYTES) * part.matrices
     has_earlier = layout.num_microbatches > 1
     keeps_whole_gradients = layout.world_size > 1 and parallel.zero == 1 and has_earlier
     gradients = MASTER_BYTES * (part.whole if keeps_whole_gradients else part.sharded)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from megatron_vilg.parallel.watch import Heartbeat
 
 log = get_logger(__name__)
 Value = TypeVar("Value")
-_POLL = timedelta(seconds=1)
-"""Waiting in C++ keeps signals from being handled, so it must not last."""
-_POLLS_PER_MESSAGE = 30
+_POLL_SECONDS = 0.5
+"""Between two looks at the store. ``Store.wait`` would keep signals from being handled, and warns at each timeout."""
+_POLLS_PER_MESSAGE = 60
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out|Broken pipe", re.IGNORECASE)
 _MOST_NAMED = 8
 
@@ -51,21 +52,12 @@ class Job:
                 self.store.set(name, "done")
             return result
         polls = 0
-        while not self._has(name):
+        while not self.store.check([name]):
+            time.sleep(_POLL_SECONDS)
             polls += 1
             if polls % _POLLS_PER_MESSAGE == 0:
                 log.info("waiting for the main process: %s", name)
         return work()
-
-    def _has(self, name: str) -> bool:
-        assert self.store is not None
-        try:
-            self.store.wait([name], _POLL)
-        except dist.DistStoreError as error:
-            if "timeout" not in str(error).lower():
-                raise
-            return False
-        return True
 
 
 @contextmanager

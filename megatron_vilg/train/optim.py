@@ -14,8 +14,10 @@ from megatron_vilg.config.check_engine import LEAN
 from megatron_vilg.config.schema import OptimConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.log import get_logger
+from megatron_vilg.models.cost import is_hidden_matrix
 from megatron_vilg.train.apex_optim import apex_fused_adam
 from megatron_vilg.train.lean_optim import lean_adamw, open_moment
+from megatron_vilg.train.muon import MOMENTUM_SLOT, MuonAdamW
 
 logger = get_logger(__name__)
 
@@ -51,19 +53,26 @@ def build_optimizer(
     whole = {name: p.shape if shapes is None else shapes[name] for name, p in trained.items()}
     decayed = [name for name, shape in whole.items() if is_decayed(name, len(shape))]
     others = [name for name in trained if name not in set(decayed)]
-    groups: list[dict[str, Any]] = [
-        {"params": [trained[name] for name in names], "weight_decay": decay}
-        for names, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if names
-    ]
     counts = [sum(whole[name].numel() for name in names) for names in (decayed, others)]
     logger.info("%s: %d values with decay, %d without", config.name, *counts)
     rates: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+
+    def groups_of(*parts: tuple[list[str], float]) -> list[dict[str, Any]]:
+        return [{"params": [trained[name] for name in names], "weight_decay": decay} for names, decay in parts if names]
+
+    fused = torch.device(device).type in _FUSED_DEVICES
+    hidden = [name for name in decayed if is_hidden_matrix(name, len(whole[name]))]
+    if config.name == "muon" and hidden:  # a critic or an image tokenizer has none
+        logger.info("muon: of those, %d values in the matrices of blocks", sum(whole[n].numel() for n in hidden))
+        rest = [name for name in decayed if name not in set(hidden)]
+        matrices = groups_of((hidden, config.weight_decay))
+        return MuonAdamW(matrices, groups_of((rest, config.weight_decay), (others, 0.0)), rates, fused=fused)
+    groups = groups_of((decayed, config.weight_decay), (others, 0.0))
     if config.name in LEAN:
         return lean_adamw(groups, config.name, rates)
     if config.name == "apex_fused_adam":
         return apex_fused_adam(groups, rates, torch.device(device))
-    return AdamW(groups, **rates, fused=torch.device(device).type in _FUSED_DEVICES)
+    return AdamW(groups, **rates, fused=fused)
 
 
 def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
@@ -107,7 +116,7 @@ def create_state(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            if "exp_avg" not in state:
+            if not state:
                 state.update(_initial_state(optimizer, group, parameter))
 
 
@@ -118,7 +127,8 @@ def optimizer_state(
 
     State that does not exist yet is created as the first update would, so that a checkpoint can be loaded into it
     in place before any step; call :func:`state_was_filled` then. Rates and decay are not in here; they come from the
-    configuration. Quantised moments are two tensors each, as ``train.lean_optim.open_moment`` has them.
+    configuration. Quantised moments are two tensors each, as ``train.lean_optim.open_moment`` has them; matrices that
+    Muon updates have a ``momentum_buffer`` instead.
 
     Raises:
         CheckpointError: the optimizer updates a parameter that ``named_parameters`` does not name.
@@ -133,6 +143,9 @@ def optimizer_state(
                     f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that has no name"
                 )
             state = optimizer.state[parameter]
+            if "momentum" in group:
+                result.setdefault(MOMENTUM_SLOT, {})[names[parameter]] = state[MOMENTUM_SLOT]
+                continue
             if "step" in group:  # Apex counts by group
                 state["step"].fill_(group["step"])
             result.setdefault("step", {})[names[parameter]] = state["step"]
@@ -151,6 +164,8 @@ def state_was_filled(optimizer: Optimizer) -> None:
 
 def _initial_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> Mapping[str, Tensor]:
     """What the first update creates; AdamW's step count is on the device only when fused."""
+    if "momentum" in group:
+        return {MOMENTUM_SLOT: torch.zeros_like(parameter, memory_format=torch.preserve_format)}
     make = getattr(optimizer, "new_moment", None)
     if make is None:
         moments = {

@@ -110,6 +110,18 @@ RULES = [
         "Works: a multiple of 256, or optim.name=adamw.",
     ),
     (
+        [DEEPSPEED, "optim.name=muon"],
+        1,
+        "optim.name=muon: DeepSpeed cuts matrices into flat pieces, and this optimizer needs whole ones. "
+        "Works: adamw, apex_fused_adam, or train.engine=native.",
+    ),
+    (
+        ["optim.name=muon", "parallel.cpu_offload=true"],
+        2,
+        "optim.name=muon: matrices would be gathered and multiplied on the CPU with parallel.cpu_offload=true. "
+        "Works: false there, or optim.name=adamw.",
+    ),
+    (
         ["optim.name=apex_fused_adam"],
         2,
         "optim.name=apex_fused_adam: NVIDIA's kernel cannot read the sharded tensors of several processes. "
@@ -130,6 +142,7 @@ def test_rules(overrides: list[str], world_size: int, message: str) -> None:
         [DEEPSPEED, "parallel.zero=1"],
         [DEEPSPEED, "parallel.offload_weights=cpu"],
         ["optim.name=adamw_4bit"],
+        ["optim.name=muon"],
     ],
 )
 def test_what_works(overrides: list[str]) -> None:

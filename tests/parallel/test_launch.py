@@ -24,7 +24,7 @@ from megatron_vilg.parallel.launch import joined
 world = read_world()
 with joined(world, torch.device("cpu"), 60) as job:
     def work():
-        time.sleep(1.0 if world.is_main else 0.0)
+        time.sleep(2.5 if world.is_main else 0.0)
         with Path(sys.argv[1]).open("a") as file:
             file.write(str(world.rank))
     job.main_first("stage", work)
@@ -45,8 +45,11 @@ def test_the_main_process_goes_first_under_torchrun(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([*command, str(script), str(order)], check=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [*command, str(script), str(order)], check=True, env=environment, timeout=120, capture_output=True, text=True
+    )
     assert order.read_text() == "01"
+    assert "timed out" not in done.stderr  # waiting is no trouble, and must not look like it
 
 
 def test_a_meeting_place_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
