@@ -19,9 +19,10 @@ FIRST_PIECE = max(TextToken) + 1
 
 
 def demo_size(precision: Precision) -> RunConfig:
-    """What ``make demo`` trains: 4 layers x 256, 8 x 8 codes, 10 text slots, 12 pairs a step."""
+    """The transformer of ``make demo`` (4 layers x 256, 8 x 8 codes), 12 pairs a step, by AdamW as in the plain loops."""
     run = PRESETS["demo"]().resolve(text_vocab_size=1200)
-    return replace(run, train=replace(run.train, precision=precision))
+    train = replace(run.train, precision=precision, batch_size=12)
+    return replace(run, optim=replace(run.optim, name="adamw"), train=train)
 
 
 def paper_size(precision: Precision) -> RunConfig:

@@ -74,7 +74,7 @@ def stress_settings(steps: int, rate: float) -> list[str]:
         "reconstructor.critic_adaptive_weight=false", "reconstructor.critic_start_step=0",
         "reconstructor.critic_gate=10", "reconstructor.critic_channels=16", "data.num_views=0",
         "data.target_view_probability=0", "data.target_view_fall=0", "data.image_input_noise=0.1",
-        "optim.weight_decay=0.05",
+        "optim.name=adamw", "optim.weight_decay=0.05",
         f"train.num_steps={steps}", "train.batch_size=16", "train.precision=bf16", "train.num_threads=1",
         "train.sample_every=0", f"train.eval_every={steps}", "checkpoint.every=20", "checkpoint.keep_last=5",
         "log.every=5", "log.instruments_every=10", "log.tensorboard=false",

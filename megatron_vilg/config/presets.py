@@ -68,11 +68,11 @@ def demo() -> RunConfig:
         # A caption has 4 tokens and a picture 64: the mean over captions is noisy, and at equal weight its noise sets
         # Adam's step size for everything.
         loss=LossConfig(image_to_text_weight=0.35),
-        optim=OptimConfig(lr=2.5e-3, betas=(0.9, 0.97), weight_decay=0.2, warmup_steps=120),
-        train=TrainConfig(num_steps=3700, batch_size=24, eval_every=740, sample_every=1850),
+        optim=OptimConfig(name="muon", lr=3.5e-3, betas=(0.9, 0.97), weight_decay=0.2, warmup_steps=120),
+        train=TrainConfig(num_steps=800, batch_size=48, eval_every=200, sample_every=400),
         checkpoint=CheckpointConfig(every=250),
         sample=SampleConfig(
-            temperature=0.8, top_k=16, guidance=1.5, manner_guidance=0.5, rerank=16, caption_candidates=32
+            temperature=0.8, top_k=16, guidance=1.25, manner_guidance=1.0, rerank=16, caption_candidates=32
         ),
     )
 
@@ -106,7 +106,7 @@ def demo_full() -> RunConfig:
         ),
         optim=replace(quick.optim, name="muon", lr=3e-3, weight_decay=0.1, warmup_steps=300),
         train=replace(quick.train, num_steps=16_000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
-        sample=replace(quick.sample, guidance=2.0, caption_candidates=96),
+        sample=replace(quick.sample, guidance=2.0, manner_guidance=0.5, caption_candidates=96),
     )
 
 

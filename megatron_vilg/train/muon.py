@@ -1,9 +1,9 @@
 """Muon for the matrices inside the blocks, AdamW for everything else, as one optimizer.
 
 Muon (Jordan et al., kellerjordan.github.io/posts/muon; torch.optim.Muon) replaces the averaged gradient of a matrix by
-the nearest orthogonal one, found by five Newton-Schulz steps in bf16. It is meant for hidden matrices: embeddings, heads
-and vectors keep AdamW. Its updates are scaled to the root mean square of AdamW's (Liu et al., arXiv 2502.16982), so
-both parts share the learning rate and the weight decay. Where matrices are cut over ranks, DTensor gathers what the
+the nearest orthogonal one, found by five Newton-Schulz steps in bf16. It is meant for hidden matrices: embeddings,
+heads and vectors keep AdamW. Its updates are scaled to the root mean square of AdamW's (Liu et al., arXiv 2502.16982),
+so both parts share the learning rate and the weight decay. Where matrices are cut over ranks, DTensor gathers what the
 products need.
 """
 

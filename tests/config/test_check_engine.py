@@ -138,9 +138,9 @@ def test_rules(overrides: list[str], world_size: int, message: str) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        [DEEPSPEED],
-        [DEEPSPEED, "parallel.zero=1"],
-        [DEEPSPEED, "parallel.offload_weights=cpu"],
+        [DEEPSPEED, "optim.name=adamw"],
+        [DEEPSPEED, "optim.name=adamw", "parallel.zero=1"],
+        [DEEPSPEED, "optim.name=adamw", "parallel.offload_weights=cpu"],
         ["optim.name=adamw_4bit"],
         ["optim.name=muon"],
     ],

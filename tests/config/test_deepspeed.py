@@ -18,7 +18,7 @@ from megatron_vilg.errors import ConfigError
 def run_with(*overrides: str, file: Path | None = None) -> RunConfig:
     given = [f"train.deepspeed_config={file}"] if file else []
     return load_run_config(
-        "demo", overrides=["train.engine=deepspeed", "train.batch_size=12", *overrides, *given]
+        "demo", overrides=["train.engine=deepspeed", "optim.name=adamw", "train.batch_size=12", *overrides, *given]
     ).resolve()
 
 

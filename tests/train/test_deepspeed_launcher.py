@@ -20,7 +20,10 @@ pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed"
 pytestmark = pytest.mark.slow
 WAIT = 1800.0
 """Seconds that a run of a few steps may take on a machine with other work; most of them are imports."""
-EXACT = ["train.precision=fp32", "model.dropout=0", "train.sample_every=0", "train.eval_every=0", "log.every=1"]
+EXACT = [
+    "optim.name=adamw", "train.precision=fp32", "model.dropout=0", "train.sample_every=0", "train.eval_every=0",
+    "log.every=1",
+]  # fmt: skip
 
 
 def launched(data: Path, out: Path, *settings: str) -> subprocess.Popen[str]:
