@@ -13,16 +13,17 @@ from megatron_vilg.checkpoint.describe import tree_lines
 from megatron_vilg.checkpoint.manifest import Manifest, TensorEntry
 from megatron_vilg.checkpoint.new_folder import gigabytes
 from megatron_vilg.checkpoint.reshape import canonical_files, rank_files, rank_layout
-from megatron_vilg.checkpoint.tensors import MODEL, OPTIMIZER, TensorInfo, in_order
+from megatron_vilg.checkpoint.tensors import MODEL, MOMENTUM_SLOT, OPTIMIZER, TensorInfo, in_order
 from megatron_vilg.checkpoint.transfer import Options
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.models.cost import is_hidden_matrix
 from megatron_vilg.models.vilg import ViLG
 
 ADAM = ("exp_avg", "exp_avg_sq")
 
 
 def canonical_tensors(run: RunConfig) -> dict[str, TensorInfo]:
-    """Weights and Adam state of a configuration by full name; every size must be known.
+    """Weights and optimizer state of a configuration by full name, moments not quantised; every size must be known.
 
     Raises:
         ValueError: the vocabulary of the text tokenizer is not known.
@@ -31,6 +32,9 @@ def canonical_tensors(run: RunConfig) -> dict[str, TensorInfo]:
         model = ViLG(run.model)
     tensors = {f"{MODEL}.{name}": _info(tensor) for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
+        if run.optim.name == "muon" and is_hidden_matrix(name, parameter.ndim):
+            tensors[f"{OPTIMIZER}.{MOMENTUM_SLOT}.{name}"] = _info(parameter)
+            continue
         tensors |= {f"{OPTIMIZER}.{slot}.{name}": _info(parameter) for slot in ADAM}
         tensors[f"{OPTIMIZER}.step.{name}"] = TensorInfo((), torch.float32)
     return tensors
@@ -81,7 +85,7 @@ def planned(run: RunConfig, sizes: tuple[int | None, int | None], *, fold: bool)
 
 
 def _totals(tensors: dict[str, TensorInfo]) -> Iterator[str]:
-    for part, what in ((MODEL, "weights"), (OPTIMIZER, "Adam state")):
+    for part, what in ((MODEL, "weights"), (OPTIMIZER, "optimizer state")):
         infos = [info for name, info in tensors.items() if name.startswith(f"{part}.")]
         numbers = sum(info.numel for info in infos)
         yield f"{what}: {len(infos)} tensors, {numbers:,} numbers, {gigabytes(sum(i.num_bytes for i in infos))}"

@@ -22,6 +22,8 @@ from megatron_vilg.errors import CheckpointError
 
 PIECE_BYTES = 1 << 20
 """Bytes read at a time: fits the cache of one core, so that checking and writing a piece cost no memory traffic."""
+MOMENTUM_SLOT = "momentum_buffer"
+"""Muon's only state, which hidden matrices have instead of Adam's moments."""
 QUANTISED = ("codes", "scale")
 """What a quantised moment of an optimizer consists of."""
 UNKNOWN_AT_FIRST = ("gate.average",)

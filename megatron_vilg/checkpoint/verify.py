@@ -13,6 +13,7 @@ from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage
 from megatron_vilg.checkpoint.new_folder import Progress
 from megatron_vilg.checkpoint.tensors import (
     MODEL,
+    MOMENTUM_SLOT,
     OPTIMIZER,
     TensorInfo,
     TensorSource,
@@ -26,6 +27,7 @@ from megatron_vilg.checkpoint.tensors import (
 from megatron_vilg.checkpoint.transfer import equal_bits
 from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig
 from megatron_vilg.errors import CheckpointError
+from megatron_vilg.models.cost import is_hidden_matrix
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.tokenizers import build_image_tokenizer
 from megatron_vilg.models.vilg import ViLG
@@ -106,8 +108,12 @@ def _wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[
     unknown = sorted(pair for pair in state if pair[1] not in weights)
     problems += [f"{OPTIMIZER}.{slot}.{parameter}: there is no such weight" for slot, parameter in unknown]
     slots, trained = {slot for slot, _ in state}, {parameter for _, parameter in state}
-    missing = sorted((slot, parameter) for slot in slots for parameter in trained if (slot, parameter) not in state)
-    problems += [f"{OPTIMIZER}.{slot}.{parameter}: missing" for slot, parameter in missing]
+    by_muon: set[str] = set()
+    if MOMENTUM_SLOT in slots:
+        by_muon = {name for name, info in weights.items() if is_hidden_matrix(name, len(info.shape))}
+    wanted = {(slot, name) for slot in slots - {MOMENTUM_SLOT} for name in trained - by_muon}
+    wanted |= {(MOMENTUM_SLOT, name) for name in by_muon}
+    problems += [f"{OPTIMIZER}.{slot}.{parameter}: missing" for slot, parameter in sorted(wanted - state)]
     return problems
 
 

@@ -15,8 +15,6 @@ from torch.optim import AdamW, Muon, Optimizer
 
 MOMENTUM = 0.95
 """Of the averaged gradient, with Nesterov's look ahead: Jordan's value."""
-MOMENTUM_SLOT = "momentum_buffer"
-"""Name of Muon's only state."""
 
 
 class MuonAdamW(Optimizer):

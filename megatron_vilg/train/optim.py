@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from megatron_vilg.checkpoint.tensors import MOMENTUM_SLOT
 from megatron_vilg.config.check_engine import LEAN
 from megatron_vilg.config.schema import OptimConfig
 from megatron_vilg.errors import CheckpointError
@@ -17,7 +18,7 @@ from megatron_vilg.log import get_logger
 from megatron_vilg.models.cost import is_hidden_matrix
 from megatron_vilg.train.apex_optim import apex_fused_adam
 from megatron_vilg.train.lean_optim import lean_adamw, open_moment
-from megatron_vilg.train.muon import MOMENTUM_SLOT, MuonAdamW
+from megatron_vilg.train.muon import MuonAdamW
 
 logger = get_logger(__name__)
 

@@ -119,6 +119,17 @@ def test_verify_finds_wrong_names_values_and_copies(tmp_path: Path, sound) -> No
     quantised["optimizer.exp_avg.codes.heads.text.weight"] = moment.to(torch.uint8)
     quantised["optimizer.exp_avg.scale.heads.text.weight"] = moment[:, :1].clone()
     assert problems_of(DictSource(quantised, source.manifest, tmp_path)) == []
+    muon = dict(memory_source().values)
+    matrices = [name for name in muon if name.startswith("model.blocks.") and muon[name].ndim == 2]
+    for name in (name.removeprefix("model.") for name in matrices):
+        muon[f"optimizer.momentum_buffer.{name}"] = muon.pop(f"optimizer.exp_avg.{name}")
+        del muon[f"optimizer.exp_avg_sq.{name}"], muon[f"optimizer.step.{name}"]
+    assert problems_of(DictSource(muon, source.manifest, tmp_path)) == []
+    del muon["optimizer.momentum_buffer.blocks.0.mlp.up.weight"], muon["optimizer.exp_avg.norm.bias"]
+    assert problems_of(DictSource(muon, source.manifest, tmp_path)) == [
+        "optimizer.exp_avg.norm.bias: missing",
+        "optimizer.momentum_buffer.blocks.0.mlp.up.weight: missing",
+    ]
     other = memory_source()
     other.values["model.norm.bias"][0] += 0.5
     (line,) = differences(memory_source(), other)

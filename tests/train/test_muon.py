@@ -13,6 +13,7 @@ from torch.optim import AdamW
 
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.plan_sizes import canonical_tensors
 from megatron_vilg.config.schema import CheckpointConfig, OptimConfig, ParallelConfig, RunConfig
 from megatron_vilg.parallel.estimate import estimate
 from megatron_vilg.parallel.mesh import build_mesh
@@ -108,6 +109,12 @@ def test_its_state_takes_the_bytes_that_were_planned() -> None:
     held = sum(tensor.nbytes for slot in engine.state_dict()["optimizer"].values() for tensor in slot.values())
     planned, adamw = (estimate(run_of(name), 1).ranks[0].memory["optimizer"] for name in ("muon", "adamw"))
     assert held == pytest.approx(planned, rel=0.01) and held < 0.7 * adamw
+
+
+def test_its_checkpoint_holds_what_was_planned() -> None:
+    slots = NativeEngine(run_of()).state_dict()["optimizer"]
+    planned = {name for name in canonical_tensors(run_of()) if name.startswith("optimizer.")}
+    assert planned == {f"optimizer.{slot}.{name}" for slot, tensors in slots.items() for name in tensors}
 
 
 def test_a_resumed_run_repeats_a_straight_one_bit_for_bit(tmp_path: Path) -> None:
