@@ -43,8 +43,8 @@ def _main_table(figures: Mapping[str, Any]) -> Table:
         rows.append(_row("两者都对 both", both, both["intervals"], None, None))
         first = {k: retrieval[k]["not_reranked"] for k in _KINDS if "not_reranked" in retrieval.get(k, {})}
         if first:
-            rows.append(_row("首图画对概念 concept, first drawing", first, {}, None, None))
-            rows.append(_row("首图画对风格 style, first drawing", style["not_reranked"], {}, None, None))
+            rows.append(_row("不挑选，画对概念 concept, no choice", first, {}, None, None))
+            rows.append(_row("不挑选，画对风格 style, no choice", style["not_reranked"], {}, None, None))
     exact = {k: caption[k]["exact_match"] for k in _KINDS if k in caption}
     spans = {k: caption[k]["exact_match_interval"] for k in _KINDS if k in caption}
     rows.append(_row("说明全对 caption exact", exact, spans, caption["chance"], 1.0))
@@ -62,8 +62,11 @@ def _main_table(figures: Mapping[str, Any]) -> Table:
             f"{instrument['gallery']}. Style: a choice among the real pictures of the asked concept. "
             "Ceiling: the real pictures sent through the image tokenizer."
         )
-        if figures["drawing_settings"].get("rerank"):
-            note += " Judged is the best of several drawings by the model's own score; first drawing: without a choice."
+        settings = figures["drawing_settings"]
+        if settings.get("rerank"):
+            each, drawn = settings["samples_per_prompt"], max(settings["rerank"], settings["samples_per_prompt"])
+            note += f" Judged: the best {each} of {drawn} drawings of a prompt by the model's own score; no choice: the"
+            note += f" first {each}."
     return Table("画得对不对，说得对不对 · Drawing and captioning", _HEADER, tuple(rows), note)
 
 
