@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import Manifest
-from megatron_vilg.config.schema import CheckpointConfig, OptimConfig, ParallelConfig, RunConfig
-from megatron_vilg.parallel.mesh import build_mesh
+from megatron_vilg.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_vilg.train.engine import NativeEngine
 from tests.helpers import run_distributed
 from tests.tiny import tiny_batch, tiny_config, tiny_run
+from tests.train.optimizer_case import losses, saved
 
 pytest.importorskip("torchao", reason="the extra `lean` is not installed")
 
@@ -31,13 +29,6 @@ def run_of(name: str, zero: int = 3, **optim: float) -> RunConfig:
         optim=OptimConfig(name=name, lr=3e-3, warmup_steps=2, **optim),  # type: ignore[arg-type]
         parallel=ParallelConfig(zero=zero),  # type: ignore[arg-type]
     )
-
-
-def losses(engine: NativeEngine, steps: range) -> list[float]:
-    each = 4 // engine.mesh.data_size
-    first = engine.mesh.data_rank * each
-    batches = [tiny_batch(engine.run.model, seed=step % 2).slice(first, first + each) for step in steps]
-    return [engine.train_step(batch).loss.item() for batch in batches]
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("adamw_8bit", 0.02), ("adamw_4bit", 0.06)])
@@ -60,20 +51,6 @@ def test_moments_of_matrices_take_the_bytes_promised(name: str, bytes_each: int)
     assert scales <= 8 * count / 128
     assert not matrices.keys() & state["exp_avg"].keys()
     assert "blocks.0.mlp.up.bias" in state["exp_avg"]
-
-
-def saved(run: RunConfig, folder: Path, steps: range) -> list[float]:
-    """Go on from the newest checkpoint if there is one, take steps, save."""
-    engine = NativeEngine(run, build_mesh(run.parallel, "cpu"))
-    checkpointer = Checkpointer(folder, CheckpointConfig(), engine.mesh)
-    path = checkpointer.latest()
-    if path is not None:
-        engine.resume(checkpointer.load(path, engine.state_dict()).step)
-    assert engine.step == steps.start
-    result = losses(engine, steps)
-    manifest = Manifest(kind="pretrain", model=dataclasses.asdict(run.model), step=engine.step)
-    checkpointer.save(engine.step, engine.state_dict(), manifest)
-    return result
 
 
 @pytest.mark.parametrize("name", NAMES)

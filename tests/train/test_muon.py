@@ -11,16 +11,15 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.checkpoint.plan_sizes import canonical_tensors
-from megatron_vilg.config.schema import CheckpointConfig, OptimConfig, ParallelConfig, RunConfig
+from megatron_vilg.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_vilg.parallel.estimate import estimate
 from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.engine import NativeEngine
 from megatron_vilg.train.optim import build_optimizer
 from tests.helpers import run_distributed
 from tests.tiny import tiny_batch, tiny_config, tiny_run
+from tests.train.optimizer_case import losses, saved
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shard": {"shard": 2},
@@ -38,27 +37,6 @@ def run_of(name: str = "muon", **parallel: Any) -> RunConfig:
         optim=OptimConfig(name=name, lr=3e-3, warmup_steps=2, weight_decay=0.1),  # type: ignore[arg-type]
         parallel=ParallelConfig(**parallel),
     )
-
-
-def losses(engine: NativeEngine, steps: range) -> list[float]:
-    each = 4 // engine.mesh.data_size
-    first = engine.mesh.data_rank * each
-    batches = [tiny_batch(engine.run.model, seed=step % 2).slice(first, first + each) for step in steps]
-    return [engine.train_step(batch).loss.item() for batch in batches]
-
-
-def saved(run: RunConfig, folder: Path, steps: range) -> list[float]:
-    """Go on from the newest checkpoint if there is one, take steps, save."""
-    engine = NativeEngine(run, build_mesh(run.parallel, "cpu"))
-    checkpointer = Checkpointer(folder, CheckpointConfig(), engine.mesh)
-    path = checkpointer.latest()
-    if path is not None:
-        engine.resume(checkpointer.load(path, engine.state_dict()).step)
-    assert engine.step == steps.start
-    result = losses(engine, steps)
-    manifest = Manifest(kind="pretrain", model=dataclasses.asdict(run.model), step=engine.step)
-    checkpointer.save(engine.step, engine.state_dict(), manifest)
-    return result
 
 
 def in_layout(run: RunConfig, steps: range) -> list[float]:
