@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None, suites: Mapping[str, Mapping[st
             print(line(row), flush=True)
             rows.append(row)
         if options.json is not None:  # after each metric: a run of an hour that is cut short keeps what it measured
-            _write(options.json, {**header, "rows": [row.record() for row in rows]})
+            write_rows(options.json, header, rows)
     if options.dry_run:
         print("dry run: everything ran; sizes are toys, so no figure above says anything")
         return 0
@@ -185,8 +185,10 @@ def _parse(arguments: Sequence[str] | None, suites: Mapping[str, Mapping[str, Me
     return options
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_rows(path: Path, header: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write what ``describe`` said and the rows as JSON, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
+    content = {**header, "rows": [row.record() for row in rows]}
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.rename(path)
 

@@ -1,0 +1,139 @@
+"""Optimizers on the same batches, in turn: python benchmarks/optimizers.py --run runs/demo [--steps 400] [--json F]
+
+Takes configuration, token cache and image tokenizer of a run folder of ``vilg train``, starts one model per optimizer
+from the same weights, and gives each the same batch before any gets the next. Held-out pairs are measured as training
+goes on, so that the question is answered which matters: after how many pairs is the other's last cross-entropy reached?
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.measure import Bench, Row
+from benchmarks.run import describe, line, write_rows
+from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
+from megatron_vilg.config.check import require
+from megatron_vilg.config.load import RUN_FILE, load_run_config
+from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.errors import ConfigError, VilgError
+from megatron_vilg.train.engine import NativeEngine
+from megatron_vilg.train.pretrain import held_out_loaders, loader_of
+from megatron_vilg.train.stages import IMAGE_TOKENIZER, TOKENS
+
+PEER = "adamw"
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@dataclass(slots=True)
+class Course:
+    """What one optimizer did: CPU seconds of each step, held-out cross-entropies (nats per token) by steps done."""
+
+    seconds: list[float] = field(default_factory=list)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: {name: [] for name in DIRECTIONS})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train all contenders and print rows; 2 if the run folder or an option does not fit."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(words)
+    torch.set_num_threads(1)
+    bench = Bench(torch.device("cpu"))
+    try:
+        courses = compare(bench, options.run, options.names.split(","), options.steps, options.split, options.settings)
+    except VilgError as error:
+        print(f"benchmarks/optimizers.py: {error}", file=sys.stderr)
+        return 2
+    header = describe(bench.device, shlex.join(["python", "benchmarks/optimizers.py", *words]))
+    found = list(rows(courses))
+    for row in found:
+        print(line(row))
+    if options.json is not None:
+        write_rows(options.json, header, found)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="run folder with tokens/")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each optimizer; default 400")
+    parser.add_argument("--names", default="muon", metavar="A,B", help=f"beside {PEER}; default muon")
+    parser.add_argument("--split", default="val-pairs", metavar="S", help="held-out split; default val-pairs")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write the rows")
+    parser.add_argument("settings", nargs="*", metavar="section.option=value", help="for all contenders")
+    return parser
+
+
+def compare(
+    bench: Bench, folder: Path, names: Sequence[str], steps: int, split: str, settings: Sequence[str] = ()
+) -> dict[str, Course]:
+    """Train one model per optimizer, the peer first, in turn on the same batches; 16 measurements of held-out pairs.
+
+    Raises:
+        ConfigError: options that do not work, no such split; DataError: no token cache.
+    """
+    every = max(1, steps // 16)
+    shared = [f"train.num_steps={steps}", f"train.eval_every={every}", *settings]
+    file = folder / RUN_FILE
+    contenders = {
+        name: load_run_config(file=file, overrides=[*shared, f"optim.name={name}"]) for name in (PEER, *names)
+    }
+    for contender in contenders.values():
+        require(contender)
+    run = contenders[PEER]
+    cache = TokenCache.open(folder / TOKENS)
+    held_out = held_out_loaders(run, cache, None)
+    if split not in held_out:
+        works = ", ".join(held_out) or "a run folder whose pairs have a held-out split"
+        raise ConfigError([f"--split={split}: no such held-out split in {folder / TOKENS}. Works: {works}"])
+    codebook = load_image_tokenizer(folder / IMAGE_TOKENIZER).codebook if run.model.codebook_dim else None
+    engines = {name: NativeEngine(contender, "cpu", codebook) for name, contender in contenders.items()}
+    courses = {name: Course() for name in contenders}
+    measured = held_out[split].clean_batch(list(range(min(run.train.eval_pairs, len(held_out[split])))))
+    loader = loader_of(run, cache, "train")
+    for step in range(1, steps + 1):
+        batch = loader.batch(step - 1)
+        for name, engine in engines.items():
+            start = bench.now()
+            engine.train_step(batch)
+            courses[name].seconds.append(bench.now() - start)
+            if step % every == 0:
+                result = engine.eval_step(measured)
+                for direction, value in zip(DIRECTIONS, (result.image_ce, result.text_ce), strict=True):
+                    courses[name].curves[direction].append((step, float(value)))
+    return courses
+
+
+def rows(courses: Mapping[str, Course]) -> Iterator[Row]:
+    """Per contender: steps to the peer's last cross-entropy and the last ones, both directions; seconds per step."""
+    peer = courses[PEER]
+    for name, course in courses.items():
+        if name == PEER:
+            continue
+        for direction in DIRECTIONS:
+            end, bound = peer.curves[direction][-1]
+            reached = next((step for step, value in course.curves[direction] if value <= bound), None)
+            if reached is not None:  # otherwise there is no ratio, and the next row says by how much it was missed
+                metric = f"{name}: steps to {PEER}'s last {direction}, held out"
+                yield Row("O1", metric, reached, "steps", PEER, end, less_is_better=True)
+            metric = f"{name}: {direction} after {end} steps, held out"
+            yield Row("O1", metric, course.curves[direction][-1][1], "nats/token", PEER, bound, less_is_better=True)
+        both = {name: course.seconds, PEER: peer.seconds}
+        ours, theirs = (statistics.median(seconds) for seconds in both.values())
+        yield Row("O1", f"{name}: training step", ours, "CPU-seconds", PEER, theirs, less_is_better=True, rounds=both)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
