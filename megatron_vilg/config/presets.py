@@ -80,7 +80,7 @@ def demo() -> RunConfig:
 def demo_full() -> RunConfig:
     """All emoji in eight styles and composed scenes, 48 px; resumable.
 
-    About six hours on two CPU cores, by the pace of its first steps; not timed on a GPU.
+    About five and a half hours on two CPU cores, by the pace of its first steps; not timed on a GPU.
 
     Most of what text-to-image draws at first are shifted copies: they keep a model that sees each picture sixty
     times from learning it by heart, and what it then draws in a style never shown for a thing is right more often.
@@ -105,7 +105,7 @@ def demo_full() -> RunConfig:
             image_source_noise=0.15,
         ),
         optim=replace(quick.optim, name="muon", lr=3e-3, weight_decay=0.1, warmup_steps=300),
-        train=replace(quick.train, num_steps=10_000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
+        train=replace(quick.train, num_steps=9000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
         sample=replace(quick.sample, guidance=2.0, manner_guidance=0.5, caption_candidates=96),
     )
 

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ logger = get_logger(__name__)
 
 LANGUAGES = ("zh", "en")
 TRAIN, HELD_PAIRS, HELD_CONCEPTS = "train", "val-pairs", "val-concepts"
-_FORMAT = 1
+_FORMAT = 2
+"""2: no keyword is a name."""
 _HELD_PAIR_SHARE = 0.08
 _HELD_CONCEPT_SHARE = 0.05
 _SIMPLE_NAME = re.compile(r"[\u4e00-\u9fff]{1,4}")
@@ -72,21 +73,27 @@ def canonical_caption(label_zh: str, style: str) -> str:
     return f"{STYLES[style].zh}的{label_zh}"
 
 
-def other_wordings(concept: Concept, style: str, languages: Sequence[str]) -> list[str]:
+def other_wordings(concept: Concept, style: str, languages: Sequence[str], names: Container[str] = ()) -> list[str]:
     """Captions that may stand for the canonical one.
 
     Full wordings, keywords instead of the name, and the name or the style alone: those teach that the two are
-    separate features, which combinations never seen together need.
+    separate features, which combinations never seen together need. A keyword that is one of ``names``, those of the
+    whole set, is left out: trained with this picture, it would be a wrong answer to that concept's prompts, which may
+    be held out.
     """
     texts: list[str] = []
+
+    def keywords(tags: Sequence[str]) -> list[str]:
+        return [tag for tag in tags if tag not in names][:_TAGS_USED]
+
     if "zh" in languages:
         name, manner = concept.label_zh, STYLES[style].zh
         texts += [f"{name}，{manner}", f"画{manner}的{name}", f"一张{manner}的图标：{name}", name, manner]
-        texts += [f"{manner}的{tag}" for tag in concept.tags_zh[:_TAGS_USED]]
+        texts += [f"{manner}的{tag}" for tag in keywords(concept.tags_zh)]
     if "en" in languages:
         name, manner = concept.label_en, STYLES[style].en
         texts += [f"{name} in {manner}", f"{name}, {manner}", f"an icon of {name}, {manner}", name, manner]
-        texts += [f"{tag} in {manner}" for tag in concept.tags_en[:_TAGS_USED]]
+        texts += [f"{tag} in {manner}" for tag in keywords(concept.tags_en)]
     return [text for text in dict.fromkeys(texts) if text != canonical_caption(concept.label_zh, style)]
 
 
@@ -197,6 +204,8 @@ def write_demo(out: Path | str, cache: Path, options: DemoOptions) -> dict[str, 
     out = Path(out)
     if (out / "manifest.json").is_file():
         manifest = read_json(out / "manifest.json")
+        if (found := manifest.get("format")) != _FORMAT:
+            raise DataError(f"--out {out}: a demo set in format {found}, not {_FORMAT}. Give a new folder")
         check_same(str(out), manifest.get("options", {}), _options_json(options))
         logger.info("%s is complete already: %s", out, _counts_text(manifest["pairs"]))
         return manifest
@@ -237,6 +246,7 @@ def _write_pairs(
     folder: Path, emoji: EmojiSet, pairs: Sequence[Pair], options: DemoOptions
 ) -> list[tuple[str, int, list[Path]]]:
     shards = []
+    names = {name for pair in pairs for name in (pair.concept.label_zh, pair.concept.label_en)}
     with tqdm(total=len(pairs), desc="draw", unit="picture", disable=None) as bar:
         for split in (TRAIN, HELD_PAIRS, HELD_CONCEPTS):
             # Styles of a concept would stand together; by hash, each stretch of a shard is a fair sample.
@@ -248,7 +258,7 @@ def _write_pairs(
                 for number, pair in enumerate(chosen):
                     image = png_on_white(emoji.draw(pair.concept, pair.style, options.size))
                     caption = canonical_caption(pair.concept.label_zh, pair.style)
-                    writer.add(f"{number:06d}", image, caption, pair_fields(pair, options.languages))
+                    writer.add(f"{number:06d}", image, caption, pair_fields(pair, options.languages, names))
                     bar.update()
             shards.append((split, len(chosen), writer.shards))
     return shards
@@ -267,8 +277,8 @@ def _write_scenes(
     return [(split, writer.num_pairs, writer.shards) for split, writer in writers.items()]
 
 
-def pair_fields(pair: Pair, languages: Sequence[str]) -> dict[str, Any]:
-    """What the ``.json`` of a pair says."""
+def pair_fields(pair: Pair, languages: Sequence[str], names: Container[str]) -> dict[str, Any]:
+    """What the ``.json`` of a pair says, in a set of concepts with these names."""
     concept, style = pair.concept, STYLES[pair.style]
     return {
         "concept": concept.hexcode,
@@ -283,7 +293,7 @@ def pair_fields(pair: Pair, languages: Sequence[str]) -> dict[str, Any]:
         "split": pair.split,
         "group": concept.group,
         "family": concept.family,
-        "alternates": other_wordings(concept, pair.style, languages),
+        "alternates": other_wordings(concept, pair.style, languages, names),
     }
 
 

@@ -57,11 +57,12 @@ def write_packages(cache: Path) -> Path:
                 "hexcode": row[0],
                 "emoji": "".join(chr(int(part, 16)) for part in row[0].split("-")),
                 "label": row[column],
-                "tags": [f"{row[column]}{'标签' if language == 'zh' else ' tag'}"],
+                # The name of its neighbour first: real keywords are other concepts' names now and then.
+                "tags": [rows[i - 1][column], f"{row[column]}{'标签' if language == 'zh' else ' tag'}"],
                 "group": int(row[3]),
                 "subgroup": int(row[4]),
             }
-            for row in rows
+            for i, row in enumerate(rows)
         ]
         write_json(names / language / "data.json", [*entries, {"hexcode": "1F1E6", "label": "A", "emoji": "A"}])
     for number, style in enumerate(STYLES.values()):

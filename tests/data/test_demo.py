@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_wordings(cache: Path) -> None:
     assert set(chinese) < set(both) and "rat in Google cartoon style" in both
 
 
+def test_no_picture_is_trained_with_the_name_of_another(cache: Path, tmp_path: Path) -> None:
+    names = {concept.label_zh: concept.hexcode for concept in EmojiSet(cache, ("noto",)).concepts}
+    concept = dataclasses.replace(EmojiSet(cache, ("noto",)).concepts[0], tags_zh=("猫", "鼠", "粮", "灰色"))
+    texts = other_wordings(concept, "noto", ("zh",), {"老鼠", "猫"})
+    assert "谷歌卡通风格的猫" not in texts and {"谷歌卡通风格的鼠", "谷歌卡通风格的粮"} <= set(texts)
+    write_demo(tmp_path / "a", cache, options(concepts=0))
+    asked = 0
+    for split in find_records(tmp_path / "a"):
+        for record in read_records(tmp_path / "a", split):
+            manner, concept_code = f"{record.fields['style_zh']}的", record.fields["concept"]
+            for text in record.alternates:
+                if text.startswith(manner):
+                    asked += 1
+                    assert names.get(text.removeprefix(manner), concept_code) == concept_code
+    assert asked
+
+
 def test_written_set_reads_back_and_is_equal_byte_for_byte(cache: Path, tmp_path: Path) -> None:
     manifest = write_demo(tmp_path / "a", cache, options())
     again = write_demo(tmp_path / "b", cache, options())
@@ -108,6 +126,10 @@ def test_a_finished_set_is_kept_and_another_is_not_overwritten(cache: Path, tmp_
     assert (tmp_path / "a" / "train-00000.tar").stat().st_mtime_ns == before
     with pytest.raises(DataError, match=r"size.*16 there, 24 asked for"):
         write_demo(tmp_path / "a", cache, options(size=24))
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(DataError, match="a demo set in format 1, not 2"):
+        write_demo(tmp_path / "a", cache, options())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match="it exists and is no demo set"):
