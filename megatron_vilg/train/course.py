@@ -20,6 +20,7 @@ WATCHED = ("loss/text_to_image(nats/token)", "loss/image_to_text(nats/token)")
 """Cross-entropies, summed: they are positive in every run, and an end-to-end loss need not be."""
 _DECAY = 0.9
 _SKIPPED, _ROLLBACKS, _MEAN = "batches_skipped", "rollbacks", "healthy_loss"
+_LAST_GOOD, _BAD_IN_ROW = "last_healthy_step", "high_lines_in_row"
 
 
 class Course:
@@ -35,13 +36,16 @@ class Course:
         self.skipped = int(saved.get(_SKIPPED, 0))
         self.rollbacks = int(saved.get(_ROLLBACKS, 0))
         self._mean = float(saved.get(_MEAN, math.nan))
-        self._first_bad = 0
-        self._bad_in_row = 0
+        self.last_good = int(saved.get(_LAST_GOOD, 0))
+        """Step of the last healthy log line: what was saved after it may be lost already."""
+        self._bad_in_row = int(saved.get(_BAD_IN_ROW, 0))
 
     @property
     def counters(self) -> dict[str, int | float | str]:
         """What a checkpoint must keep."""
         found: dict[str, int | float | str] = {_SKIPPED: self.skipped, _ROLLBACKS: self.rollbacks}
+        if self.options.rollback_factor:
+            found |= {_LAST_GOOD: self.last_good, _BAD_IN_ROW: self._bad_in_row}
         return found | ({} if math.isnan(self._mean) else {_MEAN: self._mean})
 
     @property
@@ -61,31 +65,31 @@ class Course:
         if math.isnan(self._mean) and math.isfinite(loss):
             self._mean = loss
         if not math.isfinite(loss) or loss > self.options.rollback_factor * self._mean:
-            self._first_bad = self._first_bad if self._bad_in_row else step
             self._bad_in_row += 1
         else:
-            self._bad_in_row = 0
+            self._bad_in_row, self.last_good = 0, step
             self._mean = _DECAY * self._mean + (1.0 - _DECAY) * loss
         return self._bad_in_row >= self.options.rollback_patience
 
     def go_back(self, engine: Engine, checkpointer: Checkpointer, identity: Manifest, mesh: Mesh) -> None:
         """Take the newest checkpoint from before the losses rose, and leave out the batches since then.
 
-        Later checkpoints are removed: a run that is killed now must not resume from them.
+        Before: not after the last healthy log line. Later checkpoints are removed: a run that is killed now must not
+        resume from them. One that leads to high losses again, without a healthy line, counts as later next time.
 
         Raises:
             TrainingError: no such checkpoint, or it happened ``train.max_rollbacks`` times already.
         """
         checkpointer.finish()  # what is still being written counts
-        before = [step for step in checkpointer.steps() if step < self._first_bad]
+        before = [step for step in checkpointer.steps() if step <= self.last_good]
         if self.rollbacks >= self.options.max_rollbacks or not before:
             why = "there is no checkpoint from before" if not before else f"after {self.rollbacks} rollbacks"
             raise TrainingError(
                 f"train.rollback_factor={self.options.rollback_factor:g}: the losses rose above that multiple of their "
-                f"running mean at step {self._first_bad}, {why}. Lower optim.lr, set model.qk_norm=true or "
+                f"running mean after step {self.last_good}, {why}. Lower optim.lr, set model.qk_norm=true or "
                 "loss.z_loss=1e-5, look at log.instruments_every=20, or save checkpoints more often."
             )
-        later = [step for step in checkpointer.steps() if step >= self._first_bad]
+        later = [step for step in checkpointer.steps() if step > self.last_good]
         mesh.any(False)  # all ranks have looked before one removes
         if mesh.is_main:
             for step in later:
@@ -94,9 +98,9 @@ class Course:
         manifest = checkpointer.load(checkpointer.path(before[-1]), engine.state_dict(), expected=identity)
         self.skipped += engine.step - manifest.step
         self.rollbacks += 1
-        self._bad_in_row = 0
         log.warning(
-            "losses above %g times their mean since step %d: back to step %d, past the batches in between (%d in all)",
-            *(self.options.rollback_factor, self._first_bad, manifest.step, self.skipped),
+            "losses above %g times their mean after step %d: back to step %d, past the batches in between (%d in all)",
+            *(self.options.rollback_factor, self.last_good, manifest.step, self.skipped),
         )
+        self._bad_in_row, self.last_good = 0, manifest.step - 1
         engine.resume(manifest.step)

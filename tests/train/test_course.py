@@ -46,6 +46,14 @@ def test_counters_carry_everything_over() -> None:
     assert not again.lost(2, losses(6.1)) and again.lost(3, losses(6.1)), "the mean is still 4"
 
 
+def test_a_row_of_high_losses_goes_on_after_resuming() -> None:
+    course = Course(OPTIONS)
+    course.lost(20, losses(4.0))
+    assert not course.lost(40, losses(9.0))
+    again = Course(OPTIONS, course.counters)
+    assert again.lost(60, losses(9.0)) and again.last_good == 20
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> TokenCache:
     return write_cache(tmp_path / "tokens", {"train": 10})
@@ -90,9 +98,30 @@ def test_run_goes_back_and_past_the_pairs(tmp_path: Path, cache: TokenCache) -> 
     assert (counters["batches_skipped"], counters["rollbacks"]) == (2, 1)
 
 
+def test_saved_between_two_log_lines_after_the_losses_rose_is_not_before(tmp_path: Path, cache: TokenCache) -> None:
+    """Steps 4 and 5 are high, step 5 is saved, and line 6 is the first that says so: back to step 3."""
+    run = dataclasses.replace(
+        course_run(cache, num_steps=12),
+        log=LogConfig(every=3, tensorboard=False),
+        checkpoint=CheckpointConfig(every=1, keep_last=9),
+    )
+    assert pretrain(run, cache, tmp_path / "run", on_sample=Poison(4))
+    counters = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000012").counters
+    assert (counters["batches_skipped"], counters["rollbacks"]) == (3, 1)
+
+
+def test_a_checkpoint_that_leads_to_high_losses_again_is_left_behind(tmp_path: Path, cache: TokenCache) -> None:
+    """The weights saved with step 3 are spoilt although its line was healthy: step 2 is tried next."""
+    run = course_run(cache)
+    run = dataclasses.replace(run, checkpoint=CheckpointConfig(every=1, keep_last=9))
+    assert pretrain(run, cache, tmp_path / "run", on_sample=Poison(3))
+    counters = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000008").counters
+    assert counters["rollbacks"] == 2
+
+
 def test_run_that_keeps_diverging_stops(tmp_path: Path, cache: TokenCache) -> None:
     run = course_run(cache, max_rollbacks=1)
-    with pytest.raises(TrainingError, match=r"train.rollback_factor=1.5: .* at step 6, after 1 rollbacks. Lower"):
+    with pytest.raises(TrainingError, match=r"train.rollback_factor=1.5: .* after step \d, after 1 rollbacks. Lower"):
         pretrain(run, cache, tmp_path / "a", on_sample=Poison(5, times=9))
     with pytest.raises(TrainingError, match="there is no checkpoint from before"):
         pretrain(run, cache, tmp_path / "b", on_sample=Poison(1))
