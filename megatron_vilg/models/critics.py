@@ -98,10 +98,11 @@ class CriticGate(nn.Module):
     def update(self, step: int, pixel_error: Tensor) -> bool:
         """Take in the mean absolute pixel error (range of pixels: 0 to 1) of a step; return whether the critic works.
 
-        Before ``start_step`` nothing waits for the device.
+        An error that is not finite is left out. Before ``start_step`` nothing waits for the device.
         """
         first = torch.isnan(self.average)
-        self.average.copy_(torch.where(first, pixel_error, torch.lerp(pixel_error, self.average, self.decay)))
+        average = torch.where(first, pixel_error, torch.lerp(pixel_error, self.average, self.decay))
+        self.average.copy_(torch.where(torch.isfinite(pixel_error), average, self.average))
         if step < self.start_step:
             return False
         self.is_open |= self.average < self.threshold

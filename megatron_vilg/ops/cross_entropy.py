@@ -63,6 +63,8 @@ def linear_cross_entropy(
             rows, flat = rows.index_select(0, kept), flat[kept]
     if rows_each is None:
         rows_each = chunk_rows(len(rows), len(weight), rows.device.type)
+    if not torch.is_grad_enabled():  # needs_input_grad does not ask, and the weight's gradient would be computed
+        weight = weight.detach()
     total, bare = _LinearCrossEntropy.apply(rows, weight, flat, z_loss, label_smoothing, rows_each)
     return total, bare
 

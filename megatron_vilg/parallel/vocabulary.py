@@ -38,6 +38,8 @@ def parallel_linear_cross_entropy(
     Returns:
         0-dim float32: the sum with z-loss and smoothing, and the bare cross-entropy without.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad does not ask, and the weight's gradient would be computed
+        weight = weight.detach()
     total, bare = _ParallelLinearCrossEntropy.apply(
         hidden.flatten(0, -2), weight, labels.flatten(), group, z_loss, label_smoothing
     )

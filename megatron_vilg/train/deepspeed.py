@@ -65,7 +65,9 @@ class DeepSpeedEngine:
         self._deepspeed = import_deepspeed(self.mesh.device)
         settings = deepspeed_config(run, self._size)
         log.info("DeepSpeed %s: %s", self._deepspeed.__version__, json.dumps(settings))
-        implementation, reason = choose_implementation(run.ops.attention, run.model.image_side)
+        implementation, reason = choose_implementation(
+            run.ops.attention, run.model.image_side, self.mesh.device, training=True
+        )
         log.info("attention: %s (%s)", implementation, reason)
         with torch.device("meta"):
             self._outline = ViLG(run.model, implementation)

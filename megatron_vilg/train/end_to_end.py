@@ -23,7 +23,14 @@ from megatron_vilg.parallel.replicas import average_together
 from megatron_vilg.train.engine import NativeEngine, StepResult
 from megatron_vilg.train.joint_critic import JointCritic
 from megatron_vilg.train.losses import TokenCounts, weighted_loss
-from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate, update
+from megatron_vilg.train.optim import (
+    build_optimizer,
+    learning_rate,
+    optimizer_state,
+    set_learning_rate,
+    state_was_filled,
+    update,
+)
 from megatron_vilg.train.weight_average import WeightAverage
 
 PREFIX = "reconstructor."
@@ -133,14 +140,16 @@ class EndToEndEngine(NativeEngine):
     def _update(self, skipped: Tensor) -> None:
         run = self.run
         rate = learning_rate(self.step, run.optim, run.train.num_steps)
-        # In the warm-up the generator keeps still: with a rate of 0 neither gradient nor decay moves it.
-        steps = [(self.optimizer, 0.0 if self.warming else rate, self._home)]
+        # In the warm-up the generator keeps still, its moments too: updates with no gradient would count as steps, and
+        # the first real ones would find averages near zero and no correction for that.
+        still = torch.ones_like(skipped) if self.warming else skipped
+        steps = [(self.optimizer, rate, still.to(self._home))]
         if self.part is not None:
-            steps.append((self.part_optimizer, rate * run.reconstructor.lr_share, self.device))
-        for optimizer, lr, home in steps:
+            steps.append((self.part_optimizer, rate * run.reconstructor.lr_share, skipped.to(self.device)))
+        for optimizer, lr, leave_out in steps:
             set_learning_rate(optimizer, lr)
-            update(optimizer, skipped.to(home))
-            optimizer.zero_grad(set_to_none=True)
+            update(optimizer, leave_out)
+            optimizer.zero_grad()
 
     def _more_inputs(self, batch: PairBatch) -> dict[str, Tensor]:
         if batch.pixels is None:
@@ -151,7 +160,8 @@ class EndToEndEngine(NativeEngine):
         """As the native engine's, and the reconstructor's figures [P, 3] as means over the pairs of the whole step."""
         image, text, figures = result
         pair = weighted_loss(image, text, self._counts, self.run.loss)
-        sums = figures.sum(0) / max(1, self._counts.image // self.run.model.spec.num_image_tokens)
+        pairs = torch.as_tensor(self._counts.image) // self.run.model.spec.num_image_tokens
+        sums = figures.sum(0) / pairs.clamp(min=1)
         loss = (0.0 if self.warming else 1.0) * pair.loss + self.run.reconstructor.weight * sums[0]
         numbers = torch.cat([torch.stack([loss, pair.image_ce, pair.text_ce]), sums]).detach()
         return loss * self.mesh.data_size, numbers
@@ -177,6 +187,8 @@ class EndToEndEngine(NativeEngine):
     def resume(self, step: int) -> None:
         """Go on after ``step`` steps, once the tensors of ``state_dict`` have been filled in place."""
         super().resume(step)
+        if self.part is not None:
+            state_was_filled(self.part_optimizer)
         self.critic.resume()
 
     def export(self) -> Iterator[tuple[str, Tensor]]:

@@ -181,7 +181,7 @@ class NativeEngine:
         skipped = (~torch.isfinite(norm + totals[0])).float()
         set_learning_rate(self.optimizer, learning_rate(self.step, run.optim, run.train.num_steps))
         update(self.optimizer, skipped.to(self._home))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.step += 1
         return StepResult(totals[0], totals[1], totals[2], norm.detach(), skipped, self._reports(totals))
 

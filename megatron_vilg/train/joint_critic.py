@@ -14,7 +14,13 @@ from megatron_vilg.models.reconstructor import Helpers
 from megatron_vilg.parallel.batch_norm import share_batch_norms
 from megatron_vilg.parallel.mesh import DATA_AXES, Mesh
 from megatron_vilg.parallel.replicas import average_together
-from megatron_vilg.train.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from megatron_vilg.train.optim import (
+    build_optimizer,
+    learning_rate,
+    optimizer_state,
+    set_learning_rate,
+    state_was_filled,
+)
 
 _REPORTED = ("loss/critic", "loss/adversarial", "critic/weight")
 
@@ -107,4 +113,6 @@ class JointCritic:
 
     def resume(self) -> None:
         """Go on from the state that was filled in place."""
+        if self.critic is not None:
+            state_was_filled(self._optimizer)
         self._let_work(bool(self._run.reconstructor.critic_weight) and bool(self.gate.is_open))

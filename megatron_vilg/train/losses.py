@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vilg.config.schema import LossConfig
@@ -42,30 +41,6 @@ class TokenCounts:
         return TokenCounts(image, text)
 
 
-def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Nats per token, float32 of the labels' shape; 0 where the label is ``IGNORE``. logits [..., V], labels [...]."""
-    flat = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return flat.view(labels.shape)
-
-
-def pair_loss(
-    image_logits: Tensor, text_logits: Tensor, targets: Tensor, counts: TokenCounts, config: LossConfig
-) -> PairLoss:
-    """Loss of a (micro-)batch from whole logits; ``weighted_loss`` over ``linear_cross_entropy`` keeps fewer.
-
-    Args:
-        image_logits: [P, N, V_image].
-        text_logits: [P, L + 1, V_text].
-        targets: int64 [P, N + L + 1] from ``build_targets``.
-        counts: predicted tokens of the whole step.
-        config: weights and switches.
-    """
-    num_image = image_logits.shape[1]
-    image = _one_direction(image_logits, targets[:, :num_image], config)
-    text = _one_direction(text_logits, targets[:, num_image:], config)
-    return weighted_loss(image, text, counts, config)
-
-
 def weighted_loss(
     image: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], counts: TokenCounts, config: LossConfig
 ) -> PairLoss:
@@ -91,18 +66,3 @@ def weighted_loss(
 
 def _at_least_one(count: Tensor | int) -> Tensor | int:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
-
-
-def _one_direction(logits: Tensor, labels: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy with what smoothing and z-loss add to it, and without."""
-    logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-    cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    total = cross_entropy
-    if config.label_smoothing > 0.0:
-        total = F.cross_entropy(
-            logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=config.label_smoothing
-        )
-    if config.z_loss > 0.0:
-        log_z = torch.logsumexp(logits, dim=-1)
-        total = total + config.z_loss * (log_z.square() * (labels != IGNORE)).sum()
-    return total, cross_entropy

@@ -59,6 +59,9 @@ def test_gate_needs_both_the_step_and_the_quality_and_then_stays_open() -> None:
     assert gate.update(4, bad)
     late = CriticGate(start_step=0, threshold=0.1, decay=0.5)
     assert [late.update(step, bad if step == 0 else good) for step in range(6)] == [False] * 5 + [True]
+    average = late.average.clone()
+    late.update(6, torch.tensor(float("nan")))
+    assert torch.equal(late.average, average), "a step that is left out leaves the mean as it was"
     restored = CriticGate(start_step=0, threshold=0.1, decay=0.5)
     restored.load_state_dict(late.state_dict())
     assert restored.update(6, bad) and torch.equal(restored.is_open, torch.tensor(True))

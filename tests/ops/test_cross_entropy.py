@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_vilg.ops import cross_entropy
 from megatron_vilg.ops.cross_entropy import CHUNKS, FEWEST_ROWS, IGNORE, chunk_rows, linear_cross_entropy
 
 
@@ -54,6 +55,15 @@ def test_bf16_products_under_autocast() -> None:
     for grad, other, value in zip(grads, others, (hidden, weight), strict=True):
         assert grad.dtype == value.dtype
         torch.testing.assert_close(grad, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())
+
+
+def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = problem()
+    expected, _ = linear_cross_entropy(hidden, weight, labels)
+    monkeypatch.setattr(cross_entropy, "_add_product", None)
+    with torch.no_grad():
+        total, _ = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(total, expected.detach())
 
 
 def test_no_row_at_all_and_no_gradient() -> None:

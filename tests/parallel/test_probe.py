@@ -47,6 +47,15 @@ def findings_of(started: int, size: int, port: int, folder: Path, timeout: float
             process.join()
 
 
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path, free_port: int) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    findings = {finding.name: finding for finding in findings_of(2, 2, free_port, tmp_path / "file", 30.0)}
+    assert [problem.split(": ", 1)[1].split(" ")[:2] for problem in findings["shared folder"].problems] == [
+        ["cannot", "write"]
+    ] * 2
+    assert "process group" in findings, "what follows still runs"
+
+
 def test_what_works_and_what_differs_is_told(tmp_path: Path, free_port: int) -> None:
     findings = {finding.name: finding for finding in findings_of(2, 2, free_port, tmp_path, 30.0)}
     assert findings["ranks"].answer == "2 of 2 answer, 2 nodes"

@@ -91,6 +91,7 @@ def test_warm_up_moves_the_mapping_alone() -> None:
     first = engine.train_step(batch_of(run))
     second = engine.train_step(batch_of(run))
     assert moved(start, engine) == {"reconstructor.mapping"}
+    assert not any(state["step"] for state in engine.optimizer.state.values()), "its updates are not counted either"
     assert second.extra["reconstruction/code_distance"] < first.extra["reconstruction/code_distance"]
     engine.train_step(batch_of(run))
     assert {"embed", "blocks", "heads", "norm", "reconstructor.decoder"} <= moved(start, engine)

@@ -57,6 +57,20 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
             assert torch.equal(tensor, after["optimizer"][slot][name]), (slot, name)
 
 
+def test_optimizers_whose_zero_grad_takes_nothing_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apex's FusedAdam is one."""
+    engine = NativeEngine(tiny_run())
+    zero_grad, calls = engine.optimizer.zero_grad, []
+
+    def bare() -> None:
+        calls.append(1)
+        zero_grad()
+
+    monkeypatch.setattr(engine.optimizer, "zero_grad", bare)
+    losses(engine, range(2))
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resumed_steps_are_bit_identical(dropout: float) -> None:
     run = tiny_run(tiny_config(dropout=dropout))
