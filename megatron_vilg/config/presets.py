@@ -111,7 +111,11 @@ def demo_full() -> RunConfig:
 
 
 def e2e_300m() -> RunConfig:
-    """The 300M model of the paper's end-to-end ablation (section 5): 24 layers, 1024 wide, 16 heads."""
+    """The 300M generator of the paper's end-to-end ablation (section 5): 24 layers, 1024 wide, 16 heads.
+
+    As it stands it trains on the codes of a frozen VQGAN. The ablation itself has DALL-E's dVAE and a reconstructor:
+    ``image_tokenizer.kind=dvae reconstructor.enabled=true``.
+    """
     return RunConfig(
         preset="e2e-300m",
         model=ModelConfig(num_layers=24, width=1024, num_heads=16, num_text_slots=61),

@@ -1,4 +1,4 @@
-"""The only file with names that torch does not promise to keep; seen working with torch 2.13."""
+"""The only file that imports from modules which torch keeps to itself; seen working with torch 2.13."""
 
 from __future__ import annotations
 
