@@ -27,7 +27,7 @@ PATTERNS: tuple[Pattern, ...] = ("row", "column", "conv")
 
 
 def attention_layers(bench: Bench) -> Iterator[Row]:
-    """Milliseconds per layer and row of 1088 positions, 8 heads of 64, 32 x 32 codes, 61 text tokens.
+    """Milliseconds per layer and row of 1104 positions, 8 heads of 64, 32 x 32 codes, 64 text tokens.
 
     The limit is the time of the products of kept scores alone, at the rate of a large product.
     """

@@ -24,7 +24,7 @@ GOALS = {"8x8": Goal("ratio", ">=", 1.0), "32x32": Goal("ratio", ">=", 1.5)}
 DALLE_GOALS = {"8x8": GOALS["8x8"], "32x32": Goal("ratio", ">=", 3.0)}
 GROWING = "GPT-2 generate"
 UNCACHED_TOKENS = 4
-"""Last tokens of the picture that dalle-pytorch draws without a cache; all of them would take a quarter of an hour."""
+"""Tokens that dalle-pytorch draws without a cache, spread over the picture; all would take a quarter of an hour."""
 
 
 def decoding(bench: Bench) -> Iterator[Row]:
@@ -69,14 +69,23 @@ def samples_of_one_prompt(bench: Bench) -> Iterator[Row]:
 
 
 def _uncached(bench: Bench, model: ModelConfig, ours: float) -> Row:
-    """dalle-pytorch as it comes: axial layers without a cache. Its last tokens stand for all; each costs the same."""
+    """dalle-pytorch as it comes: axial layers without a cache, so a token costs more the more stand before it.
+
+    A few tokens, each in the middle of an equal stretch of the picture, stand for all. The committed figure (302 times)
+    is older: it was measured on the last four, the dearest.
+    """
     generator = peers.dalle(model, axial=True).to(bench.device)
     pairs = random_pairs(model, NUM_PROMPTS, seed=3)
-    text, codes = pairs.text_ids[:, 0].to(bench.device), pairs.target_image_ids[:, :-UNCACHED_TOKENS].to(bench.device)
-    run = partial(peers.dalle_codes, generator, text, cached=False, given=codes)
-    seconds = statistics.median(bench.interleave({"x": run}, 1, warm_up=0)["x"])
+    text, codes = pairs.text_ids[:, 0].to(bench.device), pairs.target_image_ids.to(bench.device)
+    stretch = model.spec.num_image_tokens // UNCACHED_TOKENS
+    given = [codes[:, : stretch // 2 + place * stretch] for place in range(UNCACHED_TOKENS)]
+    runs = {
+        str(before.shape[1]): partial(peers.dalle_codes, generator, text, cached=False, given=before, count=1)
+        for before in given
+    }
+    seconds = bench.interleave(runs, 1, warm_up=0)
     value = NUM_PROMPTS * model.spec.num_image_tokens / ours
-    peer = NUM_PROMPTS * UNCACHED_TOKENS / seconds
+    peer = NUM_PROMPTS / statistics.mean(once for (once,) in seconds.values())
     name = f"decoding, 32x32 codes, batch {NUM_PROMPTS}"
     goal = Goal("ratio", ">=", 60.0)
     return Row("C4", name, value, f"tokens/{bench.unit}", "dalle-pytorch, no cache", peer, goal)

@@ -84,14 +84,15 @@ def dalle(model: ModelConfig, *, axial: bool, cached: bool = False) -> Any:
     return generator
 
 
-def dalle_codes(generator: Any, text: Tensor, *, cached: bool, given: Tensor | None = None) -> Tensor:
-    """Draw codes with dalle-pytorch; with ``given`` [B, n] codes that is only the rest of the picture."""
+def dalle_codes(generator: Any, text: Tensor, *, cached: bool, given: Tensor | None = None, count: int = 0) -> Tensor:
+    """Draw codes with dalle-pytorch: a picture, or after ``given`` [B, n] the next ``count`` codes (0: the rest)."""
     generator = generator.eval()
     if given is None:
         return generator.generate_images(text, use_cache=cached)
     with torch.no_grad():
         codes = given
-        while codes.shape[1] < generator.image_seq_len:
+        end = given.shape[1] + count if count else generator.image_seq_len
+        while codes.shape[1] < end:
             logits = generator(text, codes)[:, -1]
             codes = torch.cat([codes, logits.float().softmax(-1).multinomial(1) - generator.num_text_tokens], dim=1)
     return codes

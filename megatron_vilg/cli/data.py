@@ -51,7 +51,7 @@ def _add_demo(verbs: Any) -> None:
         default="",
         metavar="A,B",
         help="some of noto,twemoji,openmoji,fluent-flat,fluent-3d,emojione,fluent-contrast,emojione-mono, or all "
-        "(default: the first six)",
+        "(default: noto,twemoji,openmoji,fluent-flat,fluent-3d,fluent-contrast)",
     )
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
     parser.add_argument(

@@ -15,27 +15,44 @@ from megatron_vilg.errors import DataError
 WHITE = 1.0
 """What transparent pixels and the margin of a shifted picture become, in the range [-1, 1]."""
 
+_UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
+
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode a picture file to RGB; transparency is laid on white, the camera's rotation is applied.
+    """Decode a picture file to RGB, as :func:`to_rgb` does.
 
     Raises:
         DataError: the bytes are no complete picture that Pillow can read.
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return to_rgb(opened)
+    except (*_UNREADABLE, DataError) as error:
         raise DataError(f"not a readable picture ({len(data)} bytes): {error}") from error
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys at 255 instead of scaling them
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257.0).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        ground.alpha_composite(image)
-        image = ground
-    return image.convert("RGB")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture in any of Pillow's modes as RGB; transparency is laid on white, the camera's rotation is applied.
+
+    Greys of more than 8 bits are scaled from 0 to 65535, floating-point ones are taken to go from 0 to 255.
+
+    Raises:
+        DataError: its file is cut off, or Pillow cannot convert the mode.
+    """
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max(initial=0) > 255):
+            # Pillow would clip 16-bit greys at 255 instead of scaling them.
+            image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257.0).clip(0, 255).astype(np.uint8))
+        if image.getbands()[-1] in ("A", "a") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            ground.alpha_composite(image)
+            image = ground
+        return image.convert("RGB")
+    except _UNREADABLE as error:
+        raise DataError(f"it cannot be turned from mode {image.mode} into RGB: {error}") from error
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

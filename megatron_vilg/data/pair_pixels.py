@@ -7,6 +7,7 @@ A token cache holds no pixels. Here a folder holds, per shard of the cache, ``tr
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class PixelCache:
             keys = _keys_of(cache, split)
             found = []
             for shard in shards:
-                wanted = _note(cache, [next(keys) for _ in range(shard["pairs"])])
+                wanted = _note(cache, shard, keys)
                 found.append(_open(folder / f"{shard['name']}.npy", wanted))
             if found:
                 self._splits[split] = SplitPixels(found)
@@ -94,7 +95,7 @@ def write_pixel_cache(
                 f"{len(shards)} shards: it was made from other data, or with another data.shard_size"
             )
         for shard, part in zip(shards, parts, strict=True):
-            wanted = _note(cache, [next(keys) for _ in range(shard["pairs"])])
+            wanted = _note(cache, shard, keys)
             path = folder / f"{shard['name']}.npy"
             if not _is_complete(path, wanted):
                 _write(path, part, size, wanted)
@@ -134,8 +135,15 @@ def _is_complete(path: Path, wanted: dict[str, Any]) -> bool:
     return path.is_file() and note.is_file() and read_json(note) == wanted
 
 
-def _note(cache: TokenCache, keys: Sequence[str]) -> dict[str, Any]:
-    return {"image_size": int(cache.settings["image_size"]), "pairs": len(keys), "keys_sha256": _digest(keys)}
+def _note(cache: TokenCache, shard: Mapping[str, Any], keys: Iterator[str]) -> dict[str, Any]:
+    """What the pictures of a shard of the cache belong to; takes its keys from ``keys``."""
+    mine = list(itertools.islice(keys, shard["pairs"]))
+    return {
+        "image_size": int(cache.settings["image_size"]),
+        "pairs": len(mine),
+        "keys_sha256": _digest(mine),
+        "tokens_sha256": shard["sha256"],  # a picture that was replaced keeps its key, but not its tokens
+    }
 
 
 def _keys_of(cache: TokenCache, split: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 from PIL import Image
 
 from megatron_vilg.data.images import decode_image
-from megatron_vilg.data.sources import Found, Part, find_parts, hash_split
+from megatron_vilg.data.source_parts import Found, Part, is_text
+from megatron_vilg.data.sources import find_parts
+from megatron_vilg.data.split_names import hash_split
 from megatron_vilg.errors import DataError
 from megatron_vilg.log import get_logger
 
@@ -52,7 +54,7 @@ class Record:
         """Other wordings: distinct, not empty, not the canonical caption."""
         given = self.fields.get("alternates")
         texts = [tidy_caption(text) for text in given if isinstance(text, str)] if isinstance(given, list) else []
-        return [text for text in dict.fromkeys(texts) if text and text != self.caption]
+        return [text for text in dict.fromkeys(texts) if text and text != self.caption and is_text(text)]
 
 
 @dataclass(slots=True)
@@ -137,9 +139,17 @@ class RecordPart:
         return self.part.name
 
     @property
+    def stamp(self) -> str:
+        """Quick to find; where it is what it was, the files behind the part are too (``Part.stamp``)."""
+        return self._mine(self.part.stamp)
+
+    @property
     def fingerprint(self) -> str:
-        """Changes when the files behind the part change."""
-        return f"{self.split}:{self.val_share if self.mixed else 0:g}:{self.part.fingerprint}"
+        """From the contents of the files behind the part; reads them all."""
+        return self._mine(self.part.fingerprint)
+
+    def _mine(self, text: str) -> str:
+        return f"{self.split}:{self.val_share if self.mixed else 0:g}:{text}"
 
     def read(self, report: ReadReport, *, with_images: bool = True) -> Iterator[Record]:
         """The good records, in a fixed order; bad ones go to ``report``.
@@ -221,16 +231,54 @@ def read_records(
     Raises:
         DataError: nothing found, no such split, too many bad records, or no good one.
     """
-    splits = find_records(path, val_share=val_share)
-    if split is not None and split not in splits:
-        raise DataError(f"data: {str(path)!r} has no split {split!r}; it has {', '.join(splits)}")
+    parts = find_records(path, val_share=val_share)
+    if split is not None:
+        parts = {split: require_split(parts, split, path)}
+    for _, record in read_parts(parts, path, report=report, max_bad_share=max_bad_share, with_images=with_images):
+        yield record
+
+
+def require_split(parts: Mapping[str, list[RecordPart]], split: str, path: Path | str) -> list[RecordPart]:
+    """The parts of one split of the source ``path``.
+
+    Raises:
+        DataError: no such split.
+    """
+    if split not in parts:
+        raise DataError(f"data: {str(path)!r} has no split {split!r}; it has {', '.join(parts)}")
+    return parts[split]
+
+
+def read_parts(
+    parts: Mapping[str, Sequence[RecordPart]],
+    path: Path | str,
+    *,
+    report: ReadReport | None = None,
+    max_bad_share: float = 0.01,
+    with_images: bool = True,
+) -> Iterator[tuple[str, Record]]:
+    """Read several splits one after the other: each record with the name of its split.
+
+    Bad records are judged over all splits together, so that one in a small split does not count for more. A split
+    that turns out to be empty gives nothing.
+
+    Args:
+        parts: from ``find_records``.
+        path: the source, for messages.
+        report: filled while reading.
+        max_bad_share: share of bad records above which reading stops (``ReadReport.check``).
+        with_images: False reads captions and fields only.
+
+    Raises:
+        DataError: too many bad records, or no good one.
+    """
     report = ReadReport() if report is None else report
-    for name in [split] if split is not None else splits:
-        for part in splits[name]:
+    for name, of_split in parts.items():
+        for part in of_split:
             for record in part.read(report, with_images=with_images):
                 if report.num_skipped and report.read % _EARLY_CHECK == 0:
                     report.check(str(path), max_bad_share)
-                yield record
+                yield name, record
     report.check(str(path), max_bad_share)
     if report.read == 0:
         reasons = report.summary() or "nothing in it"

@@ -17,6 +17,7 @@ from megatron_vilg.config.schema import DataConfig
 from megatron_vilg.data.images import random_views, square, to_tensor
 from megatron_vilg.data.records import ReadReport, Record, RecordPart
 from megatron_vilg.data.shards import file_sha256
+from megatron_vilg.data.source_parts import is_text
 from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.data.token_files import (
     FORMAT,
@@ -136,6 +137,7 @@ class _Writer:
         if done is not None:
             return ReadReport.from_json(done["report"])
         (self.out / MANIFEST_FILE).unlink(missing_ok=True)
+        origin = {"source": part.name, "stamp": part.stamp, "fingerprint": part.fingerprint}  # as it is before reading
         report = ReadReport()
         num_views = self.settings.num_views if split == "train" else 0
         columns = _Columns(self.settings.num_text_slots)
@@ -145,7 +147,7 @@ class _Writer:
             for record in batch:
                 columns.add_text(record, self.text_tokenizer.encode_batch([record.caption, *record.alternates]))
         arrays = columns.arrays((1 + num_views, self.settings.grid_side**2))
-        self._write(stem, part, arrays, columns, report)
+        self._write(stem, origin, arrays, columns, report)
         return report
 
     def _codes(self, batch: Sequence[Record], num_views: int, generator: torch.Generator, where: str) -> np.ndarray:
@@ -173,7 +175,7 @@ class _Writer:
         return codes.numpy().astype(np.uint16)
 
     def _write(
-        self, stem: str, part: RecordPart, arrays: dict[str, np.ndarray], columns: _Columns, report: ReadReport
+        self, stem: str, origin: dict[str, str], arrays: dict[str, np.ndarray], columns: _Columns, report: ReadReport
     ) -> None:
         shard = self.out / f"{stem}.safetensors"
         partial = partial_path(shard)
@@ -185,8 +187,7 @@ class _Writer:
         records.rename(self.out / f"{stem}.jsonl")
         note = {
             "settings": self.settings.to_json(),
-            "source": part.name,
-            "fingerprint": part.fingerprint,
+            **origin,
             "sha256": checksum,
             "pairs": len(columns.lines),
             "captions": len(columns.lengths),
@@ -200,10 +201,12 @@ class _Writer:
         note_path, shard = self.out / f"{stem}.json", self.out / f"{stem}.safetensors"
         if not note_path.is_file() or not shard.is_file() or not (self.out / f"{stem}.jsonl").is_file():
             return None
-        note = read_json(note_path)
-        if note["fingerprint"] != part.fingerprint:
+        note, stamp = read_json(note_path), part.stamp
+        if not _is_same_source(note, part, stamp):
             logger.info("%s: its source has changed, encoding it again", stem)
             return None
+        if note.get("stamp") != stamp:  # copied, or touched: the contents need not be compared again next time
+            write_json(note_path, note | {"stamp": stamp})
         if file_sha256(shard) != note["sha256"]:
             logger.warning("%s: damaged, encoding it again", shard)
             return None
@@ -212,9 +215,12 @@ class _Writer:
     def finish(self, jobs: Sequence[tuple[str, int, RecordPart]], max_bad_share: float) -> bool:
         """Write the manifest if every shard is there."""
         report, shards, notes = ReadReport(), dict[str, list[dict[str, Any]]](), []
-        for split, number, part in jobs:
-            path = self.out / f"{split}-{number:05d}.json"
-            if not path.is_file() or (note := read_json(path))["fingerprint"] != part.fingerprint:
+        paths = [self.out / f"{split}-{number:05d}.json" for split, number, _ in jobs]
+        if not all(path.is_file() for path in paths):
+            return False
+        for path, (split, _, part) in zip(paths, jobs, strict=True):
+            note = read_json(path)
+            if not _is_same_source(note, part, part.stamp):
                 return False
             notes.append(note)
             report.add(ReadReport.from_json(note["report"]))
@@ -249,6 +255,11 @@ class _Writer:
         return True
 
 
+def _is_same_source(note: Mapping[str, Any], part: RecordPart, stamp: str) -> bool:
+    """Whether a shard was made from what the part holds now: untouched files, or equal contents."""
+    return bool(note.get("stamp") == stamp or note["fingerprint"] == part.fingerprint)
+
+
 class _Columns:
     """The growing columns of one shard."""
 
@@ -272,7 +283,8 @@ class _Columns:
             self.lengths.append(len(kept))
         self.starts.append(len(self.lengths))
         line = {"key": record.key, "caption": record.caption, "fields": record.fields}
-        self.lines.append(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n")
+        text = json.dumps(line, ensure_ascii=False, sort_keys=True)
+        self.lines.append((text if is_text(text) else json.dumps(line, sort_keys=True)) + "\n")
 
     def arrays(self, image_shape: tuple[int, int]) -> dict[str, np.ndarray]:
         """The columns as the shard holds them."""

@@ -6,7 +6,7 @@ Chinese has no spaces between words, so the character is the unit: the figures n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,13 @@ class CaptionScore:
 def normalise(caption: str) -> str:
     """Remove white space, which Chinese captions do not use, so that a stray blank does not count as a mistake."""
     return "".join(caption.split())
+
+
+def longest_named(text: str, names: Iterable[str]) -> set[str]:
+    """The longest of ``names`` that occur in ``text``, several if equally long; of 鱼 and 章鱼 in 章鱼 only that."""
+    found = {name for name in names if name and name in text}
+    most = max(map(len, found), default=0)
+    return {name for name in found if len(name) == most}
 
 
 def char_f1(candidate: str, reference: str) -> float:

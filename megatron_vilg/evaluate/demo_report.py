@@ -26,7 +26,7 @@ from megatron_vilg.evaluate.report_picture import render_picture
 from megatron_vilg.evaluate.report_tables import footer_lines, report_tables
 from megatron_vilg.evaluate.retrieval import FEATURE_BLOCKS, FEATURE_CELLS, FEATURE_SIZE, Activations
 from megatron_vilg.evaluate.scenes import measure_scenes
-from megatron_vilg.evaluate.statistics import sample_indices
+from megatron_vilg.evaluate.statistics import rounded_figures, sample_indices
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
 from megatron_vilg.evaluate.view import CaptionedPicture, DrawnPrompt, Group, LinePlot, ReportView, Sample
 from megatron_vilg.log import get_logger
@@ -35,6 +35,8 @@ log = get_logger(__name__)
 
 FEATURE_NETWORK = "efficientnet-lite2"
 """Network that judges drawings; training's perceptual loss uses another one."""
+
+_DECIMALS = 4
 
 _TITLES = {
     (Kind.TRAINED, True): ("训练过的组合", "Trained: the model has seen this concept in this style"),
@@ -104,7 +106,7 @@ def make_report(
 def write_report(report: Report, out: Path, *, with_page: bool = True) -> None:
     """Write ``report.json``, ``report.png`` and, if asked, ``report.html``; each appears whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(report.figures), ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(rounded_figures(report.figures, _DECIMALS), ensure_ascii=False, indent=1) + "\n"
     _replace(out / "report.json", text.encode())
     partial = out / "report.png.partial"
     render_picture(report.view).save(partial, format="PNG")
@@ -236,15 +238,6 @@ def _drawn_prompts(measurement: Measurement, kind: Kind, numbers: list[int]) -> 
         )
         for row, number in enumerate(numbers)
     )
-
-
-def _rounded(value: Any) -> Any:
-    """Figures to four decimals: more are noise, and would hide a real difference between two reports."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, Mapping):
-        return {str(key): _rounded(part) for key, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_vilg.evaluate.captions import CaptionScore, chance_score, normalise, score_captions
+from megatron_vilg.evaluate.captions import CaptionScore, chance_score, longest_named, normalise, score_captions
 from megatron_vilg.evaluate.cross_entropy import TokenFrequencies, condition_test, count_tokens
-from megatron_vilg.evaluate.pairs import EvalSet, Kind
+from megatron_vilg.evaluate.pairs import EvalPair, EvalSet, Kind
 from megatron_vilg.evaluate.reconstruction import codebook_use, reconstruct, score_reconstruction
 from megatron_vilg.evaluate.retrieval import Activations, Gallery, Label, picture_features
 from megatron_vilg.evaluate.statistics import sample_indices, wilson_interval
@@ -179,19 +180,21 @@ class Measurement:
         )
 
     def _names(self, said: list[str], numbers: list[int]) -> dict[str, float]:
-        """How often a caption names the right concept, and the right style, whatever else it says."""
+        """How often a caption names the right concept, and the right style, whatever else it says.
+
+        Of all names in the data set that occur in a caption the longest counts: who says 章鱼 has not named 鱼.
+        """
         pairs = [self.pairs.pairs[number] for number in numbers]
         if not all(pair.concept_name and pair.style_name for pair in pairs):
             return {}
         texts = [normalise(text) for text in said]
-        return {
-            "concept": _mean([normalise(p.concept_name) in text for p, text in zip(pairs, texts, strict=True)]),
-            "style": _mean([normalise(p.style_name) in text for p, text in zip(pairs, texts, strict=True)]),
-        }
 
+        def share(name_of: Callable[[EvalPair], str]) -> float:
+            known = {normalise(name_of(pair)) for pair in self.pairs.pairs}
+            hits = [normalise(name_of(p)) in longest_named(text, known) for p, text in zip(pairs, texts, strict=True)]
+            return sum(hits) / len(hits)
 
-def _mean(answers: list[bool]) -> float:
-    return sum(answers) / len(answers)
+        return {"concept": share(lambda pair: pair.concept_name), "style": share(lambda pair: pair.style_name)}
 
 
 def _share(hits: Tensor, num_prompts: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vilg.data.images import square
-from megatron_vilg.data.records import Record, find_records, read_records
+from megatron_vilg.data.records import Record, find_records, read_parts
 from megatron_vilg.errors import DataError
 from megatron_vilg.evaluate.retrieval import Label
 
@@ -119,10 +119,10 @@ def read_eval_set(
     """
     pairs: list[EvalPair] = []
     pictures: list[np.ndarray] = []
-    for split in find_records(data, val_share=val_share):
-        for record in read_records(data, split, max_bad_share=max_bad_share, val_share=val_share):
-            pairs.append(_describe(record, split))
-            pictures.append(np.asarray(square(record.decode(), image_size), dtype=np.uint8))
+    parts = find_records(data, val_share=val_share)
+    for split, record in read_parts(parts, data, max_bad_share=max_bad_share):
+        pairs.append(_describe(record, split))
+        pictures.append(np.asarray(square(record.decode(), image_size), dtype=np.uint8))
     plain = [number for number, pair in enumerate(pairs) if pair.scene is None]
     if not any(pairs[number].kind == Kind.TRAINED for number in plain):
         raise DataError(

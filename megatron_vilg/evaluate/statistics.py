@@ -1,9 +1,10 @@
-"""Intervals and seeded choices that all evaluations share."""
+"""Intervals, rounding and seeded choices that all evaluations share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,25 @@ def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, f
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+_SETTINGS = ("config", "drawing_settings")
+
+
+def rounded_figures(figures: Mapping[str, Any], digits: int) -> dict[str, Any]:
+    """The figures of a report with ``digits`` decimals: more are noise, and would hide a real difference.
+
+    Settings beside them (``config``, ``drawing_settings``) stay exact, so that a run can be repeated with them.
+    """
+    return {name: part if name in _SETTINGS else _rounded(part, digits) for name, part in figures.items()}
+
+
+def _rounded(value: Any, digits: int) -> Any:
+    if isinstance(value, float):
+        return round(value, digits)
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(part, digits) for key, part in value.items()}
+    return [_rounded(part, digits) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def derangement(count: int, seed: int) -> np.ndarray:

@@ -13,17 +13,19 @@ from PIL import Image
 from megatron_vilg.data.images import to_image
 from megatron_vilg.evaluate.canvas import Canvas
 from megatron_vilg.evaluate.report_page import inline_picture, page_start, render_plots
+from megatron_vilg.evaluate.statistics import rounded_figures
 from megatron_vilg.evaluate.table7 import Table7
 from megatron_vilg.evaluate.view import LinePlot
 
 _MARGIN, _SIDE, _GAP, _SIZE = 24, 96, 8, 14
 _NAME_WIDTH = 190
+_DECIMALS = 5
 
 
 def write_table7(table: Table7, json_file: Path, picture_file: Path | None) -> None:
     """Write the figures, and the picture if asked; each appears whole or not at all."""
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(table.figures), ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(rounded_figures(table.figures, _DECIMALS), ensure_ascii=False, indent=1) + "\n"
     partial = json_file.with_name(json_file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(json_file)
@@ -100,12 +102,3 @@ def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
         return "-"
     half = row["interval95"][key]
     return f"{row['mean'][key]:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def _rounded(value: Any) -> Any:
-    """Figures to five decimals."""
-    if isinstance(value, float):
-        return round(value, 5)
-    if isinstance(value, Mapping):
-        return {str(key): _rounded(part) for key, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value

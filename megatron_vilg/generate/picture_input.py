@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from megatron_vilg.data.images import load_pixels
+from megatron_vilg.data.images import load_pixels, square, to_rgb, to_tensor
 from megatron_vilg.errors import DataError
 
 Picture = Image.Image | Path | str
@@ -16,15 +15,13 @@ Picture = Image.Image | Path | str
 
 
 def read_picture(image: Picture, size: int) -> Tensor:
-    """A picture as float32 [1, 3, size, size] in [-1, 1], laid on white like pictures in training.
+    """A picture as float32 [1, 3, size, size] in [-1, 1], in RGB on white and upright like pictures in training.
 
     Raises:
-        DataError: the file is missing or no picture.
+        DataError: the file is missing or no picture, or Pillow cannot convert it.
     """
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return load_pixels([buffer.getvalue()], size)
+        return to_tensor(square(to_rgb(image), size))[None]
     try:
         data = Path(image).read_bytes()
     except OSError as error:

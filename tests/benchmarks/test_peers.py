@@ -9,11 +9,14 @@ import sys
 import pytest
 import torch
 
-from benchmarks import peers, plain_loop
+from benchmarks import attention_layers, peers, plain_loop
+from benchmarks.decoding import _uncached
+from benchmarks.measure import Bench
 from benchmarks.plain_loop import generate, train_step
 from benchmarks.sizes import SIZES, num_parameters, plain_model, random_pairs
+from benchmarks.start import optimizer_update
 from megatron_vilg.models.vilg import ViLG
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_run
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -66,6 +69,48 @@ def test_random_pairs_hold_no_padding() -> None:
     pairs = random_pairs(model, 3, seed=0)
     assert pairs.text_len.eq(model.num_text_slots).all()
     assert pairs.text_ids.min() > 5 and pairs.image_ids.max() < model.image_vocab_size
+
+
+class Growing:
+    """Stands in for dalle-pytorch: notes how many codes stood before each that it was asked for."""
+
+    image_seq_len, num_text_tokens = 16, 3
+
+    def __init__(self) -> None:
+        self.before: list[int] = []
+
+    def eval(self) -> Growing:
+        return self
+
+    def to(self, device: torch.device) -> Growing:
+        return self
+
+    def __call__(self, text: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        self.before.append(codes.shape[1])
+        return torch.zeros(len(codes), 1, 8)
+
+
+def test_tokens_without_a_cache_are_spread_over_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Growing()
+    monkeypatch.setattr(peers, "dalle", lambda model, axial: generator)
+    row = _uncached(Bench(torch.device("cpu")), tiny_config(), ours=1.0)
+    assert generator.before == [2, 6, 10, 14]
+    assert row.peer == "dalle-pytorch, no cache" and row.value == 64.0 and row.peer_value > 0
+    generator.before.clear()
+    peers.dalle_codes(generator, torch.zeros(1, 2), cached=False, given=torch.zeros(1, 13, dtype=torch.int64))
+    assert generator.before == [13, 14, 15]
+
+
+def test_the_optimizers_row_names_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.start.paper_size", lambda precision: tiny_run())
+    (row,) = optimizer_update(Bench(torch.device("cpu"), rounds=1))
+    assert (row.metric, row.peer) == ("fused AdamW", "AdamW, foreach")
+
+
+def test_rows_of_attention_layers_have_the_length_they_say() -> None:
+    spec = attention_layers.SPEC
+    said = str(attention_layers.attention_layers.__doc__)
+    assert f"row of {spec.length} positions" in said and f"{spec.num_text_slots} text tokens" in said
 
 
 @pytest.mark.parametrize("name", ["taming.models.vqgan", "youtokentome"])

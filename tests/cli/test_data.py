@@ -9,10 +9,17 @@ from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, save_
 from megatron_vilg.cli.main import main
 from megatron_vilg.cli.shares import Share, chosen_share
 from megatron_vilg.config.schema import ImageTokenizerConfig
+from megatron_vilg.data.emoji import DEMO_STYLES
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.models.vqgan import VQGAN
 from tests.data.fake_emoji import write_packages
+
+
+def test_help_names_the_demo_styles(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "demo", "--help"])
+    assert f"(default:{','.join(DEMO_STYLES)})" in "".join(capsys.readouterr().out.split())
 
 
 def test_demo_tokenizer_and_encode_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

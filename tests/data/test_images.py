@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vilg.data.images import decode_image, load_pixels, random_views, square, to_image, to_tensor
+from megatron_vilg.data.images import decode_image, load_pixels, random_views, square, to_image, to_rgb, to_tensor
 from megatron_vilg.errors import DataError
 
 
@@ -37,6 +37,32 @@ def test_palette_with_transparency_and_grey() -> None:
 def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     image = Image.fromarray(np.full((3, 3), 0x8080, dtype=np.uint16))
     assert np.asarray(decode_image(file_of(image)))[1, 1].tolist() == [128, 128, 128]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBa", "RGBX", "I", "F"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+def test_colours_survive_their_mode() -> None:
+    red = Image.new("RGB", (2, 2), (254, 0, 0))
+    for mode in ("CMYK", "YCbCr", "HSV"):
+        assert np.abs(np.asarray(to_rgb(red.convert(mode)), dtype=int) - np.asarray(red)).max() <= 2, mode
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0)).convert("RGBa")
+    assert np.asarray(to_rgb(clear)).min() == 255
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [(np.int32([[0x8080]]), 128), (np.int32([[200]]), 200), (np.int32([[70000]]), 255), (np.float32([[100.0]]), 100)],
+)
+def test_wide_greys_are_scaled(values: np.ndarray, expected: int) -> None:
+    assert np.asarray(to_rgb(Image.fromarray(values)))[0, 0].tolist() == [expected] * 3
+
+
+def test_a_mode_that_cannot_be_converted_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="from mode La into RGB"):
+        to_rgb(Image.new("La", (2, 2)))
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", file_of(Image.new("RGB", (64, 64), "red"))[:60]])

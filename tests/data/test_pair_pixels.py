@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_vilg.config.schema import DataConfig
 from megatron_vilg.data.images import square
 from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.pair_pixels import PixelCache, write_pixel_cache
 from megatron_vilg.data.records import find_records, read_records
+from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import DataError
 from megatron_vilg.sequence import StreamSpec
 from tests.train.token_caches import SIDE, SLOTS, write_cache
@@ -49,6 +53,18 @@ def test_complete_shards_are_kept_and_missing_ones_written_again(tmp_path: Path)
     np.save(train, np.zeros((3, 3, 4, 4), np.uint8))
     with pytest.raises(DataError, match=r"holds uint8 \(3, 3, 4, 4\), expected uint8 \(3, 3, 8, 8\)"):
         PixelCache(tmp_path / "pixels", cache)
+
+
+def test_a_picture_that_was_replaced_is_written_again(
+    tmp_path: Path, make_folder: Callable[[Path, int], Path], make_png: Callable[..., bytes], make_cache: Any
+) -> None:
+    source = make_folder(tmp_path / "d", 4)
+    for number in (2, 9):
+        (source / "p002.png").write_bytes(make_png(number))
+        make_cache.write(source, tmp_path / "tokens")
+        pixels = write_pixel_cache(tmp_path / "pixels", TokenCache.open(tmp_path / "tokens"), find_records(source))
+        wanted = np.asarray(Image.open(io.BytesIO(make_png(number)))).transpose(2, 0, 1)
+        assert np.array_equal(pixels.split("train").read(np.array([2]))[0], wanted)
 
 
 def test_other_pairs_are_refused(tmp_path: Path, make_shards: Callable[..., Path]) -> None:

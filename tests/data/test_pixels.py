@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 
 from megatron_vilg.data.pixels import read_pixels, read_train_and_held_out
+from megatron_vilg.data.shards import ShardWriter
+from megatron_vilg.data.split_names import hash_split
 from megatron_vilg.errors import DataError
 
 
@@ -37,6 +40,43 @@ def test_a_share_is_held_out_by_key(tmp_path: Path) -> None:
     assert held_out is not None and len(held_out) > 0
     both = torch.cat([train, held_out])[:, 0, 0, 0]
     assert sorted(both.tolist()) == [10 * index for index in range(20)]
+
+
+def write_unnamed_tar(folder: Path, count: int) -> list[str]:
+    """A tar whose name says no split; returns its keys."""
+    with ShardWriter(folder, "laion") as writer:
+        for index in range(count):
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), (index, 0, 255)).save(buffer, "PNG")
+            writer.add(f"{index:03d}", buffer.getvalue(), "一只猫", {})
+    return [f"{index:03d}" for index in range(count)]
+
+
+def test_a_small_tar_of_which_no_key_is_held_out(tmp_path: Path) -> None:
+    keys = write_unnamed_tar(tmp_path, 6)
+    assert all(hash_split(key, 0.01) == "train" for key in keys)
+    train, held_out = read_train_and_held_out(tmp_path, 8, max_bad_share=0.0, val_share=0.01)
+    assert len(train) == 6 and held_out is None
+
+
+def test_bad_records_are_judged_over_all_splits(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "train", 20)
+    write_pairs(tmp_path / "val", 2)
+    (tmp_path / "val" / "000.png").write_bytes(b"broken")
+    train, held_out = read_train_and_held_out(tmp_path, 8, max_bad_share=0.01)
+    assert len(train) == 20 and held_out is not None and len(held_out) == 1
+    with pytest.raises(DataError, match="1 of 22 records"):
+        read_train_and_held_out(tmp_path, 8, max_bad_share=0.0)
+
+
+def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "val", 8)
+    with pytest.raises(DataError, match="has no split 'train'; it has val"):
+        read_train_and_held_out(tmp_path, 8, max_bad_share=0.01)
+    write_pairs(tmp_path / "train", 1)
+    (tmp_path / "train" / "000.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="8 usable pairs held out and none to train on"):
+        read_train_and_held_out(tmp_path, 8, max_bad_share=0.01)
 
 
 def test_more_pictures_than_memory_allows_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vilg.data.records import ReadReport, find_records, read_records
 from megatron_vilg.data.shards import ShardWriter
-from megatron_vilg.data.sources import hash_split, split_from_name
+from megatron_vilg.data.split_names import hash_split
 from megatron_vilg.errors import DataError
 
 Folder = Callable[[Path, int], Path]
@@ -169,24 +169,6 @@ def test_splits_from_folders(tmp_path: Path, make_folder: Folder) -> None:
     assert keys(tmp_path, "val") == ["valid/p000", "valid/p001", "valid/p002"]
 
 
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("train-00000", "train"),
-        ("train-scenes-00001", "train"),
-        ("val-pairs-00000", "val-pairs"),
-        ("validation_01", "val"),
-        ("dev-00000-of-00010", "val"),
-        ("test", "test"),
-        ("00017", None),
-        ("laion-00001", None),
-        ("trains", None),
-    ],
-)
-def test_split_from_name(name: str, split: str | None) -> None:
-    assert split_from_name(name) == split
-
-
 def test_hash_split_is_disjoint_complete_and_alike_for_all_kinds(tmp_path: Path, make_folder: Folder) -> None:
     root = make_folder(tmp_path / "d", 60)
     with ShardWriter(tmp_path / "t", "x") as writer:
@@ -209,10 +191,11 @@ def test_parts_cover_the_source_and_fingerprints_notice_changes(tmp_path: Path, 
         ["p003", "p004", "p005"],
         ["p006"],
     ]
-    before = [p.fingerprint for p in parts]
+    before = [(p.stamp, p.fingerprint) for p in parts]
     (root / "p004.txt").write_text("一句更长的话", encoding="utf-8")
-    after = [p.fingerprint for p in find_records(root, part_size=3)["train"]]
-    assert before[0] == after[0] and before[1] != after[1] and before[2] == after[2]
+    after = [(p.stamp, p.fingerprint) for p in find_records(root, part_size=3)["train"]]
+    assert before[0] == after[0] and before[2] == after[2]
+    assert before[1][0] != after[1][0] and before[1][1] != after[1][1]
 
 
 def test_captions_alone_are_read_without_pictures(tmp_path: Path, make_folder: Folder, make_shards: Shards) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vilg.evaluate.captions import chance_score, char_f1, score_captions
+from megatron_vilg.evaluate.captions import chance_score, char_f1, longest_named, score_captions
 
 CAPTIONS = st.text(alphabet="红绿蓝的熊猫狗", max_size=8)
 
@@ -25,6 +25,14 @@ def test_char_f1_counts_characters_as_often_as_they_occur() -> None:
 def test_char_f1_is_symmetric_and_bounded(left: str, right: str) -> None:
     assert char_f1(left, right) == pytest.approx(char_f1(right, left))
     assert 0.0 <= char_f1(left, right) <= 1.0
+
+
+def test_the_longest_name_in_a_text_is_what_it_names() -> None:
+    names = ["鱼", "章鱼", "龙", "恐龙", ""]
+    assert longest_named("黑白风格的章鱼", names) == {"章鱼"}
+    assert longest_named("黑白风格的鱼", names) == {"鱼"}
+    assert longest_named("龙和鱼", names) == {"龙", "鱼"}
+    assert longest_named("黑白风格的猫", names) == set()
 
 
 def test_white_space_does_not_count() -> None:

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vilg.config.load import load_run_config
+from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.evaluate.curves import instrument_plots
 from megatron_vilg.evaluate.demo_report import Report, make_report, write_report
+from megatron_vilg.evaluate.measure import Measurement
+from megatron_vilg.evaluate.pairs import EvalSet
 from megatron_vilg.evaluate.subject import EvaluationSettings
 from tests.evaluate.test_curves import metric_line
 from tests.evaluate.toy_world import CONCEPTS, SIDE, STYLES, UNSEEN, Flat, toy_pairs, toy_subject
 
 SETTINGS = EvaluationSettings(seed=5, shown_prompts=2, shown_captions=3, shown_samples=2)
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 NUM_TRAINED = len(CONCEPTS) * len(STYLES) - len(UNSEEN)
 
 
@@ -95,6 +102,35 @@ def test_written_report_can_be_read(report: Report, tmp_path: Path) -> None:
     assert "http" not in page, "the page needs no other file"
     # Two groups of two prompts with two samples, and three captions each.
     assert page.count("data:image/png;base64,") == 2 * (2 * 4) + 2 * 3
+
+
+def test_the_configuration_in_a_report_can_be_used_again(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path, with_page=False)
+    figures = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    (tmp_path / "again.json").write_text(json.dumps(figures["config"]))
+    assert load_run_config(file=tmp_path / "again.json") == toy_subject(toy_pairs()).config
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("demo*.json")), ids=lambda file: file.stem)
+def test_published_configurations_can_be_used(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(json.loads(file.read_text(encoding="utf-8"))["config"]))
+    run = load_run_config(file=tmp_path / "run.json")
+    assert run.model.norm_eps == RunConfig().model.norm_eps and run.optim.eps == RunConfig().optim.eps
+
+
+def test_captions_name_a_concept_only_by_its_whole_name() -> None:
+    pairs = toy_pairs()
+    longer = [
+        dataclasses.replace(pair, concept_name="熊猫", caption=pair.caption.replace("猫", "熊猫"))
+        if pair.concept_name == "猫"
+        else pair
+        for pair in pairs.pairs
+    ]
+    world = EvalSet(longer, np.stack([np.asarray(pairs.picture(number)) for number in range(len(pairs))]))
+    measurement = Measurement(toy_subject(world), world, None, SETTINGS)
+    bears = [number for number, pair in enumerate(longer) if pair.concept_name == "熊"]
+    assert measurement._names(["扁平风格的熊猫"] * 3, bears) == {"concept": 0.0, "style": pytest.approx(1 / 3)}
+    assert measurement._names(["扁平风格的熊"] * 3, bears)["concept"] == 1.0
 
 
 def test_page_has_plots_where_the_instruments_looked(report: Report, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_vilg.data.records import read_records
+from megatron_vilg.data.shards import ShardWriter
 from megatron_vilg.errors import DataError
 from megatron_vilg.evaluate.pairs import Kind, read_eval_set
 from megatron_vilg.evaluate.retrieval import Label
@@ -65,3 +67,20 @@ def test_a_set_without_training_pairs_is_refused(tmp_path: Path) -> None:
     add(tmp_path / "val", "a")
     with pytest.raises(DataError, match="has no training pairs"):
         read_eval_set(tmp_path, 8)
+
+
+def test_splits_without_pairs_are_no_error_and_bad_ones_count_for_the_whole_set(tmp_path: Path) -> None:
+    for number in range(20):
+        add(tmp_path / "src", f"k{number:02d}")
+    with ShardWriter(tmp_path / "t", "laion") as writer:
+        for record in read_records(tmp_path / "src"):
+            writer.add(record.key, record.image, record.caption, {})
+    pairs, _ = read_eval_set(tmp_path / "t", 8, val_share=1e-6)
+    assert len(pairs.of_kind(Kind.TRAINED)) == 20 and not pairs.of_kind(Kind.UNSEEN)
+    for number in range(20):
+        add(tmp_path / "d" / "train", f"k{number:02d}")
+    for key in ("a", "b"):
+        add(tmp_path / "d" / "val", key)
+    (tmp_path / "d" / "val" / "a.txt").write_bytes("红色的猫".encode("gbk"))
+    pairs, _ = read_eval_set(tmp_path / "d", 8)
+    assert len(pairs.of_kind(Kind.UNSEEN)) == 1

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vilg.evaluate.statistics import derangement, sample_indices, wilson_interval
+from megatron_vilg.evaluate.statistics import derangement, rounded_figures, sample_indices, wilson_interval
 
 
 def test_wilson_interval_of_known_cases() -> None:
@@ -40,3 +40,14 @@ def test_sample_is_seeded_ordered_and_without_repeats() -> None:
     assert sample == sample_indices(population, 10, seed=3)
     assert sample != sample_indices(population, 10, seed=4)
     assert sample_indices(population, 500, seed=3) == population
+
+
+def test_figures_are_rounded_and_settings_are_not() -> None:
+    figures = {"ce": {"right": 1.23456789, "parts": (0.00001, 3)}, "config": {"optim": {"eps": 1e-8}}, "seed": 3}
+    figures |= {"drawing_settings": {"temperature": 0.123456789}}
+    assert rounded_figures(figures, 4) == {
+        "ce": {"right": 1.2346, "parts": [0.0, 3]},
+        "config": {"optim": {"eps": 1e-8}},
+        "drawing_settings": {"temperature": 0.123456789},
+        "seed": 3,
+    }
