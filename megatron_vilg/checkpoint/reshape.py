@@ -19,7 +19,7 @@ from megatron_vilg.checkpoint.canonical import (
 )
 from megatron_vilg.checkpoint.layout import Layout, check_layout, cut_of
 from megatron_vilg.checkpoint.manifest import (
-    REMEDY,
+    FILE_NAME,
     TOKENIZERS,
     Manifest,
     TensorEntry,
@@ -32,6 +32,7 @@ from megatron_vilg.checkpoint.rank_folder import RankSource
 from megatron_vilg.checkpoint.sources import CONFIG_NAME, IMAGE_TOKENIZER, companions
 from megatron_vilg.checkpoint.tensors import MODEL, TensorInfo, TensorSource, in_order, parameter_of, part_of
 from megatron_vilg.checkpoint.transfer import Files, Options, converted, require_equal, write_files
+from megatron_vilg.checkpoint.verify import require_sound, wrong_names
 from megatron_vilg.errors import CheckpointError
 
 Opener = Callable[[Path, Manifest], TensorSource]
@@ -41,13 +42,17 @@ def chosen_names(source: TensorSource, *, optimizer: bool) -> list[str]:
     """Full names of the tensors to copy, in the order of files.
 
     Raises:
-        CheckpointError: there are no weights, or no optimizer state although it was asked for.
+        CheckpointError: there are no weights, or no optimizer state although it was asked for; or the source has no
+            manifest of its own (DeepSpeed's folders), and is not what the configuration beside it describes.
     """
     names = [name for name in in_order(source.tensors) if optimizer or part_of(name) == MODEL]
     if not any(part_of(name) == MODEL for name in names):
         raise CheckpointError(f"{source.path}: no weights in it")
     if optimizer and all(part_of(name) == MODEL for name in names):
         raise CheckpointError(f"{source.path}: holds weights only, no optimizer state. Works: without --optimizer")
+    if source.manifest is not None and not (source.path / FILE_NAME).is_file():
+        what = f"{source.path}: does not fit its configuration; is the {CONFIG_NAME} beside it the one of its run?"
+        require_sound(wrong_names(source.manifest, source.tensors), what)
     return names
 
 
@@ -241,8 +246,6 @@ def write_folder(
                 finish(partial)
             with opener(partial, manifest) as result:
                 require_equal(source, result, names, options)
-            if problems := source.verify():
-                raise CheckpointError(f"{source.path}: damaged: {'; '.join(problems)}. {REMEDY}")
             known = background.finish(source.path)
         finally:
             background.close()
