@@ -12,7 +12,7 @@ from megatron_vilg.checkpoint.dcp_folder import METADATA, DcpSource
 from megatron_vilg.checkpoint.deepspeed_folder import DeepSpeedSource, is_deepspeed
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import FILE_NAME, TOKENIZERS, Manifest, read_manifest
+from megatron_vilg.checkpoint.manifest import FILE_NAME, TOKENIZERS, Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
 from megatron_vilg.checkpoint.tensors import TensorSource
@@ -54,6 +54,36 @@ def open_source(path: Path) -> TensorSource:
         f"a folder of ranks (mp_rank_*_*), a canonical folder (*.safetensors with {FILE_NAME}), and DeepSpeed's "
         "*_optim_states.pt"
     )
+
+
+def open_newest(path: Path) -> TensorSource:
+    """:func:`open_source` to judge by: a run folder stands for its newest checkpoint, never for an older one.
+
+    Raises:
+        CheckpointError: as there, or the newest checkpoint is damaged; says which older ones are sound.
+    """
+    checkpoints = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint)
+    steps = checkpoints.steps()
+    if not steps:
+        return open_source(path)
+    newest = checkpoints.path(steps[-1])
+    try:
+        read_sound_manifest(newest)
+    except CheckpointError as error:
+        sound = [older.name for older in map(checkpoints.path, steps[:-1]) if _is_sound(older)]
+        found = f"of the older ones are sound: {', '.join(sound)}" if sound else "no older one is sound"
+        raise CheckpointError(f"{error}\n  {checkpoints.folder}: {found}") from error
+    source = DcpSource(newest)
+    source.is_verified = True
+    return source
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        read_sound_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]]:

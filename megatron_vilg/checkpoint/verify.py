@@ -47,7 +47,7 @@ def problems_of(source: TensorSource, progress: Progress | None = None) -> list[
     problems: list[str] = []
     manifest = source.manifest
     if manifest is not None:
-        if (source.path / FILE_NAME).is_file():
+        if (source.path / FILE_NAME).is_file() and not source.is_verified:
             problems += find_damage(source.path, manifest)
         problems += wrong_names(manifest, source.tensors)
     if problems:

@@ -123,8 +123,8 @@ def _add_verify(verbs: Any) -> None:
         "verify",
         help="prove that a checkpoint is sound, or holds the same as another",
         description="Check digests of files, names, shapes and counts of tensors, and that values are finite; with "
-        "--against, that both hold the same bits (or the same after rounding, where the types differ). The exit code "
-        "is 0 only if everything holds.",
+        "--against, that both hold the same bits (or the same after rounding, where the types differ). A run folder "
+        "stands for its newest checkpoint, never for an older one. The exit code is 0 only if everything holds.",
         epilog="example: vilg checkpoint verify runs/big-merged --against runs/big --logits",
     )
     parser.add_argument("path", metavar="D", type=Path, help=_LOAD_HELP)
@@ -311,17 +311,17 @@ def _inspect_preset(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Check; raises with every problem."""
-    from megatron_vilg.checkpoint.sources import open_source
+    from megatron_vilg.checkpoint.sources import open_newest
     from megatron_vilg.checkpoint.verify import differences, output_difference, problems_of, require_sound
 
     if args.logits and args.against is None:
         raise ConfigError(["--logits: compares two models. Works: with --against E"])
-    with open_source(args.path) as source, _progress() as progress:
+    with open_newest(args.path) as source, _progress() as progress:
         require_sound(problems_of(source, progress), source.path)
         print(f"{source.path}: sound; {len(source.tensors)} tensors, {source.format}")
         if args.against is None:
             return 0
-        with open_source(args.against) as other:
+        with open_newest(args.against) as other:
             require_sound(problems_of(other, progress), other.path)
             require_sound(differences(source, other, progress), f"{args.path} against {args.against}")
             print(f"{args.path} and {args.against} hold the same values")

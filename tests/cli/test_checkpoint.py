@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,25 @@ def test_sharded_and_back_to_the_trainer(tmp_path: Path, capsys) -> None:
     assert vilg("inspect", tmp_path / "again", "--compare", tmp_path / "run", "--json", tmp_path / "f.json") == 0
     assert "same tensors, same values" in capsys.readouterr().out
     assert json.loads((tmp_path / "f.json").read_text())["parts"]["optimizer"]["tensors"] == 237
+
+
+def test_verify_does_not_pass_over_a_damaged_newest_checkpoint(tmp_path: Path, run: Path, capsys) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    steps = tmp_path / "run" / "checkpoints"
+    for step in ("step-00000008", "step-00000009"):
+        shutil.copytree(steps / "step-00000003", steps / step)
+    assert vilg("verify", tmp_path / "run") == 0
+    for step in ("step-00000008", "step-00000009"):
+        file = next((steps / step).glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    message = "step-00000009: damaged: .*its content changed.*\n.*older ones are sound: step-00000003\n"
+    assert vilg("verify", tmp_path / "run") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert vilg("verify", run, "--against", tmp_path / "run") == 2
+    assert re.search(message, capsys.readouterr().err)
+    shutil.rmtree(steps / "step-00000003")
+    assert vilg("verify", tmp_path / "run") == 2
+    assert "checkpoints: no older one is sound" in capsys.readouterr().err
 
 
 def test_inspect_folds_layers_and_describes_one_tensor(tmp_path: Path, run: Path, capsys) -> None:
