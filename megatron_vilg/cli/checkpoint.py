@@ -56,8 +56,8 @@ def _add_shard(verbs: Any) -> None:
         run_shard,
         "shard",
         help="whole tensors to per-rank files, or to a checkpoint for the trainer",
-        description="Write mp_rank_TT_PPP/ for each rank of a tensor x pipeline layout; with --to dcp a run folder "
-        "that `vilg train --out` resumes in any layout. `merge` of the result gives the same bytes again.",
+        description="Write mp_rank_TT_PPP/ for each rank of a tensor x pipeline layout; with --to dcp --optimizer a "
+        "run folder that `vilg train --out` resumes in any layout. `merge` of the result gives the same bytes again.",
         epilog="examples: vilg checkpoint shard --load-dir runs/big --save-dir runs/big-2x2 "
         "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2; "
         "vilg checkpoint shard --load-dir runs/big-merged --save-dir runs/again --to dcp --optimizer",
@@ -195,11 +195,16 @@ def run_shard(args: argparse.Namespace) -> int:
         problems.append("--to=dcp: a training checkpoint fits every layout. Works: without --target-... sizes")
     if args.to == "dcp" and args.dtype:
         problems.append("--dtype: the trainer keeps weights in fp32. Works: without it, or --to ranks")
+    if args.to == "dcp" and not args.optimizer:
+        problems.append(
+            "--to=dcp: the trainer goes on from weights and optimizer state together. Works: with --optimizer; or "
+            "`merge`, for a folder to draw from"
+        )
     if problems:
         raise ConfigError(problems)
     with _at_work(args, open_source(args.load_dir)) as (source, options):
         if args.to == "dcp":
-            count = write_run_folder(source, args.save_dir, optimizer=args.optimizer, options=options)
+            count = write_run_folder(source, args.save_dir, options=options)
         else:
             count = len(shard(source, args.save_dir, *sizes, optimizer=args.optimizer, options=options).tensors)
         _done(args.save_dir, count, source)

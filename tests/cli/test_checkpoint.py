@@ -126,6 +126,14 @@ def test_a_model_is_planned_without_weights(tmp_path: Path, capsys) -> None:
             "fits every layout",
         ),
         (["shard", "--load-dir", "R", "--save-dir", "N", "--to", "dcp", "--dtype", "bf16"], "keeps weights in fp32"),
+        (
+            ["shard", "--load-dir", "R", "--save-dir", "N", "--to", "dcp"],
+            "the trainer goes on from weights and",
+        ),
+        (
+            ["shard", "--load-dir", "R", "--save-dir", "N", "--to", "dcp", "--optimizer"],
+            "holds no optimizer state, without which the trainer",
+        ),
         (["merge", "--load-dir", "R", "--save-dir", "N", "--optimizer"], "holds weights only, no optimizer state"),
         (["merge", "--load-dir", "nowhere", "--save-dir", "N"], "nowhere: no such folder"),
         (["merge", "--load-dir", "R/text_tokenizer", "--save-dir", "N"], "format_version"),
