@@ -25,6 +25,7 @@ from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.manifest import Manifest, current_versions, write_manifest
 from megatron_vilg.checkpoint.new_folder import Background, new_folder
 from megatron_vilg.checkpoint.safetensors_file import WRITE_BYTES
+from megatron_vilg.checkpoint.sources import manifest_of
 from megatron_vilg.checkpoint.tensors import OPTIMIZER, TensorInfo, TensorSource, count_not_finite, pieces
 from megatron_vilg.checkpoint.transfer import Options, require_equal
 from megatron_vilg.errors import CheckpointError
@@ -145,10 +146,8 @@ def write_training_checkpoint(
         CheckpointError: as :func:`checkpoint.reshape.merge`.
     """
     options = options or Options()
-    if source.manifest is None:
-        raise CheckpointError(f"{source.path}: has no manifest that says what it is")
     manifest = dataclasses.replace(
-        source.manifest,
+        manifest_of(source),
         format="",
         layout={},
         source={"name": source.path.resolve().name, "format": source.format},

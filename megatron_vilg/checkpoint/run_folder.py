@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_vilg.checkpoint.dcp_write import write_training_checkpoint
 from megatron_vilg.checkpoint.new_folder import new_folder
 from megatron_vilg.checkpoint.reshape import chosen_names
-from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, CONFIG_NAME, companions
+from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, CONFIG_NAME, companions, manifest_of
 from megatron_vilg.checkpoint.tensors import MODEL, OPTIMIZER, TensorSource, part_of
 from megatron_vilg.checkpoint.transfer import Options
 from megatron_vilg.checkpoint.verify import GENERATOR
@@ -27,13 +27,12 @@ def write_run_folder(source: TensorSource, folder: Path, *, options: Options | N
             fp32), it is damaged, or writing failed. Then ``folder`` is not there.
     """
     names = trainable_names(source)
-    assert source.manifest is not None
     config, extra = companions(source)
     with new_folder(folder, sum(source.tensors[name].num_bytes for name in names)) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         for name, path in extra.items():
             shutil.copytree(path, partial / name)
-        step = f"step-{source.manifest.step:08d}"
+        step = f"step-{manifest_of(source).step:08d}"
         write_training_checkpoint(source, partial / CHECKPOINT_FOLDER / step, names, options)
     return len(names)
 
@@ -44,11 +43,10 @@ def trainable_names(source: TensorSource) -> list[str]:
     Raises:
         CheckpointError: it cannot; says why.
     """
-    if source.manifest is None:
-        raise CheckpointError(f"{source.path}: has no manifest that says what it is; convert it first")
-    if source.manifest.kind != GENERATOR:
+    kind = manifest_of(source).kind
+    if kind != GENERATOR:
         raise CheckpointError(
-            f"{source.path}: holds {source.manifest.kind!r}, and the trainer goes on with a generator only. Works: "
+            f"{source.path}: holds {kind!r}, and the trainer goes on with a generator only. Works: "
             f"with the run's {CONFIG_NAME} beside DeepSpeed's files, or a folder of a generator"
         )
     if all(part_of(name) != OPTIMIZER for name in source.tensors):

@@ -68,8 +68,7 @@ def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in
     if path.name == EXPORT_FOLDER:
         folders.append(path.resolve().parent)
     manifest = read_manifest(source)
-    if manifest.kind != MODEL_KIND:
-        raise CheckpointError(f"{source}: holds {manifest.kind!r}, not a generator ({MODEL_KIND!r}); name a run folder")
+    require_generator(source, manifest)
     newest = max(Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).steps(), default=0)
     if newest > manifest.step:
         log.warning("%s holds step %d, but there is a checkpoint of step %d", source, manifest.step, newest)
@@ -103,6 +102,16 @@ def find_weights(path: Path) -> Path:
             f"{CHECKPOINT_FOLDER}/step-*; name a run folder (`vilg train --out RUN`) or an exported one"
         )
     return newest
+
+
+def require_generator(source: Path, manifest: Manifest) -> None:
+    """Refuse weights of anything else.
+
+    Raises:
+        CheckpointError: says what they are.
+    """
+    if manifest.kind != MODEL_KIND:
+        raise CheckpointError(f"{source}: holds {manifest.kind!r}, not a generator ({MODEL_KIND!r}); name a run folder")
 
 
 def _read_config(folder: Path, manifest: Manifest) -> RunConfig:
