@@ -11,11 +11,13 @@ import torch
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import read_manifest
+from megatron_vilg.checkpoint.parts import split_end_to_end
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.checkpoint.tensors import read_whole
 from megatron_vilg.checkpoint.verify import differences
 from megatron_vilg.cli.main import main
 from megatron_vilg.config.load import read_run_folder_config
+from megatron_vilg.errors import CheckpointError
 from megatron_vilg.generate.load import load_parts
 from megatron_vilg.train.end_to_end import EndToEndEngine
 from tests.tiny_run import write_tiny_run
@@ -96,6 +98,14 @@ def test_a_run_is_taken_apart_again(started: tuple[Path, Path], tmp_path: Path, 
         assert source.manifest is not None and source.manifest.kind == "reconstructor"
         assert {name.split(".")[1] for name in source.tensors} == {"mapping", "decoder"}
     assert load_image_tokenizer(tmp_path / "parts" / "image_tokenizer").config.codebook_size == 11
+
+
+def test_a_run_that_is_damaged_is_not_taken_apart(started: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    with open_source(started[1]) as source:
+        monkeypatch.setattr(source, "verify", lambda: ["copies of norm.weight differ"])
+        with pytest.raises(CheckpointError, match="damaged: copies of norm.weight differ"):
+            split_end_to_end(source, tmp_path / "parts")
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_options_of_the_model_are_those_of_the_new_run(started: tuple[Path, Path], tmp_path: Path) -> None:
