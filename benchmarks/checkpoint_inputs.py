@@ -58,7 +58,7 @@ class Drawn(TensorSource):
 def write_ours(folder: Path, gigabytes: float) -> tuple[int, int]:
     """A run folder with one training checkpoint; returns the bytes of all its tensors and of the largest."""
     source = Drawn(sized(gigabytes), folder)
-    write_run_folder(source, folder, optimizer=True)
+    write_run_folder(source, folder)
     sizes = [info.num_bytes for info in source.tensors.values() if isinstance(info, TensorInfo)]
     return sum(sizes), max(sizes)
 

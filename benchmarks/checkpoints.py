@@ -126,7 +126,7 @@ def _contenders(base: Path) -> dict[str, Contender]:
         BACK: Contender(
             merged,
             _TOOL.format("run_folder", "write_run_folder"),
-            _CALL.format("write_run_folder(opened, target, optimizer=True)"),
+            _CALL.format("write_run_folder(opened, target)"),
         ),
         TO_DCP: Contender(base / "torch.pt", torch_setup, "torch_save_to_dcp(source, target)"),
     }

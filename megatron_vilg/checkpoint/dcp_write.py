@@ -25,7 +25,8 @@ from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.manifest import Manifest, current_versions, write_manifest
 from megatron_vilg.checkpoint.new_folder import Background, new_folder
 from megatron_vilg.checkpoint.safetensors_file import WRITE_BYTES
-from megatron_vilg.checkpoint.tensors import OPTIMIZER, TensorInfo, TensorSource, count_not_finite, part_of, pieces
+from megatron_vilg.checkpoint.sources import manifest_of
+from megatron_vilg.checkpoint.tensors import OPTIMIZER, TensorInfo, TensorSource, count_not_finite, pieces
 from megatron_vilg.checkpoint.transfer import Options, require_equal
 from megatron_vilg.errors import CheckpointError
 
@@ -145,10 +146,8 @@ def write_training_checkpoint(
         CheckpointError: as :func:`checkpoint.reshape.merge`.
     """
     options = options or Options()
-    if source.manifest is None:
-        raise CheckpointError(f"{source.path}: has no manifest that says what it is")
     manifest = dataclasses.replace(
-        source.manifest,
+        manifest_of(source),
         format="",
         layout={},
         source={"name": source.path.resolve().name, "format": source.format},
@@ -205,8 +204,3 @@ def _save(source: TensorSource, names: Sequence[str], partial: Path, options: Op
     ]
     if bad and not options.allow_non_finite:
         raise CheckpointError(f"{source.path}: values that are not finite: {', '.join(bad[:8])}")
-
-
-def has_optimizer(names: Sequence[str]) -> bool:
-    """Whether the trainer can go on from these tensors, rather than start anew with these weights."""
-    return any(part_of(name) == OPTIMIZER for name in names)

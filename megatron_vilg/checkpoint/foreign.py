@@ -7,7 +7,8 @@ find its place and every place its tensor; what training alone needs (critics, p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint.foreign_names import ONE_HOT_INPUT, NameRule, dvae_rules, vqgan_rules
 from megatron_vilg.checkpoint.image_tokenizer import KIND
+from megatron_vilg.checkpoint.inert import Described
 from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.checkpoint.safetensors_file import SafetensorsFile
 from megatron_vilg.checkpoint.tensors import MODEL, DictSource, TensorSource
@@ -33,6 +35,10 @@ log = get_logger(__name__)
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".safetensors")
 NOT_NEEDED = ("loss.", "colorize", "quantize.codebook_used")
 """Beginnings of names that only training needs."""
+WRAPPERS = ("state_dict", "model")
+"""What training tools call the weights in their files."""
+AVERAGED = ("ema", *WRAPPERS)
+"""LlamaGen's ``--ema`` keeps averages beside the weights of the last step, and its own evaluation takes them."""
 _SIZE = 256
 """Side in pixels of the pictures that the published models were trained on."""
 
@@ -51,20 +57,20 @@ def read_taming(path: Path, config_file: Path | None = None, image_size: int | N
     weights = _one_file(path, SUFFIXES, "--load-dir")
     config_file = config_file or _one_file(path if path.is_dir() else path.parent, (".yaml", ".yml"), "--config")
     with TensorSource(path) as files:
-        tensors = _read(files, weights)
-        config = taming_config(config_file, is_gumbel="quantize.proj.weight" in tensors, image_size=image_size)
-        return _converted(path, tensors, config, "taming-transformers")
+        readers = _find(files, weights)
+        config = taming_config(config_file, is_gumbel="quantize.proj.weight" in readers, image_size=image_size)
+        return _converted(path, _read(readers), config, "taming-transformers")
 
 
 def read_llamagen(path: Path, image_size: int | None = None) -> DictSource:
-    """A VQ tokenizer of LlamaGen; its sizes follow from its tensors.
+    """A VQ tokenizer of LlamaGen, with averaged weights where it has some; its sizes follow from its tensors.
 
     Raises:
         CheckpointError: as :func:`read_taming`.
     """
     weights = _one_file(path, SUFFIXES, "--load-dir")
     with TensorSource(path) as files:
-        tensors = _read(files, weights)
+        tensors = _read(_find(files, weights, AVERAGED))
         return _converted(path, tensors, llamagen_config(weights, tensors, image_size or _SIZE), "LlamaGen")
 
 
@@ -80,7 +86,7 @@ def read_dalle(path: Path, image_size: int | None = None) -> DictSource:
             file = next((f for s in (".pkl", ".pt", ".safetensors") if (f := path / f"{side}{s}").is_file()), None)
             if file is None:
                 raise CheckpointError(f"--load-dir={path}: no {side}.pkl in it. Works: encoder.pkl and decoder.pkl")
-            tensors |= {f"{side}.{name}": tensor for name, tensor in _read(files, file).items()}
+            tensors |= {f"{side}.{name}": tensor for name, tensor in _read(_find(files, file)).items()}
         return _converted(path, tensors, dalle_config(path, tensors, image_size or _SIZE), "DALL-E")
 
 
@@ -191,24 +197,37 @@ def _one_file(path: Path, suffixes: tuple[str, ...], option: str) -> Path:
     return found[0]
 
 
-def _read(files: TensorSource, path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, without the wrapper that training tools put around them."""
+def _find(files: TensorSource, path: Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Callable[[], Tensor]]:
+    """How to read each tensor of a file, by name, without the first of the wrappers that is around them."""
     if path.suffix == ".safetensors":
         file = SafetensorsFile(files.descriptor(path), path)
-        return {name: file.rows(name, 0, info.num_rows).reshape(info.shape) for name, info in file.tensors.items()}
+
+        def whole(name: str) -> Tensor:
+            info = file.tensors[name]
+            return file.rows(name, 0, info.num_rows).reshape(info.shape)
+
+        return {name: partial(whole, name) for name in file.tensors}
     archive = TorchFile(files.descriptor(path), path)
     content = archive.content
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    tensors = {}
-    for name, described in named_tensors(content).items():
+    for wrapper in wrappers:
+        inner = content.get(wrapper) if isinstance(content, dict) else None
+        if isinstance(inner, dict) and named_tensors(inner):
+            content = inner
+            log.info("%s: weights taken from %r", path, wrapper)
+    found = named_tensors(content)
+    if not found:
+        raise CheckpointError(f"{path}: no tensors in it")
+
+    def read(described: Described) -> Tensor:
         archive.check(described)
         rows = described.shape[0] if described.shape else 1
-        tensors[name] = archive.rows(described, 0, rows).reshape(described.shape)
-    if not tensors:
-        raise CheckpointError(f"{path}: no tensors in it")
-    return tensors
+        return archive.rows(described, 0, rows).reshape(described.shape)
+
+    return {name: partial(read, described) for name, described in found.items()}
+
+
+def _read(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    return {name: read() for name, read in readers.items()}
 
 
 def _converted(path: Path, tensors: Mapping[str, Tensor], config: ImageTokenizerConfig, project: str) -> DictSource:

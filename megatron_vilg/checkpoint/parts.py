@@ -38,6 +38,10 @@ class Selected(TensorSource):
         """See :meth:`TensorSource.rows`."""
         return self.source.rows(self.names[name], start, stop)
 
+    def verify(self) -> list[str]:
+        """See :meth:`TensorSource.verify`."""
+        return self.source.verify()
+
 
 def split_end_to_end(source: TensorSource, folder: Path, options: Options | None = None) -> dict[str, int]:
     """Write ``generator/`` (to draw from codes with), ``reconstructor/`` (mapping and decoder), ``image_tokenizer/``.

@@ -19,7 +19,7 @@ from megatron_vilg.checkpoint.canonical import (
 )
 from megatron_vilg.checkpoint.layout import Layout, check_layout, cut_of
 from megatron_vilg.checkpoint.manifest import (
-    REMEDY,
+    FILE_NAME,
     TOKENIZERS,
     Manifest,
     TensorEntry,
@@ -29,9 +29,10 @@ from megatron_vilg.checkpoint.manifest import (
 from megatron_vilg.checkpoint.new_folder import Background, new_folder
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
-from megatron_vilg.checkpoint.sources import CONFIG_NAME, IMAGE_TOKENIZER, companions
+from megatron_vilg.checkpoint.sources import CONFIG_NAME, IMAGE_TOKENIZER, companions, manifest_of
 from megatron_vilg.checkpoint.tensors import MODEL, TensorInfo, TensorSource, in_order, parameter_of, part_of
 from megatron_vilg.checkpoint.transfer import Files, Options, converted, require_equal, write_files
+from megatron_vilg.checkpoint.verify import require_sound, wrong_names
 from megatron_vilg.errors import CheckpointError
 
 Opener = Callable[[Path, Manifest], TensorSource]
@@ -41,13 +42,19 @@ def chosen_names(source: TensorSource, *, optimizer: bool) -> list[str]:
     """Full names of the tensors to copy, in the order of files.
 
     Raises:
-        CheckpointError: there are no weights, or no optimizer state although it was asked for.
+        CheckpointError: there are no weights, or no optimizer state although it was asked for; nothing says what they
+            are; or the folder has no manifest of its own (DeepSpeed's), and they are not what the configuration beside
+            them describes.
     """
+    manifest = manifest_of(source)
     names = [name for name in in_order(source.tensors) if optimizer or part_of(name) == MODEL]
     if not any(part_of(name) == MODEL for name in names):
         raise CheckpointError(f"{source.path}: no weights in it")
     if optimizer and all(part_of(name) == MODEL for name in names):
         raise CheckpointError(f"{source.path}: holds weights only, no optimizer state. Works: without --optimizer")
+    if not (source.path / FILE_NAME).is_file():
+        what = f"{source.path}: does not fit its configuration; is the {CONFIG_NAME} beside it the one of its run?"
+        require_sound(wrong_names(manifest, source.tensors), what)
     return names
 
 
@@ -101,15 +108,24 @@ def convert(source: TensorSource, folder: Path, to: str, *, optimizer: bool = Fa
     Raises:
         CheckpointError: as :func:`merge`, or a tokenizer is missing for ``pretrained``.
     """
-    if to == "pretrained" and source.manifest is not None and source.manifest.kind != IMAGE_TOKENIZER:
-        _, found = companions(source)
-        if missing := [name for name in TOKENIZERS if name not in found]:
-            raise CheckpointError(
-                f"{source.path}: no {' and no '.join(missing)} beside it, and without them nobody can draw. "
-                "Works: copy them there from the run, or --to vilg"
-            )
+    require_companions(source, to)
     file_bytes = ONE_FILE if to == "safetensors" else FILE_BYTES
     return merge(source, folder, optimizer=optimizer and to == "vilg", options=options, file_bytes=file_bytes)
+
+
+def require_companions(source: TensorSource, to: str) -> None:
+    """Refuse to share what lacks something, as :func:`convert` does.
+
+    Raises:
+        CheckpointError: as :func:`sources.companions`, or a tokenizer is missing for ``pretrained``.
+    """
+    _, found = companions(source)
+    missing = [name for name in TOKENIZERS if name not in found]
+    if to == "pretrained" and missing and manifest_of(source).kind != IMAGE_TOKENIZER:
+        raise CheckpointError(
+            f"{source.path}: no {' and no '.join(missing)} beside it, and without them nobody can draw. "
+            "Works: copy them there from the run, or --to vilg"
+        )
 
 
 def canonical_files(
@@ -141,10 +157,8 @@ def shard(
             is not there.
     """
     options = options or Options()
-    if source.manifest is None:
-        raise CheckpointError(f"{source.path}: has no manifest that says what model it is; merge or convert it first")
     names = chosen_names(source, optimizer=optimizer)
-    layout, cuts = rank_layout(source.manifest, source.tensors, names, tensor, pipeline)
+    layout, cuts = rank_layout(manifest_of(source), source.tensors, names, tensor, pipeline)
     files = rank_files(source.tensors, names, layout, cuts, options)
     config, extra = companions(source)
     manifest = derived_manifest(source, names, options, format=RANKS, layout=dataclasses.asdict(layout), cuts=cuts)
@@ -194,7 +208,7 @@ def derived_manifest(
     """The manifest of a copy of ``source``, without its files."""
     cuts = cuts or {}
     stored = {name: converted(name, source.tensors[name], options) for name in names}
-    base = source.manifest or Manifest(kind="unknown")
+    base = manifest_of(source)
     return dataclasses.replace(
         base,
         layout=layout,
@@ -241,8 +255,6 @@ def write_folder(
                 finish(partial)
             with opener(partial, manifest) as result:
                 require_equal(source, result, names, options)
-            if problems := source.verify():
-                raise CheckpointError(f"{source.path}: damaged: {'; '.join(problems)}. {REMEDY}")
             known = background.finish(source.path)
         finally:
             background.close()

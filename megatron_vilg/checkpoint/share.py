@@ -18,7 +18,7 @@ def load_share(source: TensorSource, state: Mapping[str, Tensor], *, ranks: int,
 
     Args:
         source: whole tensors, in any of our formats.
-        state: what rank ``rank`` of ``ranks`` holds, cut as ``parallel/plan.py`` says.
+        state: what rank ``rank`` of ``ranks`` holds, cut as ``parallel/plan.py`` says; one rank holds everything.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape, or one too many; then nothing was changed. Or a file
@@ -35,11 +35,10 @@ def load_share(source: TensorSource, state: Mapping[str, Tensor], *, ranks: int,
             continue
         info = source.tensors[full]
         parts[name] = layout.parts(full, info, cut_of(full, info, info))[rank]
-        if parts[name].shape(info.shape) != tuple(tensor.shape):
-            problems.append(
-                f"{name}: has shape {list(info.shape)}, of which rank {rank} of {ranks} takes "
-                f"{list(parts[name].shape(info.shape))}; the model wants {list(tensor.shape)}"
-            )
+        mine = parts[name].shape(info.shape)
+        if mine != tuple(tensor.shape):
+            taken = f", of which rank {rank} of {ranks} takes {list(mine)}" if ranks > 1 else ""
+            problems.append(f"{name}: has shape {list(info.shape)}{taken}; the model wants {list(tensor.shape)}")
     if problems:
         raise CheckpointError(f"{source.path}: does not fit\n" + "\n".join(f"  {problem}" for problem in problems))
     for name, part in parts.items():

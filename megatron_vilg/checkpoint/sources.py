@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from megatron_vilg.checkpoint.dcp_folder import METADATA, DcpSource
 from megatron_vilg.checkpoint.deepspeed_folder import DeepSpeedSource, is_deepspeed
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import FILE_NAME, TOKENIZERS, Manifest, read_manifest
+from megatron_vilg.checkpoint.manifest import FILE_NAME, TOKENIZERS, Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
 from megatron_vilg.checkpoint.tensors import TensorSource
@@ -24,8 +24,13 @@ IMAGE_TOKENIZER = "image-tokenizer"
 CHECKPOINT_FOLDER = "checkpoints"
 
 
-def open_source(path: Path) -> TensorSource:
+def open_source(path: Path, look: Callable[[TensorSource], None] | None = None) -> TensorSource:
     """Open tensors in whatever of our formats they are; a run folder stands for its newest sound checkpoint.
+
+    Args:
+        path: what to open.
+        look: of a run folder, called with the newest checkpoint before all of its files are read to see whether it is
+            sound; raises if that shows already what cannot work.
 
     Raises:
         CheckpointError: there is nothing of the kind, or it is incomplete or damaged; says what was looked for.
@@ -35,7 +40,10 @@ def open_source(path: Path) -> TensorSource:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     if (path / CHECKPOINT_FOLDER).is_dir():
-        newest = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).latest()
+        checkpoints = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint)
+        if look is not None:
+            _look_at_newest(checkpoints, look)
+        newest = checkpoints.latest()
         if newest is None:
             raise CheckpointError(f"{path / CHECKPOINT_FOLDER}: no complete checkpoint in it")
         source = DcpSource(newest)
@@ -56,6 +64,62 @@ def open_source(path: Path) -> TensorSource:
     )
 
 
+def _look_at_newest(checkpoints: Checkpointer, look: Callable[[TensorSource], None]) -> None:
+    steps = checkpoints.steps()
+    if not steps:
+        return
+    try:
+        source = DcpSource(checkpoints.path(steps[-1]))
+    except CheckpointError:  # an older one will be taken
+        return
+    with source:
+        look(source)
+
+
+def manifest_of(source: TensorSource) -> Manifest:
+    """What the source says about itself.
+
+    Raises:
+        CheckpointError: nothing, as a single file of weights does.
+    """
+    if source.manifest is None:
+        raise CheckpointError(
+            f"{source.path}: a file of weights alone does not say what they are. Works: a folder with {FILE_NAME}, "
+            "which `convert --to safetensors` writes around its file; `inspect` and `verify` take the file, too"
+        )
+    return source.manifest
+
+
+def open_newest(path: Path) -> TensorSource:
+    """:func:`open_source` to judge by: a run folder stands for its newest checkpoint, never for an older one.
+
+    Raises:
+        CheckpointError: as there, or the newest checkpoint is damaged; says which older ones are sound.
+    """
+    checkpoints = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint)
+    steps = checkpoints.steps()
+    if not steps:
+        return open_source(path)
+    newest = checkpoints.path(steps[-1])
+    try:
+        read_sound_manifest(newest)
+    except CheckpointError as error:
+        sound = [older.name for older in map(checkpoints.path, steps[:-1]) if _is_sound(older)]
+        found = f"of the older ones are sound: {', '.join(sound)}" if sound else "no older one is sound"
+        raise CheckpointError(f"{error}\n  {checkpoints.folder}: {found}") from error
+    source = DcpSource(newest)
+    source.is_verified = True
+    return source
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        read_sound_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]]:
     """The configuration that belongs to some weights, and the tokenizers that lie beside them.
 
@@ -66,8 +130,7 @@ def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]
     Raises:
         CheckpointError: the configuration or a tokenizer beside the weights is not the one they were made with.
     """
-    manifest = source.manifest
-    assert manifest is not None, "a source without manifest has no companions"
+    manifest = manifest_of(source)
     if manifest.kind == IMAGE_TOKENIZER:
         return manifest.model, {}
     folders = _folders_of(source.path)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.checkpoint.layout import Part
+from megatron_vilg.checkpoint.manifest import REMEDY
 from megatron_vilg.checkpoint.new_folder import Background, InOrder, Progress
 from megatron_vilg.checkpoint.safetensors_file import SafetensorsWriter
 from megatron_vilg.checkpoint.tensors import (
@@ -139,11 +140,13 @@ def converted_pieces(source: TensorSource, name: str, options: Options) -> Itera
 
 
 def require_equal(source: TensorSource, result: TensorSource, names: Sequence[str], options: Options) -> None:
-    """Read source and result once more and compare them bit by bit.
+    """Read source and result once more and compare them bit by bit, after the source's own check of itself.
 
     Raises:
-        CheckpointError: names, shapes or values differ: the first tensors that do.
+        CheckpointError: the source is damaged; or names, shapes or values differ: the first tensors that do.
     """
+    if damage := source.verify():
+        raise CheckpointError(f"{source.path}: damaged: {'; '.join(damage)}. {REMEDY}")
     wanted = {name: converted(name, source.tensors[name], options) for name in names}
     if dict(result.tensors) != wanted:
         differing = sorted(n for n in wanted.keys() | result.tensors.keys() if wanted.get(n) != result.tensors.get(n))

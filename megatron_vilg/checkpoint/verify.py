@@ -47,9 +47,9 @@ def problems_of(source: TensorSource, progress: Progress | None = None) -> list[
     problems: list[str] = []
     manifest = source.manifest
     if manifest is not None:
-        if (source.path / FILE_NAME).is_file():
+        if (source.path / FILE_NAME).is_file() and not source.is_verified:
             problems += find_damage(source.path, manifest)
-        problems += _wrong_names(manifest, source.tensors)
+        problems += wrong_names(manifest, source.tensors)
     if problems:
         return problems
     done, total = 0, sum(info.num_bytes for info in source.tensors.values())
@@ -91,8 +91,15 @@ def _build(manifest: Manifest) -> nn.Module | None:
     return None
 
 
-def _wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Weights against the configuration, optimizer state against the weights."""
+def wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names and shapes: weights against the manifest's configuration, optimizer state against the weights.
+
+    Returns:
+        One line per tensor that is missing, too many or of another shape.
+
+    Raises:
+        CheckpointError: as :func:`expected_weights`.
+    """
     problems = []
     expected = expected_weights(manifest)
     weights = {name.partition(".")[2]: info for name, info in tensors.items() if part_of(name) == MODEL}

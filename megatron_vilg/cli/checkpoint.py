@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vilg.cli.checkpoint_early import require_convert, require_new, require_place, require_shard
 from megatron_vilg.cli.checkpoint_end_to_end import split_run, start_end_to_end
 from megatron_vilg.errors import CheckpointError, ConfigError
 from megatron_vilg.log import get_logger
@@ -56,8 +57,8 @@ def _add_shard(verbs: Any) -> None:
         run_shard,
         "shard",
         help="whole tensors to per-rank files, or to a checkpoint for the trainer",
-        description="Write mp_rank_TT_PPP/ for each rank of a tensor x pipeline layout; with --to dcp a run folder "
-        "that `vilg train --out` resumes in any layout. `merge` of the result gives the same bytes again.",
+        description="Write mp_rank_TT_PPP/ for each rank of a tensor x pipeline layout; with --to dcp --optimizer a "
+        "run folder that `vilg train --out` resumes in any layout. `merge` of the result gives the same bytes again.",
         epilog="examples: vilg checkpoint shard --load-dir runs/big --save-dir runs/big-2x2 "
         "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2; "
         "vilg checkpoint shard --load-dir runs/big-merged --save-dir runs/again --to dcp --optimizer",
@@ -92,7 +93,10 @@ def _add_convert(verbs: Any) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, help="taming: its yaml, where D has none or several")
     parser.add_argument("--image-size", metavar="S", type=int, help="image tokenizers: pixels a side (default: theirs)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.option=value", help="with --to end-to-end: options of the new run"
+        "overrides",
+        nargs="*",
+        metavar="section.option=value",
+        help="with --to end-to-end: options of the new run, whose model stays",
     )
 
 
@@ -123,8 +127,8 @@ def _add_verify(verbs: Any) -> None:
         "verify",
         help="prove that a checkpoint is sound, or holds the same as another",
         description="Check digests of files, names, shapes and counts of tensors, and that values are finite; with "
-        "--against, that both hold the same bits (or the same after rounding, where the types differ). The exit code "
-        "is 0 only if everything holds.",
+        "--against, that both hold the same bits (or the same after rounding, where the types differ). A run folder "
+        "stands for its newest checkpoint, never for an older one. The exit code is 0 only if everything holds.",
         epilog="example: vilg checkpoint verify runs/big-merged --against runs/big --logits",
     )
     parser.add_argument("path", metavar="D", type=Path, help=_LOAD_HELP)
@@ -169,10 +173,15 @@ def _on_the_way(parser: argparse.ArgumentParser) -> None:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Write whole tensors."""
-    from megatron_vilg.checkpoint.reshape import merge
-    from megatron_vilg.checkpoint.sources import open_source
+    from megatron_vilg.checkpoint.reshape import chosen_names, merge
+    from megatron_vilg.checkpoint.sources import companions, open_source
 
-    with _at_work(args, open_source(args.load_dir)) as (source, options):
+    def look(source: TensorSource) -> None:
+        chosen_names(source, optimizer=args.optimizer)
+        companions(source)
+
+    require_new(args.save_dir)
+    with _at_work(args, open_source(args.load_dir, look)) as (source, options):
         manifest = merge(source, args.save_dir, optimizer=args.optimizer, options=options)
         _done(args.save_dir, len(manifest.tensors), source)
     return 0
@@ -180,26 +189,25 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def run_shard(args: argparse.Namespace) -> int:
     """Write per-rank files or a training checkpoint."""
-    from megatron_vilg.checkpoint.reshape import shard
-    from megatron_vilg.checkpoint.run_folder import write_run_folder
-    from megatron_vilg.checkpoint.sources import open_source
+    from megatron_vilg.checkpoint.reshape import chosen_names, rank_layout, shard
+    from megatron_vilg.checkpoint.run_folder import trainable_names, write_run_folder
+    from megatron_vilg.checkpoint.sources import companions, manifest_of, open_source
 
     sizes = (args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
-    problems = []
-    if args.to == "ranks" and None in sizes:
-        problems.append(
-            "--target-tensor-parallel-size and --target-pipeline-parallel-size: per-rank files need both. Works: 2 and "
-            "2, for example, or --to dcp, which fits every layout"
-        )
-    if args.to == "dcp" and sizes != (None, None):
-        problems.append("--to=dcp: a training checkpoint fits every layout. Works: without --target-... sizes")
-    if args.to == "dcp" and args.dtype:
-        problems.append("--dtype: the trainer keeps weights in fp32. Works: without it, or --to ranks")
-    if problems:
-        raise ConfigError(problems)
-    with _at_work(args, open_source(args.load_dir)) as (source, options):
+
+    def look(source: TensorSource) -> None:
         if args.to == "dcp":
-            count = write_run_folder(source, args.save_dir, optimizer=args.optimizer, options=options)
+            trainable_names(source)
+        else:
+            names = chosen_names(source, optimizer=args.optimizer)
+            rank_layout(manifest_of(source), source.tensors, names, *sizes)
+        companions(source)
+
+    require_shard(args)
+    require_new(args.save_dir)
+    with _at_work(args, open_source(args.load_dir, look)) as (source, options):
+        if args.to == "dcp":
+            count = write_run_folder(source, args.save_dir, options=options)
         else:
             count = len(shard(source, args.save_dir, *sizes, optimizer=args.optimizer, options=options).tensors)
         _done(args.save_dir, count, source)
@@ -208,19 +216,8 @@ def run_shard(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Read what others wrote, or ours; write a folder."""
-    problems = []
-    if args.origin in ("vilg", "deepspeed") and args.image_size is not None:
-        problems.append(f"--image-size: --from {args.origin} knows its sizes. Works: without it")
-    if args.origin != "taming" and args.config is not None:
-        problems.append(f"--config: --from {args.origin} needs none. Works: without it")
-    if args.optimizer and (args.to != "vilg" or args.origin not in ("vilg", "deepspeed")):
-        problems.append("--optimizer: only checkpoints of ours have its state. Works: --from vilg|deepspeed --to vilg")
-    if (args.to == "end-to-end" and args.origin != "vilg") or (args.origin == "end-to-end" and args.to != "vilg"):
-        problems.append(f"--from {args.origin} --to {args.to}: Works: --from vilg --to end-to-end, or the other way")
-    if args.overrides and args.to != "end-to-end":
-        problems.append(f"{args.overrides[0]}: options are for --to end-to-end")
-    if problems:
-        raise ConfigError(problems)
+    require_convert(args)
+    require_new(args.save_dir)
     if args.to == "end-to-end":
         return start_end_to_end(args)
     if args.origin == "end-to-end":
@@ -231,8 +228,12 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from megatron_vilg.checkpoint.foreign import read_dalle, read_llamagen, read_taming
-    from megatron_vilg.checkpoint.reshape import convert
+    from megatron_vilg.checkpoint.reshape import chosen_names, convert, require_companions
     from megatron_vilg.checkpoint.sources import open_source
+
+    def look(source: TensorSource) -> None:
+        chosen_names(source, optimizer=args.optimizer)
+        require_companions(source, args.to)
 
     if args.origin == "taming":
         foreign: TensorSource = read_taming(args.load_dir, args.config, args.image_size)
@@ -241,7 +242,7 @@ def _convert(args: argparse.Namespace) -> int:
     elif args.origin == "dalle":
         foreign = read_dalle(args.load_dir, args.image_size)
     else:
-        foreign = open_source(args.load_dir)
+        foreign = open_source(args.load_dir, look)
     with _at_work(args, foreign) as (source, options):
         manifest = convert(source, args.save_dir, args.to, optimizer=args.optimizer, options=options)
         _done(args.save_dir, len(manifest.tensors), source)
@@ -264,6 +265,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
     if (args.path is None) == (args.preset is None):
         raise ConfigError(["give either a folder D or --preset NAME"])
+    require_place(args.json)
     if args.preset is not None:
         return _inspect_preset(args)
     if (args.target_tensor_parallel_size, args.target_pipeline_parallel_size) != (None, None):
@@ -311,17 +313,17 @@ def _inspect_preset(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Check; raises with every problem."""
-    from megatron_vilg.checkpoint.sources import open_source
+    from megatron_vilg.checkpoint.sources import open_newest
     from megatron_vilg.checkpoint.verify import differences, output_difference, problems_of, require_sound
 
     if args.logits and args.against is None:
         raise ConfigError(["--logits: compares two models. Works: with --against E"])
-    with open_source(args.path) as source, _progress() as progress:
+    with open_newest(args.path) as source, _progress() as progress:
         require_sound(problems_of(source, progress), source.path)
         print(f"{source.path}: sound; {len(source.tensors)} tensors, {source.format}")
         if args.against is None:
             return 0
-        with open_source(args.against) as other:
+        with open_newest(args.against) as other:
             require_sound(problems_of(other, progress), other.path)
             require_sound(differences(source, other, progress), f"{args.path} against {args.against}")
             print(f"{args.path} and {args.against} hold the same values")
@@ -338,7 +340,10 @@ def _print(lines: list[str], found: dict[str, Any], file: Path | None) -> None:
     if file is not None:
         from megatron_vilg.checkpoint.files import write_text
 
-        write_text(file, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        try:
+            write_text(file, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError([f"--json={file}: cannot be written ({error.strerror}); name another file"]) from error
 
 
 def _done(folder: Path, count: int, source: TensorSource) -> None:

@@ -8,10 +8,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vilg.errors import CheckpointError
+from megatron_vilg.config.check import require
+from megatron_vilg.config.load import COMMAND_LINE, RUN_FILE, Loaded, load_with_origins, write_run_folder_config
+from megatron_vilg.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_vilg.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megatron_vilg.checkpoint.transfer import Options
+
+_TRAINING_ONLY = ("dropout", "embedding_gradient_shrink", "init_std")
+"""Options of a model that change how it is trained, and not what its weights compute."""
 
 
 def start_end_to_end(args: argparse.Namespace) -> int:
@@ -26,23 +32,20 @@ def start_end_to_end(args: argparse.Namespace) -> int:
     from megatron_vilg.checkpoint.manifest import current_versions, read_manifest
     from megatron_vilg.checkpoint.new_folder import new_folder
     from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, companions, open_source
-    from megatron_vilg.config.check import require
-    from megatron_vilg.config.load import load_run_config, write_run_folder_config
-    from megatron_vilg.config.schema import ParallelConfig
     from megatron_vilg.generate.load import load_parts
     from megatron_vilg.train.end_to_end import EndToEndEngine
 
-    parts = load_parts(args.load_dir, torch.device("cpu"))
-    if parts.config.reconstructor.enabled:
+    config_file = _config_file(args.load_dir)
+    known = load_with_origins(None, config_file).run.resolve()
+    if known.reconstructor.enabled:
         raise CheckpointError(f"{args.load_dir}: has a reconstructor already; `vilg train` goes on with it")
+    loaded = load_with_origins(None, config_file, ["reconstructor.enabled=true", *args.overrides])
+    _run_of(loaded, known.model, known.model.text_vocab_size)  # says what is wrong before any weights are read
+    parts = load_parts(args.load_dir, torch.device("cpu"))
     with open_source(parts.source) as source:
         _, folders = companions(source)
-    config_file = _config_file(parts.source, args.load_dir)
-    run = load_run_config(None, config_file, ["reconstructor.enabled=true", *args.overrides])
-    run = dataclasses.replace(run, model=parts.config.model).resolve(text_vocab_size=parts.text_tokenizer.vocab_size)
-    alone = dataclasses.replace(run, parallel=ParallelConfig())  # here is one process, however many trained or will
-    require(alone)
-    engine = EndToEndEngine(alone, torch.device("cpu"), load_image_tokenizer(folders["image_tokenizer"]))
+    run = _run_of(loaded, parts.config.model, parts.text_tokenizer.vocab_size)
+    engine = EndToEndEngine(_alone(run), torch.device("cpu"), load_image_tokenizer(folders["image_tokenizer"]))
     engine.model.load_state_dict(parts.model.state_dict(), strict=False)
     manifest = dataclasses.replace(
         read_manifest(parts.source),
@@ -53,6 +56,7 @@ def start_end_to_end(args: argparse.Namespace) -> int:
         counters={},
         tensors={},
         source={"name": parts.source.name, "step": str(parts.step)},
+        model=dataclasses.asdict(run.model),
         stream=dataclasses.asdict(run.model.spec),
         tokenizers={
             "text_tokenizer": parts.text_tokenizer.sha256,
@@ -86,11 +90,49 @@ def split_run(args: argparse.Namespace, options: Options) -> int:
     return 0
 
 
-def _config_file(source: Path, load_dir: Path) -> Path:
-    found = next((f for f in (source / "config.json", load_dir / "config.json") if f.is_file()), None)
+def _config_file(load_dir: Path) -> Path:
+    """The configuration beside the weights that ``load_parts`` will read."""
+    from megatron_vilg.checkpoint.export import holds_weights
+    from megatron_vilg.checkpoint.manifest import read_manifest
+    from megatron_vilg.generate.load import EXPORT_FOLDER, find_weights, require_generator
+
+    exported = next((folder for folder in (load_dir, load_dir / EXPORT_FOLDER) if holds_weights(folder)), None)
+    if exported is not None:
+        require_generator(exported, read_manifest(exported))
+    found = next((f / RUN_FILE for f in (exported, load_dir) if f is not None and (f / RUN_FILE).is_file()), None)
     if found is None:
-        raise CheckpointError(f"{load_dir}: no config.json; end-to-end training starts from the run's own options")
+        find_weights(load_dir)  # where there are none, that is what to say
+        raise CheckpointError(f"{load_dir}: no {RUN_FILE}; end-to-end training starts from the run's own options")
     return found
+
+
+def _run_of(loaded: Loaded, weights: ModelConfig, text_vocab_size: int) -> RunConfig:
+    """The options of the new run, whose model is that of the weights.
+
+    Raises:
+        ConfigError: the command line asks for another model, or options break rules.
+    """
+    asked = dataclasses.asdict(loaded.run.model)
+    asked = {name: value for name, value in asked.items() if loaded.origin(f"model.{name}") == COMMAND_LINE}
+    problems = [
+        f"model.{name}={value}: the weights are those of model.{name}={getattr(weights, name)}. Works: without it; "
+        f"{', '.join(_TRAINING_ONLY)} of a model can change"
+        for name, value in asked.items()
+        if name not in _TRAINING_ONLY and value != getattr(weights, name)
+    ]
+    if not loaded.run.reconstructor.enabled:
+        problems.append("reconstructor.enabled=False: is what --to end-to-end switches on. Works: without it")
+    if problems:
+        raise ConfigError(problems)
+    model = dataclasses.replace(weights, **{name: asked[name] for name in _TRAINING_ONLY if name in asked})
+    run = dataclasses.replace(loaded.run, model=model).resolve(text_vocab_size=text_vocab_size or None)
+    require(_alone(run))
+    return run
+
+
+def _alone(run: RunConfig) -> RunConfig:
+    """The same on one process, which is what there is here, however many trained or will."""
+    return dataclasses.replace(run, parallel=ParallelConfig())
 
 
 def _num_bytes(state: object) -> int:

@@ -14,7 +14,6 @@ from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.checkpoint.share import load_share
-from megatron_vilg.checkpoint.weights import load_model_weights
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
 from megatron_vilg.config.schema import ModelConfig, RunConfig
 from megatron_vilg.data.text import TextTokenizer
@@ -69,8 +68,7 @@ def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in
     if path.name == EXPORT_FOLDER:
         folders.append(path.resolve().parent)
     manifest = read_manifest(source)
-    if manifest.kind != MODEL_KIND:
-        raise CheckpointError(f"{source}: holds {manifest.kind!r}, not a generator ({MODEL_KIND!r}); name a run folder")
+    require_generator(source, manifest)
     newest = max(Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).steps(), default=0)
     if newest > manifest.step:
         log.warning("%s holds step %d, but there is a checkpoint of step %d", source, manifest.step, newest)
@@ -104,6 +102,16 @@ def find_weights(path: Path) -> Path:
             f"{CHECKPOINT_FOLDER}/step-*; name a run folder (`vilg train --out RUN`) or an exported one"
         )
     return newest
+
+
+def require_generator(source: Path, manifest: Manifest) -> None:
+    """Refuse weights of anything else.
+
+    Raises:
+        CheckpointError: says what they are.
+    """
+    if manifest.kind != MODEL_KIND:
+        raise CheckpointError(f"{source}: holds {manifest.kind!r}, not a generator ({MODEL_KIND!r}); name a run folder")
 
 
 def _read_config(folder: Path, manifest: Manifest) -> RunConfig:
@@ -164,16 +172,14 @@ def _load_model(source: Path, config: RunConfig, device: torch.device, mesh: Mes
     if in_bf16:
         use_bf16(model)
     model.to_empty(device=device)
-    if is_shared:
+    if is_shared or not holds_weights(source):
         _load_share(source, model, mesh)
-    elif holds_weights(source):
+    else:
         _, state = load_model_folder(source)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise CheckpointError(f"{source}: weights do not fit the configuration beside them: {error}") from error
-    else:
-        load_model_weights(source, model.state_dict())
     return model.requires_grad_(False).eval()
 
 
@@ -181,10 +187,12 @@ def _load_share(source: Path, model: ViLG, mesh: Mesh) -> None:
     is_exported = holds_weights(source)
     if is_exported:  # a checkpoint's digests were compared when it was found
         _require_sound(source, mesh)
+    # Both are read as data: torch's own reader of checkpoints would execute what is in their pickle.
     with CanonicalSource(source) if is_exported else DcpSource(source) as tensors:
         load_share(tensors, model.state_dict(), ranks=mesh.size("tp"), rank=mesh.rank("tp"))
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    log.info("each of %d ranks holds %.1f MB of weights", mesh.size("tp"), held / 1e6)
+    if mesh.size("tp") > 1:
+        held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        log.info("each of %d ranks holds %.1f MB of weights", mesh.size("tp"), held / 1e6)
 
 
 def _require_sound(source: Path, mesh: Mesh) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.checkpoint.fake_deepspeed import write_deepspeed
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config(codebook_dim=3, text_vocab_size=21)
+TOKENIZER = ImageTokenizerConfig(image_size=32, codebook_size=11, codebook_dim=3)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -36,14 +38,13 @@ def test_every_stage_is_put_together_bit_by_bit(tmp_path: Path, stage: int, worl
 def test_a_run_of_deepspeed_goes_on_with_our_trainer(tmp_path: Path) -> None:
     values = random_values(CONFIG)
     folder = write_deepspeed(tmp_path / "ds", CONFIG, values, stage=3, world=2)
-    tokenizer = ImageTokenizerConfig(image_size=32, codebook_size=11, codebook_dim=3)
-    write_run_folder_config(RunConfig(model=CONFIG, image_tokenizer=tokenizer), folder)
+    write_run_folder_config(RunConfig(model=CONFIG, image_tokenizer=TOKENIZER), folder)
     with open_source(folder) as source:
         merge(source, tmp_path / "whole", optimizer=True)
     with open_source(tmp_path / "whole") as source:
         assert source.manifest is not None
         assert (source.manifest.kind, source.manifest.step, source.manifest.samples_seen) == ("pretrain", 7, 70)
-        write_run_folder(source, tmp_path / "run", optimizer=True)
+        write_run_folder(source, tmp_path / "run")
     newest = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointConfig()).latest()
     assert newest is not None
     with open_source(newest) as source:
@@ -86,6 +87,37 @@ def test_damage_is_named_and_nothing_is_written(tmp_path: Path, how: str, words:
     damaged(folder, how)
     with pytest.raises(CheckpointError, match=words), open_source(folder) as source:
         merge(source, tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["ds"]
+
+
+def test_a_flipped_byte_stops_the_way_to_the_trainer_too(tmp_path: Path) -> None:
+    folder = write_deepspeed(tmp_path / "ds", CONFIG, random_values(CONFIG), stage=2, world=2)
+    write_run_folder_config(RunConfig(model=CONFIG, image_tokenizer=TOKENIZER), folder)
+    damaged(folder, "flipped byte")
+    with (
+        open_source(folder) as source,
+        pytest.raises(CheckpointError, match="ds: damaged: .*rank_1_.* does not match its checksum"),
+    ):
+        write_run_folder(source, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["ds"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 5}, r"blocks.4.mlp.up.weight: missing"),
+        ({"num_layers": 3}, r"blocks.3.mlp.up.weight: not part of this model"),
+        ({"mlp_ratio": 2}, r"blocks.0.mlp.up.weight: has shape \[64, 16\], expected \[32, 16\]"),
+    ],
+)
+def test_weights_must_be_those_of_the_configuration_beside_them(tmp_path: Path, changes, words: str) -> None:
+    folder = write_deepspeed(tmp_path / "ds", CONFIG, random_values(CONFIG), stage=1, world=1)
+    other = dataclasses.replace(CONFIG, **changes)
+    write_run_folder_config(RunConfig(model=other, image_tokenizer=TOKENIZER), folder)
+    with open_source(folder) as source:
+        for write in (merge, write_run_folder):
+            with pytest.raises(CheckpointError, match=f"(?s)does not fit its configuration.*{words}"):
+                write(source, tmp_path / "result")
     assert [path.name for path in tmp_path.iterdir()] == ["ds"]
 
 

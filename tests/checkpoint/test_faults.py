@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_under_a_run_folder_is_told_by_the_folder_s_own_nam
 
     monkeypatch.setattr("megatron_vilg.checkpoint.dcp_write.dcp.save", full)
     with pytest.raises(CheckpointError, match=r"/whole: cannot be written .No space left on device.. Nothing was left"):
-        write_run_folder(memory_source(), tmp_path / "whole", optimizer=True)
+        write_run_folder(memory_source(), tmp_path / "whole")
     assert not list(tmp_path.iterdir())
 
 
@@ -287,7 +287,7 @@ def test_a_kill_at_fifty_random_moments_leaves_all_or_nothing(tmp_path: Path, wh
             elif what == "shard":
                 shard(opened, tmp_path / "result", 4, 3, optimizer=True)
             else:
-                write_run_folder(opened, tmp_path / "result", optimizer=True)
+                write_run_folder(opened, tmp_path / "result")
 
     whole = float("inf")
     for _ in range(3):  # the first time imports, and a busy machine delays any

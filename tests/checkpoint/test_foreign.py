@@ -95,6 +95,19 @@ def test_a_tokenizer_of_llamagen_gives_the_published_codes_and_pixels(tmp_path: 
     torch.testing.assert_close(ours.decode(ours.lookup(ids.flatten(1))), wanted, atol=2e-5, rtol=1e-5)
 
 
+def test_llamagen_s_averages_are_taken_rather_than_its_last_weights(tmp_path: Path, caplog) -> None:
+    last = dict(published.random_vqgan(**SHAPE, attention_levels=(2,), llamagen=True))
+    average = {name: value + 0.5 for name, value in last.items()}
+    name = "quantize.embedding.weight"
+    for ema, taken in ((average, "ema"), ({}, "model"), (None, "model")):
+        torch.save({"model": last, "ema": ema, "steps": 3}, tmp_path / "vq.pt")
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="megatron_vilg"):
+            found = read_llamagen(tmp_path / "vq.pt", image_size=32).values["model.quantizer.code"]
+        assert torch.equal(found, average[name] if taken == "ema" else last[name])
+        assert f"vq.pt: weights taken from '{taken}'" in caplog.text
+
+
 class Conv2d(nn.Module):
     """DALL-E's own convolution: parameters ``w`` and ``b``."""
 
@@ -185,6 +198,16 @@ def test_configurations_that_cannot_be_expressed_are_refused(tmp_path: Path, cha
     taming_yaml(tmp_path, gumbel=False, **changes)
     with pytest.raises(CheckpointError, match=words):
         read_taming(tmp_path)
+
+
+def test_a_wrong_configuration_is_told_before_weights_are_read(tmp_path: Path, monkeypatch) -> None:
+    write_taming(tmp_path, published.random_vqgan(**SHAPE, attention_levels=(2,)))
+    monkeypatch.setattr(
+        "megatron_vilg.checkpoint.torch_file.TorchFile.rows", lambda *_: pytest.fail("weights are read")
+    )
+    for file in (taming_yaml(tmp_path, gumbel=False, double_z=True), tmp_path / "absent.yaml"):
+        with pytest.raises(CheckpointError, match="double_z=True: only|--config=.*absent.yaml: cannot be read as yaml"):
+            read_taming(tmp_path, file)
 
 
 def test_weights_and_configuration_must_be_of_one_kind(tmp_path: Path) -> None:

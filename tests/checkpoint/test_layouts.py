@@ -96,7 +96,7 @@ def test_training_goes_on_in_another_layout_by_way_of_the_tools(
         with open_source(tmp_path / "whole") as whole:
             shard(whole, tmp_path / "ranks", 4, 3, optimizer=True)
         with open_source(tmp_path / "ranks") as ranks:
-            write_run_folder(ranks, tmp_path / "again", optimizer=True)
+            write_run_folder(ranks, tmp_path / "again")
             state = {name: read_whole(source, name) for name in source.tensors}
             assert all(torch.equal(read_whole(ranks, name), value) for name, value in state.items())
     resume_and_step(tmp_path / "again", {}, straight)

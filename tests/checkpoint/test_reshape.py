@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_vilg.checkpoint import dcp_write, tensors
 from megatron_vilg.checkpoint.export import load_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import FILE_NAME, read_sound_manifest
+from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_sound_manifest
 from megatron_vilg.checkpoint.reshape import merge, shard
 from megatron_vilg.checkpoint.run_folder import write_run_folder
 from megatron_vilg.checkpoint.sources import open_source
@@ -78,7 +78,10 @@ def test_any_way_through_the_formats_is_the_identity(
         with open_source(folder / "a") as ranks:
             shard(ranks, folder / "b", *pairs[1], optimizer=optimizer)
         with open_source(folder / "b") as ranks:
-            write_run_folder(ranks, folder / "c", optimizer=optimizer)
+            if optimizer:  # without it the trainer could not go on
+                write_run_folder(ranks, folder / "c")
+            else:
+                merge(ranks, folder / "c")
         with open_source(folder / "c") as checkpoint:
             manifest = merge(checkpoint, folder / "d", optimizer=optimizer, file_bytes=8000)
     for name in "abcd":
@@ -97,7 +100,7 @@ def test_the_trainer_loads_what_shard_wrote(tmp_path: Path, monkeypatch, limit: 
     monkeypatch.setattr(dcp_write, "ONE_FILE_BYTES", limit)
     monkeypatch.setattr(dcp_write, "PART_BYTES", part)
     source = memory_source()
-    write_run_folder(source, tmp_path / "run", optimizer=True)
+    write_run_folder(source, tmp_path / "run")
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointConfig())
     path = checkpointer.latest()
     assert path is not None and path.name == "step-00000007"
@@ -199,6 +202,22 @@ def test_optimizer_state_that_is_not_there_is_not_invented(tmp_path: Path) -> No
         merge(memory_source(optimizer=False), tmp_path / "whole", optimizer=True)
 
 
+def test_a_run_that_the_trainer_would_refuse_is_not_written(tmp_path: Path) -> None:
+    source = memory_source()
+    merge(source, tmp_path / "half", optimizer=True, options=Options(dtype=torch.bfloat16))
+    with (
+        open_source(tmp_path / "half") as half,
+        pytest.raises(CheckpointError, match=r"torch.bfloat16, and the .* fp32"),
+    ):
+        write_run_folder(half, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="holds no optimizer state, without which the trainer does not go on"):
+        write_run_folder(memory_source(optimizer=False), tmp_path / "run")
+    source.manifest = Manifest(kind="unknown")
+    with pytest.raises(CheckpointError, match="holds 'unknown', and the trainer goes on with a generator only"):
+        write_run_folder(source, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+
+
 def test_quantised_optimizer_state_comes_back(tmp_path: Path) -> None:
     source = memory_source()
     values = dict(source.values)
@@ -208,7 +227,7 @@ def test_quantised_optimizer_state_comes_back(tmp_path: Path) -> None:
         values[f"optimizer.exp_avg.scale.{parameter}"] = moment[:, :1].clone()
     shard(DictSource(values, source.manifest, Path("memory")), tmp_path / "ranks", 2, 2, optimizer=True)
     with open_source(tmp_path / "ranks") as ranks:
-        write_run_folder(ranks, tmp_path / "run", optimizer=True)
+        write_run_folder(ranks, tmp_path / "run")
     with open_source(tmp_path / "run") as run:
         assert_same(run, values)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.checkpoint.tensors import read_whole
@@ -18,6 +21,7 @@ from megatron_vilg.generate.load import load_parts
 from tests.checkpoint.ckpt_source import memory_source, write_checkpoint
 from tests.tiny_run import write_tiny_run
 
+SIZES = ["--target-tensor-parallel-size", "1", "--target-pipeline-parallel-size"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -70,6 +74,25 @@ def test_sharded_and_back_to_the_trainer(tmp_path: Path, capsys) -> None:
     assert json.loads((tmp_path / "f.json").read_text())["parts"]["optimizer"]["tensors"] == 237
 
 
+def test_verify_does_not_pass_over_a_damaged_newest_checkpoint(tmp_path: Path, run: Path, capsys) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    steps = tmp_path / "run" / "checkpoints"
+    for step in ("step-00000008", "step-00000009"):
+        shutil.copytree(steps / "step-00000003", steps / step)
+    assert vilg("verify", tmp_path / "run") == 0
+    for step in ("step-00000008", "step-00000009"):
+        file = next((steps / step).glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    message = "step-00000009: damaged: .*its content changed.*\n.*older ones are sound: step-00000003\n"
+    assert vilg("verify", tmp_path / "run") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert vilg("verify", run, "--against", tmp_path / "run") == 2
+    assert re.search(message, capsys.readouterr().err)
+    shutil.rmtree(steps / "step-00000003")
+    assert vilg("verify", tmp_path / "run") == 2
+    assert "checkpoints: no older one is sound" in capsys.readouterr().err
+
+
 def test_inspect_folds_layers_and_describes_one_tensor(tmp_path: Path, run: Path, capsys) -> None:
     assert vilg("inspect", run) == 0
     out = capsys.readouterr().out
@@ -105,6 +128,14 @@ def test_a_model_is_planned_without_weights(tmp_path: Path, capsys) -> None:
             "fits every layout",
         ),
         (["shard", "--load-dir", "R", "--save-dir", "N", "--to", "dcp", "--dtype", "bf16"], "keeps weights in fp32"),
+        (
+            ["shard", "--load-dir", "R", "--save-dir", "N", "--to", "dcp"],
+            "the trainer goes on from weights and",
+        ),
+        (
+            ["shard", "--load-dir", "R", "--save-dir", "N", "--to", "dcp", "--optimizer"],
+            "holds no optimizer state, without which the trainer",
+        ),
         (["merge", "--load-dir", "R", "--save-dir", "N", "--optimizer"], "holds weights only, no optimizer state"),
         (["merge", "--load-dir", "nowhere", "--save-dir", "N"], "nowhere: no such folder"),
         (["merge", "--load-dir", "R/text_tokenizer", "--save-dir", "N"], "format_version"),
@@ -126,6 +157,61 @@ def test_mistakes_are_explained_and_leave_nothing(tmp_path: Path, run: Path, cap
     assert vilg(*(places.get(word, word) for word in words)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["merge", "--save-dir", "R"], "exists already, nothing is overwritten"),
+        (["merge", "--save-dir", "N", "--optimizer"], "holds weights only, no optimizer state"),
+        (["shard", "--save-dir", "R", "--to", "dcp", "--optimizer"], "exists already, nothing is overwritten"),
+        (["shard", "--save-dir", "N", "--to", "dcp", "--optimizer"], "holds no optimizer state"),
+        (["shard", "--save-dir", "N", *SIZES, "9"], "--target-pipeline-parallel-size=9: must leave each stage a layer"),
+        (["convert", "--save-dir", "R", "--from", "vilg", "--to", "vilg"], "exists already, nothing is overwritten"),
+        (["convert", "--save-dir", "N", "--from", "vilg", "--to", "vilg", "--optimizer"], "no optimizer state"),
+    ],
+)
+def test_mistakes_are_told_before_a_run_is_read(
+    tmp_path: Path, run: Path, capsys, monkeypatch: pytest.MonkeyPatch, words, message: str
+) -> None:
+    monkeypatch.setattr(
+        "megatron_vilg.checkpoint.manager.read_sound_manifest", lambda *_: pytest.fail("files are read")
+    )
+    places = {"R": str(run), "N": str(tmp_path / "new")}
+    assert vilg(*(places.get(word, word) for word in words), "--load-dir", run) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_older_checkpoint_is_looked_at_where_the_newest_cannot_be_read(tmp_path: Path, run: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000009").mkdir()
+    assert vilg("merge", "--load-dir", tmp_path / "run", "--save-dir", tmp_path / "whole") == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge"],
+        ["merge", "--optimizer"],
+        ["shard", *SIZES, "1"],
+        ["shard", "--to", "dcp", "--optimizer"],
+        ["convert", "--from", "vilg", "--to", "pretrained"],
+    ],
+)
+def test_a_file_of_weights_does_not_say_what_it_is(tmp_path: Path, capsys, words: list[str]) -> None:
+    save_file({"norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert vilg("verify", tmp_path / "model.safetensors") == 0
+    assert vilg(*words, "--load-dir", tmp_path / "model.safetensors", "--save-dir", tmp_path / "new") == 2
+    assert "model.safetensors: a file of weights alone does not say what they are" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path, run: Path, capsys) -> None:
+    for place, reason in ((tmp_path / "no" / "x.json", "there is no folder"), (tmp_path, "it is a folder")):
+        assert vilg("inspect", run, "--json", place) == 2
+        out, err = capsys.readouterr()
+        assert f"--json={place}: cannot be written ({reason}" in err and not out
 
 
 @pytest.mark.parametrize("tool", ["merge", "shard", "convert", "inspect", "verify"])

@@ -11,11 +11,13 @@ import torch
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import read_manifest
+from megatron_vilg.checkpoint.parts import split_end_to_end
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.checkpoint.tensors import read_whole
 from megatron_vilg.checkpoint.verify import differences
 from megatron_vilg.cli.main import main
 from megatron_vilg.config.load import read_run_folder_config
+from megatron_vilg.errors import CheckpointError
 from megatron_vilg.generate.load import load_parts
 from megatron_vilg.train.end_to_end import EndToEndEngine
 from tests.tiny_run import write_tiny_run
@@ -98,12 +100,62 @@ def test_a_run_is_taken_apart_again(started: tuple[Path, Path], tmp_path: Path, 
     assert load_image_tokenizer(tmp_path / "parts" / "image_tokenizer").config.codebook_size == 11
 
 
+def test_a_run_that_is_damaged_is_not_taken_apart(started: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    with open_source(started[1]) as source:
+        monkeypatch.setattr(source, "verify", lambda: ["copies of norm.weight differ"])
+        with pytest.raises(CheckpointError, match="damaged: copies of norm.weight differ"):
+            split_end_to_end(source, tmp_path / "parts")
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_options_of_the_model_are_those_of_the_new_run(started: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = ["text_tokenizer.vocab_size=320", "model.dropout=0.25", "model.width=16"]
+    assert convert("vilg", "end-to-end", started[0], tmp_path / "start", *settings) == 0
+    config = read_run_folder_config(tmp_path / "start")
+    assert config.model == dataclasses.replace(read_run_folder_config(started[0]).model, dropout=0.25)
+    manifest = read_manifest(tmp_path / "start" / "checkpoints" / "step-00000000")
+    assert manifest.model == dataclasses.asdict(config.model), "the trainer would refuse the run"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["model.num_heads=4"],
+            "model.num_heads=4: the weights are those of model.num_heads=2. Works: without it",
+        ),
+        (["model.dropout=2"], "model.dropout=2"),
+        (["optim.betas=2,2"], "optim.betas"),
+        (["optim.learning=1"], "optim.learning"),
+        (["reconstructor.enabled=false"], "reconstructor.enabled=False: is what --to end-to-end switches on"),
+        (["--dtype", "bf16"], "--dtype: training starts from weights in fp32"),
+        (["--allow-non-finite"], "--allow-non-finite: nobody can train on from such values"),
+        (["--image-size", "16"], "--image-size: --from vilg knows its sizes"),
+        (["--save-dir", "RUN"], "exists already, nothing is overwritten"),
+    ],
+)
+def test_mistakes_are_told_before_weights_are_read(
+    started: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, settings, message: str
+) -> None:
+    monkeypatch.setattr("megatron_vilg.generate.load.load_parts", lambda *_: pytest.fail("weights are read"))
+    settings = [str(started[0]) if word == "RUN" else word for word in settings]
+    assert convert("vilg", "end-to-end", started[0], tmp_path / "start", *settings) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_not_end_to_end_is_refused(started: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     run, start = started
     assert convert("end-to-end", "vilg", run, tmp_path / "parts") == 2
     assert "no reconstructor in it" in capsys.readouterr().err
+    assert convert("end-to-end", "vilg", start, tmp_path / "parts", "--image-size", "16") == 2
+    assert "--image-size: --from end-to-end knows its sizes" in capsys.readouterr().err
     assert convert("vilg", "end-to-end", start, tmp_path / "again") == 2
     assert "has a reconstructor already" in capsys.readouterr().err
+    assert convert("vilg", "end-to-end", run / "image_tokenizer", tmp_path / "again") == 2
+    assert "holds 'image-tokenizer', not a generator" in capsys.readouterr().err
+    assert convert("vilg", "end-to-end", tmp_path / "nowhere", tmp_path / "again") == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
     assert convert("taming", "end-to-end", run, tmp_path / "again") == 2
     assert "--from taming --to end-to-end: Works" in capsys.readouterr().err
     assert convert("vilg", "vilg", run, tmp_path / "again", "train.seed=3") == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.export import save_model_folder
-from megatron_vilg.checkpoint.manifest import Manifest
-from megatron_vilg.checkpoint.weights import load_model_weights
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from megatron_vilg.checkpoint.share import load_share
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.errors import CheckpointError, DataError
@@ -198,12 +201,29 @@ def test_tokenizers_of_another_model_are_refused(run_folder: Path, pipeline: Pip
 
 
 def test_weights_that_do_not_fit_are_named(run_folder: Path, pipeline: Pipeline) -> None:
-    checkpoint = run_folder / "checkpoints" / "step-00000003"
     state = dict(pipeline.model.state_dict())
-    assert load_model_weights(checkpoint, state).step == 3
-    state["norm.weight"], state["extra"] = torch.zeros(5), torch.zeros(2)
-    with pytest.raises(CheckpointError, match=r"(?s)extra: expected \(2,\), .*None.*norm.weight: expected \(5,\)"):
-        load_model_weights(checkpoint, state)
+    with DcpSource(run_folder / "checkpoints" / "step-00000003") as source:
+        load_share(source, state, ranks=1, rank=0)
+        state["norm.weight"], state["extra"] = torch.zeros(5), torch.zeros(2)
+        words = r"(?s)norm.weight: has shape \[16\]; the model wants \[5\].*extra: is missing"
+        with pytest.raises(CheckpointError, match=words):
+            load_share(source, state, ranks=1, rank=0)
+
+
+def test_the_pickle_of_a_checkpoint_is_not_executed(run_folder: Path, tmp_path: Path) -> None:
+    class Command:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns("export"))
+    step = run / "checkpoints" / "step-00000003"
+    manifest = read_manifest(step)
+    (step / ".metadata").write_bytes(pickle.dumps(Command()))
+    write_manifest(step, manifest)  # who can change one file can change the other
+    with pytest.raises(CheckpointError, match="is not what torch.distributed.checkpoint writes"):
+        load_parts(run, torch.device("cpu"))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_bad_pictures_are_named(pipeline: Pipeline, tmp_path: Path) -> None:
