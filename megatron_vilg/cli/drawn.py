@@ -43,7 +43,7 @@ class PictureFolder:
     """
 
     def __init__(self, out: Path, share: Share, prompts: Sequence[str]) -> None:
-        require_writable(out, "--out")
+        require_writable(out, f"--out={out}")
         pictures_of(out)
         self.out, self.share, self.prompts = out, share, prompts
         self.entries: list[dict[str, Any]] = []

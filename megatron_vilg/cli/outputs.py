@@ -8,12 +8,12 @@ from pathlib import Path
 from megatron_vilg.errors import ConfigError
 
 
-def require_writable(folder: Path, option: str) -> None:
+def require_writable(folder: Path, given: str) -> None:
     """Check, without making it, that files can be written below ``folder``.
 
     Args:
         folder: need not be there.
-        option: that named it, or a file in it, for the message.
+        given: the option that named it, or a file in it, as the message shows it: ``--out=drawn``.
 
     Raises:
         ConfigError: a part of its path is a file, or the nearest folder that exists may not be written.
@@ -22,4 +22,4 @@ def require_writable(folder: Path, option: str) -> None:
     reason = "" if os.access(there, os.W_OK | os.X_OK) else "is not writable"
     reason = reason if there.is_dir() else "is no folder"
     if reason:
-        raise ConfigError([f"{option}={folder}: cannot be written ({there} {reason}); name another folder"])
+        raise ConfigError([f"{given}: cannot be written ({there} {reason}); name another place"])

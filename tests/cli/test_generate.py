@@ -177,7 +177,7 @@ def test_foreign_and_unwritable_folders_are_refused(
     (tmp_path / "file").write_text("")
     # Before the model is looked for.
     assert generate(tmp_path / "no-run", tmp_path / "file" / "out", "--prompt", "猫") == 2
-    assert f"cannot be written ({tmp_path / 'file'} is no folder); name another" in capsys.readouterr().err
+    assert f"cannot be written ({tmp_path / 'file'} is no folder); name another place" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [(), ("--rerank", "2")], ids=["plain", "rerank"])
