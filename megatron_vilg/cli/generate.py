@@ -182,7 +182,7 @@ def _draw(
     is_silent = True if pipeline.mesh.rank("tp") else None  # None: where nobody looks
     with tqdm(desc="drawing", unit=" tokens", disable=is_silent) as bar:
         for start in range(0, len(prompts), together):
-            some, before = prompts[start : start + together], bar.n
+            some, before = prompts[start : start + together], int(bar.n)
 
             def progress(done: int, total: int, part: int = len(some), before: int = before) -> None:
                 bar.total = total * len(prompts) // part

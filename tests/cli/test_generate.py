@@ -194,10 +194,27 @@ def test_pictures_are_written_as_they_come(
     command = [*prompts, "-n", "2", "--max-batch", "2", *options, "--worker", worker]
     assert generate(run_folder, tmp_path, *command) == 130
     # Four batches of two; what the record said is no longer true, so it is gone.
-    files = {f"{p:05d}-{i:02d}.png" for p in range(4) for i in range(2)}
-    assert {path.name for path in tmp_path.glob("*.png")} - {"00009-00.png"} == files
+    written = {f"{p:05d}-{i:02d}.png" for p in range(4) for i in range(2)}
+    assert {path.name for path in tmp_path.glob("*.png")} - {"00009-00.png"} == written
     assert picture(tmp_path / "00000-00.png").shape == (16, 16, 3)
     assert not (tmp_path / "generate.json").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--rerank", "2"), ("--keep-rows", "1")], ids=["plain", "rerank", "prefix"])
+def test_prompts_drawn_in_turn_are_those_drawn_at_once(
+    run_folder: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "start.png")
+    prompts = [word for caption in CAPTIONS for word in ("--prompt", caption)]
+    prefix = ("--image-prefix", str(tmp_path / "start.png")) if "--keep-rows" in options else ()
+    command = [*prompts, "-n", "2", "--seed", "5", *options, *prefix]
+    assert generate(run_folder, tmp_path / "once", *command) == 0
+    assert generate(run_folder, tmp_path / "turns", *command, "--max-batch", "1") == 0
+    once, turns = record(tmp_path / "once"), record(tmp_path / "turns")
+    assert turns["ids_sha256"] == once["ids_sha256"]
+    assert [entry["files"] for entry in turns["prompts"]] == [entry["files"] for entry in once["prompts"]]
+    last = once["prompts"][-1]["files"][-1]
+    assert np.abs(picture(tmp_path / "once" / last).astype(int) - picture(tmp_path / "turns" / last)).max() <= 1
 
 
 def once(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from megatron_vilg.train.run_tokenizers import settle_tokenizers
 from megatron_vilg.train.stages import prepare
 from tests.train.test_stages import TINY, pairs  # noqa: F401 - a fixture
 
-NONE = {"text_tokenizer": None, "image_tokenizer": None}
+NONE: dict[str, Path | None] = {"text_tokenizer": None, "image_tokenizer": None}
 
 
 def config(*more: str) -> RunConfig:
@@ -40,7 +40,7 @@ def text_folder(folder: Path, captions: str = "红色0", vocab_size: int = 280) 
     return folder
 
 
-def refusal(run: RunConfig, out: Path, **given: Path) -> str:
+def refusal(run: RunConfig, out: Path, **given: Path | None) -> str:
     """What is said; nothing may have been written."""
     before = sorted(out.rglob("*"))
     with pytest.raises(ConfigError) as caught:
