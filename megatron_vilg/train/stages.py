@@ -111,10 +111,7 @@ def prepare(
     def encoded() -> Prepared:
         finished = data if is_cache else None if job.world.is_main else out / TOKENS
         cache = _token_cache(run, data, out, text, images, finished)
-        if not run.reconstructor.enabled:
-            return Prepared(run, cache, text, images)
-        with timed(out, PIXELS) if job.world.is_main else nullcontext():
-            pixels = _pixels(run, data, out, cache, is_cache=is_cache)
+        pixels = _pixels(run, data, out, cache, is_cache, job.world) if run.reconstructor.enabled else None
         return Prepared(run, cache, text, images, pixels)
 
     return job.main_first("tokens", encoded)
@@ -145,7 +142,7 @@ def _configuration(run: RunConfig, data: Path, out: Path, world: World) -> tuple
     return run, text
 
 
-def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, *, is_cache: bool) -> PixelCache:
+def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, is_cache: bool, world: World) -> PixelCache:
     if is_cache:
         raise ConfigError(
             [
@@ -153,8 +150,9 @@ def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, *, is_cach
                 "themselves. Works: the folder, .jsonl or shards that the cache was made from"
             ]
         )
-    records = find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size)
-    return write_pixel_cache(out / PIXELS, cache, records)
+    with timed(out, PIXELS) if world.is_main else nullcontext():
+        records = find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size)
+        return write_pixel_cache(out / PIXELS, cache, records)
 
 
 def _train_image_tokenizer(run: RunConfig, data: Path, out: Path, device: torch.device | str, job: Job) -> None:
