@@ -2,8 +2,8 @@
 # From nothing to a model that draws and captions, and a report about it; `make demo` runs this.
 #
 # Knobs (environment):
-#   OUT=runs/demo     run folder: checkpoints, pictures, report
-#   DATA=data/demo    where the pairs are kept
+#   OUT=runs/demo     run folder: checkpoints, pictures, report (FULL=1: runs/demo-full; SMOKE=1: -smoke behind it)
+#   DATA=data/demo    where the pairs are kept, named likewise
 #   SEED=0            same seed, same machine: same report, but for the seconds
 #   FULL=1            all emoji in eight styles and composed scenes instead of 120 concepts in six: hours instead of minutes
 #   SMOKE=1           two minutes instead of ten: few pairs, few steps; shows that it works, not that it learns
@@ -15,8 +15,11 @@ cd "$(dirname "$0")/.."
 
 name=demo
 [[ "${FULL:-0}" == 1 ]] && name=demo-full
-OUT="${OUT:-runs/$name}"
-DATA="${DATA:-data/$name}"
+# Folders of its own: the real demo would be refused its few pairs and its short run.
+folder="$name"
+[[ "${SMOKE:-0}" == 1 ]] && folder="$name-smoke"
+OUT="${OUT:-runs/$folder}"
+DATA="${DATA:-data/$folder}"
 SEED="${SEED:-0}"
 VILG="${VILG:-vilg}"
 PYTHON="${PYTHON:-python3}"

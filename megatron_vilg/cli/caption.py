@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vilg.cli.device import add_device_option
+from megatron_vilg.cli.outputs import require_writable
 from megatron_vilg.cli.sampling import (
     add_sampling_options,
     problems_of_sampling,
@@ -20,6 +21,9 @@ from megatron_vilg.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_vilg.generate.pipeline import Pipeline
+
+_CUTS = ("top_k", "top_p", "min_p")
+"""Options that shorten the list of tokens to draw from."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     """Caption and print; the exit code is 0 when every picture has its caption."""
     world = read_world()
     _check(args, world)
+    if args.json is not None:
+        require_writable(args.json.parent, f"--json={args.json}")
     from megatron_vilg.generate.pipeline import Pipeline
 
     with generator_ranks(args.tensor, world, args.device) as mesh:
@@ -97,8 +103,7 @@ def _candidates(args: argparse.Namespace, default: int) -> int:
 
 def _sampled(args: argparse.Namespace) -> list[str]:
     """The sampling options that were given."""
-    names = ("temperature", "top_k", "top_p")
-    return ["--" + name.replace("_", "-") for name in names if getattr(args, name) is not None]
+    return ["--" + name.replace("_", "-") for name in ("temperature", *_CUTS) if getattr(args, name) is not None]
 
 
 def _check(args: argparse.Namespace, world: World) -> None:
@@ -125,6 +130,13 @@ def _check(args: argparse.Namespace, world: World) -> None:
     if args.candidates and (args.beam > 1 or names):
         other = names or f"--beam={args.beam}"
         problems.append(f"--candidates={args.candidates}: candidates are sampled at temperature 1; leave out {other}")
+    if not args.temperature and args.beam <= 1 and not args.candidates:
+        problems += [
+            f"--{name.replace('_', '-')}={value}: leaves out unlikely tokens, and temperature 0 draws none anyway. "
+            "Works: beside --temperature 1"
+            for name in _CUTS
+            if (value := getattr(args, name)) is not None
+        ]
     require_none(problems)
 
 

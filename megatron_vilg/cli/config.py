@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(dump_run_config(loaded.run), indent=2, ensure_ascii=False))
     else:
         print(_as_text(loaded, only_changed=args.changed))
-    # The size of the processes is not known here: layout rules run when the work starts.
-    if problems := check(loaded.run):
+    # The number of processes is not known here: whether the layout fits it is asked when the work starts.
+    if problems := check(loaded.run, world_size=None):
         raise ConfigError(problems)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_vilg import __version__
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, load_from_args
+from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
 
@@ -48,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the lines; 1 if a base package is missing or the processes cannot work together."""
     world = read_world()
+    config = load_from_args(args).run
     if world.is_main:
         for name, answer in _checks(args.path):
             print(f"{name:<14} {answer()}", flush=True)
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'missing':<14} {', '.join(missing)}: install them with `pip install -e .`")
     if world.size == 1 or missing:
         return 1 if missing else 0
-    return _together(args, world)
+    return _together(args, config, world)
 
 
 def _checks(path: Path) -> tuple[tuple[str, Callable[[], str]], ...]:
@@ -75,9 +77,8 @@ def _checks(path: Path) -> tuple[tuple[str, Callable[[], str]], ...]:
     )
 
 
-def _together(args: argparse.Namespace, world: World) -> int:
+def _together(args: argparse.Namespace, run: RunConfig, world: World) -> int:
     """What several processes find out together; rank 0 prints it."""
-    run = load_from_args(args).run
     from megatron_vilg.parallel.launch import device_of
     from megatron_vilg.parallel.layout import Layout
     from megatron_vilg.parallel.probe import Probe

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vilg.cli.outputs import require_writable
+from megatron_vilg.cli.shares import Share, begin_share, finish_share
 from megatron_vilg.data.images import to_image
 from megatron_vilg.errors import ConfigError, MissingPackageError
 from megatron_vilg.evaluate.canvas import Canvas, font_file
@@ -25,31 +28,74 @@ _SMALLEST_SIDE = 96
 """Smaller pictures are enlarged in the grid by a whole factor."""
 
 
-def write_pictures(
-    out: Path, prompts: Sequence[str], pixels: Tensor, facts: Sequence[dict[str, Any]], record: dict[str, Any]
-) -> None:
-    """Write ``PROMPT-IMAGE.png``, the grid and, last, ``generate.json``; pictures of an earlier call are replaced.
+class PictureFolder:
+    """Writes ``PROMPT-IMAGE.png`` as pictures come and, last, the grid and ``generate.json``.
+
+    Pictures of an earlier call stay until the first new ones are there to be written.
 
     Args:
-        out: folder, made if missing.
-        prompts: B of them.
-        pixels: [B, n, 3, S, S] in [-1, 1].
-        facts: what else there is to say about each prompt.
-        record: settings of the whole call.
+        out: folder, made with the first picture.
+        share: the worker that this process is.
+        prompts: all prompts of the call, those of other workers too.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be made or written, or holds the record of something else.
     """
-    entries = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        remove_pictures(out)
-        for number, (prompt, row, fact) in enumerate(zip(prompts, pixels, facts, strict=True)):
-            entries.append({"prompt": prompt, "files": write_png_row(out, number, row), **fact})
-        _save(grid_of_files(out, entries), out / GRID_FILE)
-        write_record(out / RECORD_FILE, record | {"prompts": entries})
-    except OSError as error:
-        raise ConfigError([f"--out={out}: cannot be written ({error}); name another folder"]) from error
+
+    def __init__(self, out: Path, share: Share, prompts: Sequence[str]) -> None:
+        require_writable(out, f"--out={out}")
+        pictures_of(out)
+        self.out, self.share, self.prompts = out, share, prompts
+        self.entries: list[dict[str, Any]] = []
+        self._has_begun = False
+
+    def add(self, pixels: Tensor, facts: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
+        """Write the pictures of this worker's next prompts.
+
+        Args:
+            pixels: [B, n, 3, S, S] in [-1, 1].
+            facts: what else there is to say about each of the B prompts.
+            record: settings of the whole call.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        first = self.share.prompts(len(self.prompts)).start
+        with self._writing(record):
+            for row, fact in zip(pixels, facts, strict=True):
+                number = first + len(self.entries)
+                files = write_png_row(self.out, number, row)
+                self.entries.append({"prompt": self.prompts[number], "files": files, **fact})
+
+    def finish(self, record: dict[str, Any], ids_sha256: str) -> bool:
+        """Write grid and record; of several workers the last one does so for all.
+
+        Returns:
+            Whether the record of the whole call is there now.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        with self._writing(record):  # also of a worker that had no prompts
+            if self.share.count > 1:
+                return finish_share(self.out, self.share, self.prompts, self.entries, record, ids_sha256)
+            _save(grid_of_files(self.out, self.entries), self.out / GRID_FILE)
+            write_record(self.out / RECORD_FILE, record | {"ids_sha256": ids_sha256, "prompts": self.entries})
+            return True
+
+    @contextmanager
+    def _writing(self, record: dict[str, Any]) -> Iterator[None]:
+        try:
+            if not self._has_begun:
+                self.out.mkdir(parents=True, exist_ok=True)
+                if self.share.count > 1:
+                    begin_share(self.out, self.prompts, record)
+                else:
+                    remove_pictures(self.out)
+                self._has_begun = True
+            yield
+        except OSError as error:
+            raise ConfigError([f"--out={self.out}: cannot be written ({error}); name another folder"]) from error
 
 
 def write_png_row(out: Path, number: int, row: Tensor) -> list[str]:
@@ -112,22 +158,30 @@ def _save(picture: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
+def pictures_of(out: Path, record_file: str = RECORD_FILE) -> set[str]:
+    """Files that the record of an earlier call says it wrote; none where there is no record.
+
+    Raises:
+        ConfigError: the record there is not one of ours.
+    """
+    try:
+        prompts = json.loads((out / record_file).read_text(encoding="utf-8"))["prompts"]
+        return {name for entry in prompts for name in entry["files"] if name == Path(name).name}
+    except FileNotFoundError:
+        return set()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            [f"--out={out}: its {record_file} is not one of ours ({error}); name another folder"]
+        ) from error
+
+
 def remove_pictures(out: Path, but: Collection[str] = (), record_file: str = RECORD_FILE) -> None:
     """Delete what the record of an earlier call says it wrote, the record first; pictures named in ``but`` stay.
 
     Raises:
         ConfigError: the record there is not one of ours.
     """
-    record = out / record_file
-    try:
-        prompts = json.loads(record.read_text(encoding="utf-8"))["prompts"]
-        names = [name for entry in prompts for name in entry["files"] if name == Path(name).name]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            [f"--out={out}: its {record_file} is not one of ours ({error}); name another folder"]
-        ) from error
-    record.unlink(missing_ok=True)
-    for name in set(names) - set(but):
+    names = pictures_of(out, record_file)
+    (out / record_file).unlink(missing_ok=True)
+    for name in names - set(but):
         (out / name).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
+from megatron_vilg.cli.outputs import require_writable
 from megatron_vilg.errors import ConfigError, DataError
 from megatron_vilg.log import get_logger
 
@@ -91,6 +92,7 @@ def _positive(text: str) -> int:
 def _score_captions(args: argparse.Namespace) -> None:
     from megatron_vilg.evaluate.caption_files import compare_captions, read_candidates, read_references
 
+    _require_places(args)
     figures = compare_captions(read_references(args.references), read_candidates(args.candidates))
     text = json.dumps(figures, indent=1)
     if args.json is None:
@@ -112,9 +114,10 @@ def _report(args: argparse.Namespace) -> None:
     from megatron_vilg.generate.pipeline import Pipeline
     from megatron_vilg.models.features import load_feature_network
 
-    _check_words(args.words)
+    changed = _drawing_settings(args.words)
+    _require_places(args)
     pipeline = Pipeline.load(args.load[0], device=chosen_device(args.device))
-    config = _with_settings(pipeline.config, args.words)
+    config = _with_settings(pipeline.config, changed)
     pairs, scenes = read_eval_set(
         args.data,
         config.image_tokenizer.image_size,
@@ -153,10 +156,10 @@ def _table7(args: argparse.Namespace) -> None:
     from megatron_vilg.generate.pipeline import Pipeline
     from megatron_vilg.models.features import load_feature_network
 
-    words = args.words[1:]
-    _check_words(words)
+    changed = _drawing_settings(args.words[1:])
+    _require_places(args)
     runs = [Pipeline.load(path, device=chosen_device(args.device)) for path in args.load]
-    config = _with_settings(runs[0].config, words)
+    config = _with_settings(runs[0].config, changed)
     pairs, _ = read_eval_set(
         args.data,
         config.image_tokenizer.image_size,
@@ -184,23 +187,30 @@ def _table7(args: argparse.Namespace) -> None:
     _log.info("table 7: %s", args.json)
 
 
-def _check_words(words: list[str]) -> None:
+def _require_places(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        require_writable(args.json.parent, f"--json={args.json}")
+    if args.out is not None:
+        require_writable(args.out, f"--out={args.out}")
+
+
+def _drawing_settings(words: list[str]) -> dict[str, Any]:
+    """Fields of ``SampleConfig`` that ``sample.option=value`` give; other words are refused."""
+    from megatron_vilg.config.load import load_run_config
     from megatron_vilg.config.options import all_options
 
     known = ", ".join(name for name in all_options() if name.startswith(_SECTION))
     wrong = [word for word in words if not word.startswith(_SECTION)]
     if wrong:
         raise ConfigError([f"{word}: of a trained run only drawing can be changed. Works: {known}." for word in wrong])
-
-
-def _with_settings(config: RunConfig, words: list[str]) -> RunConfig:
-    """The run's configuration with other settings of drawing."""
-    from megatron_vilg.config.load import load_run_config
-
     given = load_run_config(overrides=words).sample
-    changed = {word.removeprefix(_SECTION).partition("=")[0] for word in words}
-    sample = dataclasses.replace(config.sample, **{name: getattr(given, name) for name in changed})
-    return dataclasses.replace(config, sample=sample)
+    names = {word.removeprefix(_SECTION).partition("=")[0] for word in words}
+    return {name: getattr(given, name) for name in names}
+
+
+def _with_settings(config: RunConfig, changed: dict[str, Any]) -> RunConfig:
+    """The run's configuration with other settings of drawing."""
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
 
 
 def _subject(pipeline: Pipeline, config: RunConfig) -> Subject:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from megatron_vilg.cli.sampling import (
     require_none,
     sampling_from_args,
 )
-from megatron_vilg.cli.shares import Share, chosen_share, write_share
+from megatron_vilg.cli.shares import Share, chosen_share
 from megatron_vilg.cli.tensor import add_tensor_option, generator_ranks, problems_of_tensor
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 CODEBOOK, END_TO_END = "codebook", "end-to-end"
+_BATCHES_TOGETHER = 4
+"""Batches between two visits to the disk: more of them are full, and pass the image tokenizer behind the next one."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,8 +41,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "generate",
         help="draw pictures from text",
-        description="Draw pictures from text. Writes one PNG per picture, grid.png with all of them, and generate.json "
-        "with everything that is needed to draw them again.",
+        description="Draw pictures from text. Writes one PNG per picture, with --max-batch after every few batches, "
+        "and at the end grid.png with all of them and generate.json with everything that is needed to draw them again.",
         epilog='example: vilg generate --load runs/demo --prompt "水彩画的红苹果" -n 4 --out drawn',
     )
     parser.add_argument("--load", metavar="RUN_OR_FOLDER", type=Path, required=True, help="run or exported folder")
@@ -92,34 +96,37 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_share(args: argparse.Namespace, prompts: list[str], share: Share, mesh: Mesh) -> int:
     """Draw this worker's share; of several ranks that are one worker the first one writes."""
-    from megatron_vilg.cli.drawn import write_pictures
+    from megatron_vilg.cli.drawn import PictureFolder
     from megatron_vilg.generate.pipeline import NO_RECONSTRUCTOR, Pipeline
 
+    folder = PictureFolder(args.out, share, prompts)
     pipeline = Pipeline.load(args.load, device=mesh.device, precision=args.precision, mesh=mesh)
     if args.decoder == END_TO_END and pipeline.model.reconstructor is None:
         raise ConfigError([NO_RECONSTRUCTOR])
     settings = sampling_from_args(args, pipeline.config.sample)
+    record, digest = _record(args, pipeline, settings), hashlib.sha256()
+    slots = pipeline.model.spec.num_text_slots
     numbers = share.prompts(len(prompts))
     own = prompts[numbers.start : numbers.stop]
-    ids, scores, pixels = _draw(args, pipeline, own, numbers.start, settings)
+    for drawn in _draw(args, pipeline, own, numbers.start, settings):
+        if mesh.rank("tp") > 0:
+            continue
+        digest.update(drawn.ids.cpu().numpy().astype("<i8").tobytes())
+        lengths = [len(pipeline.text_tokenizer.encode(prompt)) for prompt in drawn.prompts]
+        facts: list[dict[str, Any]] = [{"tokens": n, "tokens_cut": max(0, n - slots)} for n in lengths]
+        if drawn.scores is not None:
+            for fact, row in zip(facts, drawn.scores.tolist(), strict=True):
+                fact["scores"] = row
+        folder.add(drawn.pixels, facts, record)
     if mesh.rank("tp") > 0:
         return 0
-    record = _record(args, pipeline, settings) | {
-        "ids_sha256": hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-    }
-    lengths = [len(pipeline.text_tokenizer.encode(prompt)) for prompt in own]
-    slots = pipeline.model.spec.num_text_slots
-    facts: list[dict[str, Any]] = [{"tokens": n, "tokens_cut": max(0, n - slots)} for n in lengths]
-    if scores is not None:
-        for fact, row in zip(facts, scores.tolist(), strict=True):
-            fact["scores"] = row
-    drawn = f"{ids.shape[0] * ids.shape[1]} pictures in {args.out}"
+    complete = folder.finish(record, digest.hexdigest())
+    done = f"{len(own) * args.num_images} pictures in {args.out}"
     if share.count == 1:
-        write_pictures(args.out, own, pixels, facts, record)
-        print(f"{drawn}, all of them in {args.out / 'grid.png'}")
-        return 0
-    complete = write_share(args.out, share, prompts, pixels, facts, record)
-    print(f"worker {share.index} of {share.count}: {drawn}; {'complete' if complete else 'other workers are not done'}")
+        print(f"{done}, all of them in {args.out / 'grid.png'}")
+    else:
+        rest = "complete" if complete else "other workers are not done"
+        print(f"worker {share.index} of {share.count}: {done}; {rest}")
     return 0
 
 
@@ -150,43 +157,63 @@ def _check(args: argparse.Namespace, world: World) -> None:
     require_none(problems)
 
 
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What was drawn for some neighbouring prompts, B of them: codes, and pixels in [-1, 1]."""
+
+    prompts: list[str]
+    ids: torch.Tensor
+    """[B, n, N]."""
+    scores: torch.Tensor | None
+    """[B, n] where more were drawn than are kept."""
+    pixels: torch.Tensor
+    """[B, n, 3, S, S]."""
+
+
 def _draw(
     args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], first_prompt: int, settings: SampleConfig
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Codes [B, n, N], the score of each [B, n] where more were drawn than are kept, and pixels."""
+) -> Iterator[_Drawn]:
+    """All prompts in order, as many at a time as fill a few batches, so that what is done can be written."""
     from tqdm import tqdm
 
-    prefix = _image_prefix(args, pipeline, len(prompts))
+    prefix = _image_prefix(args, pipeline)
+    per_prompt = max(settings.rerank, args.num_images)
+    together = max(1, _BATCHES_TOGETHER * args.max_batch // per_prompt) if args.max_batch else max(1, len(prompts))
     is_silent = True if pipeline.mesh.rank("tp") else None  # None: where nobody looks
     with tqdm(desc="drawing", unit=" tokens", disable=is_silent) as bar:
+        for start in range(0, len(prompts), together):
+            some, before = prompts[start : start + together], int(bar.n)
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            def progress(done: int, total: int, part: int = len(some), before: int = before) -> None:
+                bar.total = total * len(prompts) // part
+                bar.update(before + done - bar.n)
 
-        options: dict[str, Any] = {
-            "num_images": args.num_images,
-            "settings": settings,
-            "seed": args.seed,
-            "max_batch": args.max_batch,
-            "first_prompt": first_prompt,
-            "progress": progress,
-        }
-        if prefix is None and not settings.rerank and args.decoder != END_TO_END:
-            ids, pixels = pipeline.draw_pixels(prompts, **options)
-            return ids, None, pixels
-        ids, scores = pipeline.draw_best_ids(prompts, image_prefix=prefix, **options)
-    pixels = pipeline.decode_end_to_end(ids, prompts) if args.decoder == END_TO_END else pipeline.decode(ids)
-    return ids, scores, pixels
+            options: dict[str, Any] = {
+                "num_images": args.num_images,
+                "settings": settings,
+                "seed": args.seed,
+                "max_batch": args.max_batch,
+                "first_prompt": first_prompt + start,
+                "progress": progress,
+            }
+            if prefix is None and not settings.rerank and args.decoder != END_TO_END:
+                ids, pixels = pipeline.draw_pixels(some, **options)
+                yield _Drawn(some, ids, None, pixels)
+                continue
+            given = None if prefix is None else prefix.expand(len(some), -1)
+            ids, scores = pipeline.draw_best_ids(some, image_prefix=given, **options)
+            pixels = pipeline.decode_end_to_end(ids, some) if args.decoder == END_TO_END else pipeline.decode(ids)
+            yield _Drawn(some, ids, scores, pixels)
 
 
-def _image_prefix(args: argparse.Namespace, pipeline: Pipeline, num_prompts: int) -> torch.Tensor | None:
+def _image_prefix(args: argparse.Namespace, pipeline: Pipeline) -> torch.Tensor | None:
+    """Codes [1, m] that every picture begins with."""
     if args.image_prefix is None:
         return None
     side = pipeline.model.spec.image_side
     if not 0 <= args.keep_rows <= side:
         raise ConfigError([f"--keep-rows={args.keep_rows}: this model has rows 0 to {side}"])
-    return pipeline.encode_images([args.image_prefix])[:, : args.keep_rows * side].expand(num_prompts, -1)
+    return pipeline.encode_images([args.image_prefix])[:, : args.keep_rows * side]
 
 
 def _record(args: argparse.Namespace, pipeline: Pipeline, settings: SampleConfig) -> dict[str, Any]:

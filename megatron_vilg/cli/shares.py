@@ -9,14 +9,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_vilg.config.world import read_world
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _log = get_logger(__name__)
 PARTS = "parts"
@@ -71,47 +68,44 @@ def chosen_share(option: str, tensor: int = 1) -> Share:
     return Share(int(index), int(count))
 
 
-def write_share(
+def begin_share(out: Path, prompts: Sequence[str], record: dict[str, Any]) -> None:
+    """Make room for this worker's pictures; the record of an earlier call with other settings is set aside."""
+    (out / PARTS).mkdir(exist_ok=True)
+    _retire(out, _settings(prompts, record))
+
+
+def finish_share(
     out: Path,
     share: Share,
     prompts: Sequence[str],
-    pixels: Tensor,
-    facts: Sequence[dict[str, Any]],
+    entries: Sequence[dict[str, Any]],
     record: dict[str, Any],
+    ids_sha256: str,
 ) -> bool:
-    """Write this worker's pictures and, if it is the last one, what belongs to all of them.
+    """Write what this worker drew and, if it is the last one, what belongs to all of them.
 
     Args:
-        out: folder that all workers see.
+        out: folder that all workers see; the pictures are there.
         share: whose prompts these are.
         prompts: all prompts of the call.
-        pixels: [b, n, 3, S, S] in [-1, 1] of this share's prompts.
-        facts: what else there is to say about each of them.
-        record: settings of the whole call, ``ids_sha256`` of this share.
+        entries: of each of this worker's prompts the text, the files and what else there is to say.
+        record: settings of the whole call.
+        ids_sha256: of this worker's codes.
 
     Returns:
         Whether the record of the whole call is there now.
-
-    Raises:
-        ConfigError: the folder cannot be written.
     """
-    from megatron_vilg.cli.drawn import write_png_row, write_record
+    from megatron_vilg.cli.drawn import write_record
 
-    settings = {key: value for key, value in record.items() if key not in ("ids_sha256", "device")}
-    settings["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    numbers = share.prompts(len(prompts))
-    try:
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
-        _retire(out, settings)
-        entries = [
-            {"prompt": prompts[number], "files": write_png_row(out, number, row), **fact}
-            for number, row, fact in zip(numbers, pixels, facts, strict=True)
-        ]
-        own = {"settings": settings, "ids_sha256": record["ids_sha256"], "prompts": entries}
-        write_record(share.record(out), own)
-        return _join(out, share.count, settings)
-    except OSError as error:
-        raise ConfigError([f"--out={out}: cannot be written ({error}); name another folder"]) from error
+    settings = _settings(prompts, record)
+    write_record(share.record(out), {"settings": settings, "ids_sha256": ids_sha256, "prompts": list(entries)})
+    return _join(out, share.count, settings)
+
+
+def _settings(prompts: Sequence[str], record: dict[str, Any]) -> dict[str, Any]:
+    """What all workers of one call agree on."""
+    settings = {key: value for key, value in record.items() if key != "device"}
+    return settings | {"prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
 
 
 def _retire(out: Path, settings: dict[str, Any]) -> None:
@@ -123,9 +117,7 @@ def _retire(out: Path, settings: dict[str, Any]) -> None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    except ValueError as error:
-        raise ConfigError([f"--out={out}: its {RECORD_FILE} is no JSON ({error}); name another folder"]) from error
-    if not isinstance(record, dict) or any(record.get(key) != value for key, value in settings.items()):
+    if any(record.get(key) != value for key, value in settings.items()):
         with contextlib.suppress(FileNotFoundError):  # another worker was faster
             os.replace(path, out / EARLIER)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.config.world import World, read_world
+from megatron_vilg.errors import ConfigError
 
 _log = log.get_logger(__name__)
 
@@ -41,7 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vilg.train.signals import StopRaises
 
     world = read_world()
-    with log.also_to_file(args.out / "logs" / f"rank-{world.rank:04d}.log"):
+    with ExitStack() as open_files:
+        try:
+            open_files.enter_context(log.also_to_file(args.out / "logs" / f"rank-{world.rank:04d}.log"))
+        except OSError as error:
+            raise ConfigError([f"--out={args.out}: cannot be written ({error}); name another folder"]) from error
         with StopRaises(is_alone=world.size == 1) as stop:
             return 0 if _train(args, config, world) else EXIT_STOPPED
         _log.warning("stopped by %s between two steps of work; the same command goes on", stop.name)

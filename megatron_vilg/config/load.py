@@ -151,7 +151,10 @@ def _read_file(file: Path, problems: list[str]) -> dict[str, _Setting]:
     except OSError as error:
         problems.append(f"{file}: cannot be read ({error.strerror}). Works: a YAML or JSON file.")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _RepeatedKeyError as error:
+        problems.append(f"{file}: {error}")
+        return {}
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError also of a date that does not exist
         problems.append(f"{file}: is not YAML or JSON: {' '.join(str(error).split())}")
         return {}
     if content is None:
@@ -182,14 +185,22 @@ def _read_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, 
     for word in words:
         path, _, text = word.partition("=")
         option = all_options().get(path)
-        try:
-            value = text if option is not None and option.is_text else yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            value = text
+        value: object = text
+        if option is None or not option.is_text:
+            value = _parsed(text)
         if option is not None and option.is_list and not isinstance(value, list):
-            value = yaml.load(f"[{text.strip('()')}]", _Loader)
+            values = _parsed(f"[{text.strip('()')}]")
+            value = values if isinstance(values, list) else text
         settings[path] = _Setting(value, COMMAND_LINE, text)
     return settings
+
+
+def _parsed(text: str) -> object:
+    """What ``text`` means as YAML; itself if it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def _validate(settings: Mapping[str, _Setting], problems: list[str]) -> RunConfig | None:
@@ -263,8 +274,23 @@ def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
+class _RepeatedKeyError(yaml.YAMLError):
+    """A section or an option that a file has twice; YAML says that this is an error, PyYAML forgets the first."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML takes ``1e-4``, without a point, for text."""
+    """YAML 1.2: PyYAML takes ``1e-4``, without a point, for text, and a repeated key for a correction."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A section as a dictionary."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                rule = f"is there twice (lines {lines[name]} and {line}), and only one could count"
+                raise _RepeatedKeyError(f"{name}: {rule}. Works: one {name} with everything in it.")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -7,7 +7,6 @@ done again; one that was interrupted goes on.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, with_suffix, write_text
+from megatron_vilg.checkpoint.files import write_text
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
 from megatron_vilg.config.check import require
 from megatron_vilg.config.check_engine import missing_packages
@@ -37,12 +36,10 @@ from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.parallel.launch import Job
 from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.precision import settle_precision
+from megatron_vilg.train.run_tokenizers import IMAGE_TOKENIZER, SECONDS, TEXT_TOKENIZER, settle_tokenizers
 from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
 
 log = get_logger(__name__)
-SECONDS = "seconds.json"
-TEXT_TOKENIZER = "text_tokenizer"
-IMAGE_TOKENIZER = "image_tokenizer"
 TOKENS = "tokens"
 PIXELS = "pixels"
 
@@ -88,15 +85,24 @@ def prepare(
         None when a signal stopped a stage; the same call goes on.
 
     Raises:
-        ConfigError: a token cache was given without tokenizers, or sizes do not fit together.
+        ConfigError: a token cache was given without tokenizers, sizes do not fit together, or a tokenizer is not the
+            one that the run has or would train.
         DataError, CheckpointError: pairs or tokenizers that cannot be read, or a cache of other tokenizers.
     """
-    job = job or Job(World(), None)
+    job, asked = job or Job(World(), None), run
     # Before anything that the main process does alone: several of them settle it together.
     run = settle_precision(run, device, out)
     is_cache = (data / CACHE_MANIFEST).is_file() and "settings" in json.loads((data / CACHE_MANIFEST).read_text())
     given = {TEXT_TOKENIZER: text_tokenizer, IMAGE_TOKENIZER: image_tokenizer}
-    run, text = job.main_first("text", lambda: _configuration(run, data, out, given, is_cache, job.world))
+
+    def configured() -> tuple[RunConfig, TextTokenizer]:
+        if job.world.is_main:
+            if is_cache:
+                _require_given(data, out, given)
+            settle_tokenizers(asked, out, given)
+        return _configuration(run, data, out, job.world)
+
+    run, text = job.main_first("text", configured)
     _train_image_tokenizer(run, data, out, device, job)
     if not (out / IMAGE_TOKENIZER).is_dir():  # a signal stopped its training
         return None
@@ -105,22 +111,23 @@ def prepare(
     def encoded() -> Prepared:
         finished = data if is_cache else None if job.world.is_main else out / TOKENS
         cache = _token_cache(run, data, out, text, images, finished)
-        pixels = _pixels(run, data, out, cache, is_cache=is_cache) if run.reconstructor.enabled else None
+        pixels = _pixels(run, data, out, cache, is_cache, job.world) if run.reconstructor.enabled else None
         return Prepared(run, cache, text, images, pixels)
 
     return job.main_first("tokens", encoded)
 
 
-def _configuration(
-    run: RunConfig, data: Path, out: Path, given: Mapping[str, Path | None], is_cache: bool, world: World
-) -> tuple[RunConfig, TextTokenizer]:
-    """Take over given tokenizers, train the text tokenizer if there is none; the checked and resolved configuration."""
-    for name, folder in given.items():
-        if folder is not None:
-            _copy_once(folder, out / name)
-        elif is_cache and not (out / name).is_dir():
-            option = name.replace("_", "-")
-            raise ConfigError([f"--data={data}: is a token cache; name its tokenizer with --{option} FOLDER"])
+def _require_given(data: Path, out: Path, given: Mapping[str, Path | None]) -> None:
+    """A token cache says nothing without the tokenizers that it was made with."""
+    missing = [name.replace("_", "-") for name, folder in given.items() if folder is None and not (out / name).is_dir()]
+    if missing:
+        raise ConfigError(
+            [f"--data={data}: is a token cache; name its tokenizer with --{name} FOLDER" for name in missing]
+        )
+
+
+def _configuration(run: RunConfig, data: Path, out: Path, world: World) -> tuple[RunConfig, TextTokenizer]:
+    """Train the text tokenizer if there is none; the checked and resolved configuration."""
     text = _text_tokenizer(run, data, out)
     run = run.resolve(text_vocab_size=text.vocab_size)
     if run.model.text_vocab_size != text.vocab_size:
@@ -135,7 +142,7 @@ def _configuration(
     return run, text
 
 
-def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, *, is_cache: bool) -> PixelCache:
+def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, is_cache: bool, world: World) -> PixelCache:
     if is_cache:
         raise ConfigError(
             [
@@ -143,7 +150,7 @@ def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, *, is_cach
                 "themselves. Works: the folder, .jsonl or shards that the cache was made from"
             ]
         )
-    with timed(out, PIXELS):
+    with timed(out, PIXELS) if world.is_main else nullcontext():
         records = find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size)
         return write_pixel_cache(out / PIXELS, cache, records)
 
@@ -223,17 +230,6 @@ def _token_cache(
             seed=run.train.seed,
         )
     return TokenCache.open(out / TOKENS, expect=expect)
-
-
-def _copy_once(source: Path, target: Path) -> None:
-    """Copy a tokenizer folder into the run; complete or not at all."""
-    if target.is_dir():
-        return
-    partial = with_suffix(target, PARTIAL)
-    if partial.exists():
-        remove(partial)
-    shutil.copytree(source, partial)
-    publish(partial, target)
 
 
 @contextmanager

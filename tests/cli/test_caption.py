@@ -78,6 +78,20 @@ def test_sampling_follows_the_seed(run_folder: Path, pictures: list[str], capsys
             ["--beam", "2", "--top-k", "3"],
             "--beam=2: beam search draws nothing at random, so it has no use for --top-k",
         ),
+        (
+            ["--beam", "2", "--min-p", "0.1"],
+            "--beam=2: beam search draws nothing at random, so it has no use for --min-p",
+        ),
+        (
+            ["--candidates", "4", "--min-p", "0.1"],
+            "--candidates=4: candidates are sampled at temperature 1; leave out --min-p",
+        ),
+        (
+            ["--min-p", "0.1"],
+            "--min-p=0.1: leaves out unlikely tokens, and temperature 0 draws none anyway. Works",
+        ),
+        (["--top-k", "5"], "--top-k=5: leaves out unlikely tokens"),
+        (["--temperature", "0", "--top-p", "0.9"], "--top-p=0.9: leaves out unlikely tokens"),
         (["--top-p", "7"], "--top-p=7.0: input should be less than or equal to 1"),
         (["absent.png"], "absent.png: cannot be read"),
     ],
@@ -93,5 +107,14 @@ def test_json_that_cannot_be_written_is_named(
     run_folder: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "file.png")
-    assert caption(run_folder, pictures[0], "--json", str(tmp_path / "file.png" / "captions.json")) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    # Before the model is looked for.
+    assert caption(tmp_path / "no-run", pictures[0], "--json", str(tmp_path / "file.png" / "captions.json")) == 2
+    assert "captions.json: cannot be written" in capsys.readouterr().err
+
+
+def test_sampling_options_go_together_with_a_temperature(
+    run_folder: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--temperature", "1", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.1"]
+    assert caption(run_folder, pictures[0], *options) == 0
+    assert capsys.readouterr().out.startswith(pictures[0])

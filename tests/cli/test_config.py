@@ -40,3 +40,12 @@ def test_impossible_combinations_are_printed_and_refused(capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert "  model.num_heads=5   [command line]\n" in captured.out
     assert captured.err.startswith("vilg config: ConfigError: 1 problem in the configuration\n  model.num_heads=5: ")
+
+
+@pytest.mark.parametrize("layout", [["parallel.tensor=2"], ["parallel.replica=2", "parallel.shard=4"]], ids=str)
+def test_a_layout_of_several_processes_is_printed_by_one(layout: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--changed", *layout]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("parallel: ") and captured.err == ""
+    assert main(["config", *layout, "parallel.pipeline=2"]) == EXIT_ERROR  # no number of processes makes that work
+    assert "parallel.num_microbatches=1: every rank of parallel.pipeline=2" in capsys.readouterr().err

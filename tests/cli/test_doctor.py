@@ -44,3 +44,10 @@ def test_missing_npm_says_what_needs_it(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert main(["doctor"]) == 0
     assert lines_of(capsys)["npm"].startswith("missing: `vilg data demo` needs it")
+
+
+def test_an_unknown_option_is_named_before_anything_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "parallel.tensr=2"]) == 2
+    captured = capsys.readouterr()
+    assert "parallel.tensr=2: no such option. Did you mean parallel.tensor?" in captured.err
+    assert captured.out == ""

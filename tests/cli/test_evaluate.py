@@ -58,6 +58,30 @@ def test_only_drawing_can_be_changed(run_folder: Path, data: Path, capsys: pytes
     assert "model.width=3: of a trained run only drawing can be changed. Works: sample.temperature" in message
 
 
+@pytest.mark.parametrize("task", [[], ["table7", "--json", "scores.json"]], ids=["report", "table7"])
+def test_settings_and_places_are_checked_before_a_run_is_loaded(
+    task: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", *task, "--load", str(tmp_path / "no-run"), "--data", str(tmp_path)]
+    if not task:
+        assert main([*command, "--out", str(tmp_path), "sample.temperature=hot"]) == EXIT_ERROR
+        assert "sample.temperature=hot: must be a number of at least 0, got the text 'hot'" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*command, "--out", str(tmp_path / "file" / "report")]) == EXIT_ERROR
+    assert f"--out={tmp_path / 'file' / 'report'}: cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["captions", "table7"])
+def test_a_file_of_scores_that_cannot_be_written_is_named_first(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    missing = str(tmp_path / "missing")
+    inputs = ["--references", missing, "--candidates", missing, "--load", missing, "--data", missing]
+    assert main(["evaluate", task, *inputs, "--json", str(tmp_path / "file" / "scores.json")]) == EXIT_ERROR
+    assert "scores.json: cannot be written" in capsys.readouterr().err
+
+
 def test_missing_options_are_named_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--load", "x"]) == EXIT_ERROR
     assert "vilg evaluate needs --data --out" in capsys.readouterr().err

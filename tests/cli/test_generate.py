@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from megatron_vilg.cli.main import main
 from megatron_vilg.config.schema import ReconstructorConfig, SampleConfig
 from megatron_vilg.evaluate import canvas
+from megatron_vilg.generate.pipeline import Pipeline
 from tests.tiny_run import CAPTIONS, write_tiny_run
 
 
@@ -171,10 +173,61 @@ def test_foreign_and_unwritable_folders_are_refused(
     assert "its generate.json is not one of ours" in capsys.readouterr().err
     (tmp_path / "generate.json").write_text("{")
     assert generate(run_folder, tmp_path, "--prompt", "猫", "--worker", "0/2") == 2
-    assert "its generate.json is no JSON" in capsys.readouterr().err
+    assert "its generate.json is not one of ours" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert generate(run_folder, tmp_path / "file" / "out", "--prompt", "猫") == 2
-    assert "cannot be written" in capsys.readouterr().err
+    # Before the model is looked for.
+    assert generate(tmp_path / "no-run", tmp_path / "file" / "out", "--prompt", "猫") == 2
+    assert f"cannot be written ({tmp_path / 'file'} is no folder); name another place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--rerank", "2")], ids=["plain", "rerank"])
+@pytest.mark.parametrize("worker", ["0/1", "0/2"])
+def test_pictures_are_written_as_they_come(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], worker: str
+) -> None:
+    for name in ("draw_pixels", "draw_best_ids"):
+        monkeypatch.setattr(Pipeline, name, once(getattr(Pipeline, name)))
+    prompts = [word for caption in CAPTIONS * 2 for word in ("--prompt", caption)]
+    (tmp_path / "00000-00.png").write_text("of an earlier call")
+    (tmp_path / "00009-00.png").write_text("of an earlier call")
+    (tmp_path / "generate.json").write_text('{"prompts": [{"files": ["00000-00.png", "00009-00.png"]}]}')
+    command = [*prompts, "-n", "2", "--max-batch", "2", *options, "--worker", worker]
+    assert generate(run_folder, tmp_path, *command) == 130
+    # Four batches of two; what the record said is no longer true, so it is gone.
+    written = {f"{p:05d}-{i:02d}.png" for p in range(4) for i in range(2)}
+    assert {path.name for path in tmp_path.glob("*.png")} - {"00009-00.png"} == written
+    assert picture(tmp_path / "00000-00.png").shape == (16, 16, 3)
+    assert not (tmp_path / "generate.json").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--rerank", "2"), ("--keep-rows", "1")], ids=["plain", "rerank", "prefix"])
+def test_prompts_drawn_in_turn_are_those_drawn_at_once(
+    run_folder: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "start.png")
+    prompts = [word for caption in CAPTIONS for word in ("--prompt", caption)]
+    prefix = ("--image-prefix", str(tmp_path / "start.png")) if "--keep-rows" in options else ()
+    command = [*prompts, "-n", "2", "--seed", "5", *options, *prefix]
+    assert generate(run_folder, tmp_path / "once", *command) == 0
+    assert generate(run_folder, tmp_path / "turns", *command, "--max-batch", "1") == 0
+    once, turns = record(tmp_path / "once"), record(tmp_path / "turns")
+    assert turns["ids_sha256"] == once["ids_sha256"]
+    assert [entry["files"] for entry in turns["prompts"]] == [entry["files"] for entry in once["prompts"]]
+    last = once["prompts"][-1]["files"][-1]
+    assert np.abs(picture(tmp_path / "once" / last).astype(int) - picture(tmp_path / "turns" / last)).max() <= 1
+
+
+def once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The second call is interrupted."""
+    calls: list[None] = []
+
+    def called(*args: Any, **options: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return method(*args, **options)
+
+    return called
 
 
 def test_parsing_needs_no_torch() -> None:

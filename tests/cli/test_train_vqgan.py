@@ -53,3 +53,12 @@ def test_unknown_device_is_named(tmp_path: Path, data: Path, capsys: pytest.Capt
     assert main(["train-vqgan", *arguments]) == EXIT_ERROR
     error = capsys.readouterr().err
     assert "--device=abacus" in error and "Works: auto, cpu" in error
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["--preset", "demo", "--data", str(tmp_path / "no-data"), "--out", str(tmp_path / "file" / "run")]
+    assert main(["train-vqgan", *arguments]) == EXIT_ERROR
+    assert f"run: cannot be written ({tmp_path / 'file'} is no folder)" in capsys.readouterr().err

@@ -110,6 +110,12 @@ def test_preset_named_in_the_file_or_on_the_command_line(tmp_path: Path) -> None
             "image_tokenizer.channel_multipliers=1,x: must be a list such as [1, 2], each a whole number above 0, "
             'got the list [1, "x"].',
         ),
+        (
+            "image_tokenizer.channel_multipliers=[1,2",
+            "image_tokenizer.channel_multipliers=[1,2: must be a list such as [1, 2], each a whole number above 0, "
+            "got the text '[1,2'.",
+        ),
+        ("optim.lr=2026-13-13", "optim.lr=2026-13-13: must be a number above 0, got the text '2026-13-13'."),
         ("width", "width: must read section.option=value, for example optim.lr=1e-4."),
     ],
 )
@@ -136,6 +142,12 @@ def test_unknown_preset_names_the_nearest() -> None:
         ("- model\n", '{file}: must hold sections such as `model:`, got the list ["model"].'),
         ("model: [\n", "{file}: is not YAML or JSON: "),
         ("optim:\n  lr:\n    peak: 1\n", 'optim.lr={{"peak": 1}}: must be a number above 0, got a section ({file}).'),
+        ("optim:\n  lr: 2026-13-13\n", "{file}: is not YAML or JSON: month must be in 1..12"),
+        (
+            "model:\n  width: 8\noptim:\n  lr: 1\nmodel:\n  num_heads: 2\n",
+            "{file}: model: is there twice (lines 1 and 5), and only one could count. Works: one model with everything",
+        ),
+        ('{"optim": {"lr": 1, "eps": 2, "lr": 3}}', "{file}: lr: is there twice (lines 1 and 1)"),
         ("learning_rate: 3\n", "learning_rate=3: no such option ({file})."),
     ],
 )

@@ -119,3 +119,14 @@ def test_seconds_add_up(tmp_path: Path) -> None:
     with timed(tmp_path, "train"):
         pass
     assert json.loads((tmp_path / "seconds.json").read_text()) == {"train": 100.0, "tokens": 1.0}
+
+
+@pytest.mark.parametrize("where", ["file", "file/run", "run"])
+def test_a_run_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / "logs" / "rank-0000.log").mkdir(parents=True)
+    assert train(tmp_path, tmp_path / where) == 2
+    error = capsys.readouterr().err
+    assert f"--out={tmp_path / where}: cannot be written (" in error and "Traceback" not in error
