@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = _find_verb(arguments)
     parser = _build_parser(verb)
     if verb is not None and verb.has_overrides:
-        arguments = _settings_last(verb, arguments)
+        arguments = _settings_first(verb, arguments)
     args = parser.parse_args(arguments)
     try:
         return args.run(args) or 0
@@ -134,12 +135,14 @@ def _build_parser(verb: Verb | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _settings_last(verb: Verb, arguments: Sequence[str]) -> list[str]:
-    """Translate aliases where the verb has them, and move settings behind the flags.
+def _settings_first(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    """Translate aliases where the verb has them, and move settings in front of the flags, behind the leading words.
 
-    argparse takes positionals in one run only; ``a.b=1 --out D c.d=2`` would be an error.
+    argparse takes positionals in one run only; ``a.b=1 --out D c.d=2`` would be an error, and ``--load A B c.d=2``
+    a third value of ``--load``.
     """
     from megatron_vilg.config.aliases import ALIASES, split_settings
 
     rest, settings = split_settings(arguments[1:], ALIASES if verb.has_aliases else {})
-    return [verb.name, *rest, *settings]
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+    return [verb.name, *words, *settings, *rest[len(words) :]]

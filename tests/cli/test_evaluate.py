@@ -63,9 +63,11 @@ def test_settings_and_places_are_checked_before_a_run_is_loaded(
     task: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["evaluate", *task, "--load", str(tmp_path / "no-run"), "--data", str(tmp_path)]
-    if not task:
-        assert main([*command, "--out", str(tmp_path), "sample.temperature=hot"]) == EXIT_ERROR
-        assert "sample.temperature=hot: must be a number of at least 0, got the text 'hot'" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path), "sample.temperature=hot"]) == EXIT_ERROR
+    assert "sample.temperature=hot: must be a number of at least 0, got the text 'hot'" in capsys.readouterr().err
+    last = ["--data", str(tmp_path), "--out", str(tmp_path), "--load", str(tmp_path / "no-run")]
+    assert main(["evaluate", *task, *last, "sample.temperature=hot"]) == EXIT_ERROR, "no further value of --load"
+    assert "sample.temperature=hot" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*command, "--out", str(tmp_path / "file" / "report")]) == EXIT_ERROR
     assert f"--out={tmp_path / 'file' / 'report'}: cannot be written" in capsys.readouterr().err
