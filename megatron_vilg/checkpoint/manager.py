@@ -53,7 +53,7 @@ class Checkpointer:
         self.folder = folder
         self.config = config
         self._mesh = mesh or Mesh(torch.device("cpu"))
-        self._damaged: set[int] = set()
+        self._unusable: set[int] = set()
         self._background = BackgroundWrite(self._mesh) if config.async_save else None
 
     def path(self, step: int) -> Path:
@@ -123,7 +123,7 @@ class Checkpointer:
         sync(partial)
         write_manifest(partial, manifest)
         publish(partial, final)
-        self._damaged.discard(manifest.step)
+        self._unusable.discard(manifest.step)
         self._retain()
 
     def _on_main(self, work: Callable[[], Value]) -> Value:
@@ -142,20 +142,41 @@ class Checkpointer:
         return result
 
     def latest(self) -> Path | None:
-        """The newest complete and undamaged checkpoint, or None; warns about each damaged one it passes over."""
+        """The newest complete and undamaged checkpoint, or None if there is none at all.
+
+        It warns about each one that it passes over; ``save`` neither counts nor deletes those.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used. To start anew must be somebody's decision.
+        """
         return self._on_main(self._latest)
 
     def _latest(self) -> Path | None:
-        self._recover()
-        for step in reversed(self.steps()):
+        reasons = []
+        try:
+            self._recover()
+            steps = self.steps()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be read ({error})") from error
+        for step in reversed(steps):
             path = self.path(step)
             try:
                 read_sound_manifest(path)
             except CheckpointError as error:
-                logger.warning("skipping a checkpoint, and not counting it for checkpoint.keep_last: %s", error)
-                self._damaged.add(step)
+                reasons.append(str(error))
+                self._unusable.add(step)
                 continue
+            for reason in reasons:
+                logger.warning("skipping a checkpoint, which checkpoint.keep_last does not count: %s", reason)
             return path
+        if reasons:
+            raise CheckpointError(
+                f"{self.folder}: has {len(reasons)} checkpoint{'s' if len(reasons) > 1 else ''}, none of which can be "
+                "used; nothing was started anew and nothing was deleted\n"
+                + "\n".join(f"  {reason}" for reason in reasons)
+                + "\n  Works: make one of them readable again (mount, permissions, the version of megatron_vilg that "
+                "wrote it); or, to start at step 0, move these folders away or give another --out"
+            )
         return None
 
     def load(self, path: Path, state: Mapping[str, Any], expected: Manifest | None = None) -> Manifest:
@@ -205,12 +226,12 @@ class Checkpointer:
             remove(leftover)
 
     def _retain(self) -> None:
-        steps = self.steps()
-        sound = [step for step in steps if step not in self._damaged]
+        # What could not be used may be readable again tomorrow (a mount, another version): it is left to people.
+        sound = [step for step in self.steps() if step not in self._unusable]
         kept = set(sound[-self.config.keep_last :])
         if self.config.keep_every:
             kept |= {step for step in sound if step % self.config.keep_every == 0}
-        for step in steps:
+        for step in sound:
             if step not in kept:
                 remove(self.path(step))
 

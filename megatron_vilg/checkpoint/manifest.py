@@ -168,14 +168,19 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {FILE_NAME}, so this is no complete checkpoint or model folder") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); the folder is damaged") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object; the folder is damaged")
     version = content.get("format_version")
     if version not in READABLE_VERSIONS:
         known = " and ".join(map(str, READABLE_VERSIONS))
-        raise CheckpointError(f"{path}: format_version is {version!r}, this package reads {known}")
+        raise CheckpointError(
+            f"{path}: format_version is {version!r}, this package reads {known}. "
+            "Works: the version of megatron_vilg that wrote it, or a later one"
+        )
     digest = content.pop("digest", None)
     if digest != _digest(content):
         raise CheckpointError(f"{path}: content does not match its own digest; it was changed or is damaged")
