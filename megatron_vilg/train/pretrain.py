@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.data.batch import PairBatch
@@ -30,6 +30,7 @@ from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
 from megatron_vilg.train.instruments import Instruments
 from megatron_vilg.train.metrics import MetricWriter, SilentWriter
 from megatron_vilg.train.optim import learning_rate
+from megatron_vilg.train.same_pairs import pairs_of, require_same_pairs
 from megatron_vilg.train.signals import StopSignals
 
 log = get_logger(__name__)
@@ -70,7 +71,7 @@ def pretrain(
     engine = build_engine(run, mesh, codebook, image_tokenizer)
     loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh)
-    course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache)))
+    course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache, mesh)))
     window, instruments, must_stop = StepWindow(run.train.max_skipped_in_row), instruments_of(engine, run), False
     with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
         while engine.step < run.train.num_steps and not must_stop:
@@ -172,8 +173,8 @@ def held_out_loaders(run: RunConfig, cache: TokenCache, pixels: PixelCache | Non
     return {split: loader_of(run, cache, split, pixels) for split in measured}
 
 
-def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
-    """What a checkpoint of this run must agree with."""
+def manifest_of(run: RunConfig, cache: TokenCache, mesh: Mesh) -> Manifest:
+    """What a checkpoint of this run must agree with; all ranks make this call."""
     return Manifest(
         kind="pretrain",
         model=dataclasses.asdict(run.model),
@@ -182,12 +183,13 @@ def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
         text_vocab_size=run.model.text_vocab_size,
         image_vocab_size=run.model.image_vocab_size,
         layout={name: getattr(run.parallel, name) for name in ("tensor", "pipeline", "replica", "shard", "zero")},
+        counters=pairs_of(cache, mesh),
     )
 
 
 def at_step(identity: Manifest, run: RunConfig, step: int, course: Course | None = None) -> Manifest:
     """``identity`` after ``step`` finished steps."""
-    counters = {} if course is None else course.counters
+    counters = {**identity.counters, **(course.counters if course is not None else {})}
     return dataclasses.replace(identity, step=step, samples_seen=step * run.train.batch_size, counters=counters)
 
 
@@ -197,11 +199,13 @@ def resume_latest(
     """Fill the engine from the newest sound checkpoint, if there is any; returns the counters in it.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another configuration; both sides are printed.
+        CheckpointError: no checkpoint can be used, or the newest belongs to another configuration or to other pairs;
+            both sides are printed.
     """
     path = checkpointer.latest()
     if path is None:
         return None
+    require_same_pairs(path, read_manifest(path), identity, engine.mesh)
     manifest = checkpointer.load(path, engine.state_dict(), expected=identity)
     engine.resume(manifest.step)
     log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)
