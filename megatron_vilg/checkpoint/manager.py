@@ -47,12 +47,21 @@ class Checkpointer:
         folder: where; on several machines a shared one.
         config: when to save and what to keep.
         mesh: the grid of ranks; None for one process.
+        require_ours: called on the main rank before anything is written; raises ``CheckpointError`` if another job has
+            taken over.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        mesh: Mesh | None = None,
+        require_ours: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self._mesh = mesh or Mesh(torch.device("cpu"))
+        self._require_ours = require_ours
         self._unusable: set[int] = set()
         self._background = BackgroundWrite(self._mesh) if config.async_save else None
 
@@ -78,12 +87,14 @@ class Checkpointer:
             manifest: identity and progress; its list of files is filled in here.
 
         Raises:
-            CheckpointError: a leaf is no tensor, or the disk is full or not writable. Older checkpoints stay.
+            CheckpointError: a leaf is no tensor, another job has taken over, or the disk is full or not writable.
+                Older checkpoints stay.
         """
         if manifest.step != step:
             raise ValueError(f"manifest.step is {manifest.step}, step is {step}")
         _flatten(state)
         self.finish()
+        self.require_ours()
         final = self.path(step)
         partial = with_suffix(final, PARTIAL)
         try:
@@ -97,7 +108,7 @@ class Checkpointer:
                 dcp.save(dict(state), storage_writer=writer, no_dist=not self._mesh.is_distributed)
             self._on_main(lambda: self._publish(partial, final, manifest))
         except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
-            if self._mesh.is_main and partial.exists():
+            if self._mesh.is_main and partial.exists() and self._is_ours():
                 remove(partial)
             raise CheckpointError(
                 f"{final}: cannot be written ({_reason(error)}). Free space or choose another folder; "
@@ -119,7 +130,19 @@ class Checkpointer:
                 f"{self.folder}: the last checkpoint could not be written in the background ({failure})"
             )
 
+    def require_ours(self) -> None:
+        """Raise ``CheckpointError`` on all ranks if another job has taken over."""
+        self._on_main(self._require_ours)
+
+    def _is_ours(self) -> bool:
+        try:
+            self._require_ours()
+        except CheckpointError:
+            return False
+        return True
+
     def _publish(self, partial: Path, final: Path, manifest: Manifest) -> None:
+        self._require_ours()
         sync(partial)
         write_manifest(partial, manifest)
         publish(partial, final)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_vilg.checkpoint.claim import claimed
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
@@ -65,40 +66,46 @@ def pretrain(
 
     Returns:
         Whether the run is complete; False: a signal stopped it, the step is saved.
+
+    Raises:
+        CheckpointError: another job trains in ``out``, or its checkpoints cannot be used or belong to another run.
+        TrainingError: the run diverged.
     """
     torch.set_num_threads(run.train.num_threads or torch.get_num_threads())
     mesh = mesh or Mesh(torch.device("cpu"))
-    engine = build_engine(run, mesh, codebook, image_tokenizer)
-    loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
-    checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh)
-    course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache, mesh)))
-    window, instruments, must_stop = StepWindow(run.train.max_skipped_in_row), instruments_of(engine, run), False
-    with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
-        while engine.step < run.train.num_steps and not must_stop:
-            with writer.loading():
-                batch = loader.batch(course.batch_number(engine.step))
-            result, seen = watched_step(engine, batch, instruments)
-            step = engine.step
-            writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
-            window.add(batch.sample_ids, result)
-            measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
-            if writer.due(step) or measure or seen:
-                values = window.read() | seen | course.metrics | rate_of(run, step)
-                writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
-                if course.lost(step, values):
-                    course.go_back(engine, checkpointer, identity, mesh)
-                    writer.rewind(engine.step)
-                    continue
-            draw_samples(engine, run, writer, on_sample)
-            must_stop = mesh.any(stop.requested)
-            if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
-                checkpointer.save(step, engine.state_dict(), at_step(identity, run, step, course))
-        checkpointer.finish()
-    if engine.step < run.train.num_steps:
-        log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
-        return False
-    export(engine, run, out, identity)
-    return True
+    with claimed(out, mesh) as claim:
+        engine = build_engine(run, mesh, codebook, image_tokenizer)
+        loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
+        checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh, claim.require)
+        course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache, mesh)))
+        window, instruments, must_stop = StepWindow(run.train.max_skipped_in_row), instruments_of(engine, run), False
+        with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
+            while engine.step < run.train.num_steps and not must_stop:
+                with writer.loading():
+                    batch = loader.batch(course.batch_number(engine.step))
+                result, seen = watched_step(engine, batch, instruments)
+                step = engine.step
+                writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
+                window.add(batch.sample_ids, result)
+                measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
+                if writer.due(step) or measure or seen:
+                    values = window.read() | seen | course.metrics | rate_of(run, step)
+                    writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
+                    if course.lost(step, values):
+                        checkpointer.require_ours()
+                        course.go_back(engine, checkpointer, identity, mesh)
+                        writer.rewind(engine.step)
+                        continue
+                draw_samples(engine, run, writer, on_sample)
+                must_stop = mesh.any(stop.requested or claim.is_lost)
+                if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
+                    checkpointer.save(step, engine.state_dict(), at_step(identity, run, step, course))
+            checkpointer.finish()
+        if engine.step < run.train.num_steps:
+            log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
+            return False
+        export(engine, run, out, identity)
+        return True
 
 
 def build_engine(

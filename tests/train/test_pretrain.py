@@ -154,6 +154,39 @@ def test_what_the_tools_made_goes_on_with_any_pairs(
     assert str(manifest.counters[PAIRS]).startswith("9 pairs ") and not manifest.source
 
 
+def steal(out: Path) -> None:
+    """Let a process of another machine own the run."""
+    content = json.loads((out / "owner.json").read_text())
+    content["process"]["machine"] = "elsewhere"
+    (out / "owner.json").write_text(json.dumps(content))
+
+
+def test_a_run_that_another_job_took_over_writes_nothing_more(
+    tmp_path: Path, cache: TokenCache, run: RunConfig
+) -> None:
+    def hook(model: ViLG, step: int, writer: MetricWriter) -> None:
+        if step == 4:
+            steal(tmp_path / "out")
+            (tmp_path / "out" / "checkpoints" / "step-00000006.partial").mkdir()
+
+    with pytest.raises(
+        CheckpointError, match="on elsewhere, since .* has taken over; this process writes nothing more"
+    ):
+        pretrain(run, cache, tmp_path / "out", on_sample=hook)
+    names = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000006.partial"]
+    assert (tmp_path / "out" / "owner.json").exists()
+
+
+def test_a_run_that_is_being_trained_is_refused(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    def hook(model: ViLG, step: int, writer: MetricWriter) -> None:
+        pretrain(run, cache, tmp_path / "out")
+
+    with pytest.raises(CheckpointError, match=f"--out=.*out: process {os.getpid()} on .* trains in it. Works: another"):
+        pretrain(run, cache, tmp_path / "out", on_sample=hook)
+    assert pretrain(run, cache, tmp_path / "out") and not (tmp_path / "out" / "owner.json").exists()
+
+
 def result(skipped: float) -> StepResult:
     one = torch.tensor(1.0)
     return StepResult(one, one, one, one, torch.tensor(skipped))
