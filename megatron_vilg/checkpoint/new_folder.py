@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_vilg.checkpoint.files import PARTIAL, digest_of, publish_new, remove, sync, sync_tree
-from megatron_vilg.checkpoint.manifest import FILE_NAME, REMEDY, FileEntry, find_damage
+from megatron_vilg.checkpoint.files import PARTIAL, publish_new, remove, sync, sync_tree
+from megatron_vilg.checkpoint.manifest import FILE_NAME, REMEDY, FileEntry, entry_of, find_damage
 from megatron_vilg.checkpoint.owner import Process, final_name, partial_of, partials_of
 from megatron_vilg.checkpoint.tensors import TensorSource
 from megatron_vilg.errors import CheckpointError
@@ -176,4 +175,4 @@ class Background:
 
 def _entry(path: Path) -> FileEntry:
     sync(path)
-    return FileEntry(size=os.stat(path).st_size, xxh3=digest_of(path))
+    return entry_of(path)

@@ -11,7 +11,9 @@ from megatron_vilg.checkpoint import manifest as manifest_module
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manifest import (
     FILE_NAME,
+    FileEntry,
     Manifest,
+    fair_share,
     find_damage,
     read_manifest,
     read_sound_manifest,
@@ -91,6 +93,13 @@ def test_each_kind_of_damage_is_named(folder: Path) -> None:
     (folder / "weights.bin").unlink()
     with pytest.raises(CheckpointError, match=r"damaged: weights\.bin is missing"):
         read_sound_manifest(folder)
+
+
+def test_readers_share_the_files_fairly() -> None:
+    sizes = {"a": 1, "b": 50, "c": 49, "d": 2, "e": 100}
+    manifest = example(files={name: FileEntry(size=size) for name, size in sizes.items()})
+    assert [fair_share(manifest, index, 3) for index in range(3)] == [{"e", "d"}, {"b", "a"}, {"c"}]
+    assert fair_share(manifest, 0, 1) == set(sizes) and fair_share(manifest, 6, 7) == set()
 
 
 def test_folders_of_format_1_are_still_checked(folder: Path) -> None:
