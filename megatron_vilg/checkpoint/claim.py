@@ -120,10 +120,11 @@ class Claim:
             raise CheckpointError(f"--out={self.run}: {found} has taken over; this process writes nothing more in it")
 
     def release(self) -> None:
-        """Let others in."""
+        """Let others in, if this process ever was the owner."""
+        if self._thread.ident is None:
+            return
         self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
         if _read(self.path) == self.owner:
             with suppress(OSError):
                 self.path.unlink()

@@ -180,7 +180,10 @@ def test_a_run_that_another_job_took_over_writes_nothing_more(
 
 def test_a_run_that_is_being_trained_is_refused(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
     def hook(model: ViLG, step: int, writer: MetricWriter) -> None:
-        pretrain(run, cache, tmp_path / "out")
+        try:
+            pretrain(run, cache, tmp_path / "out")
+        finally:
+            assert (tmp_path / "out" / "owner.json").exists()
 
     with pytest.raises(CheckpointError, match=f"--out=.*out: process {os.getpid()} on .* trains in it. Works: another"):
         pretrain(run, cache, tmp_path / "out", on_sample=hook)
