@@ -26,9 +26,21 @@ class BackgroundWrite:
         self._thread: threading.Thread | None = None
         self._failure = ""
 
-    def start(self, state: Mapping[str, Any], writer: dcp.FileSystemWriter, then: Callable[[], None]) -> None:
-        """Copy ``state`` (nested dict of tensors) to main memory and return; write it, and on the main rank call
-        ``then`` when every rank has written."""
+    def start(
+        self,
+        state: Mapping[str, Any],
+        writer: dcp.FileSystemWriter,
+        after: Callable[[], Any],
+        then: Callable[[list[Any]], None],
+    ) -> None:
+        """Copy ``state`` (nested dict of tensors) to main memory and return; the rest goes on in the background.
+
+        Args:
+            state: what is written.
+            writer: where to.
+            after: called on every rank when all have written; returns something picklable.
+            then: called on the main rank with what ``after`` returned, by rank.
+        """
         assert self._thread is None, "the write before is not awaited"
         self._failure = ""
         if self._group is None:
@@ -38,7 +50,7 @@ class BackgroundWrite:
             answer: Any = dcp.async_save(dict(state), storage_writer=writer, process_group=self._group)
             written: Future[Any] = getattr(answer, "upload_completion", answer)
             work = written.result
-        self._thread = threading.Thread(target=self._run, args=(work, then), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(work, after, then), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> str:
@@ -49,13 +61,29 @@ class BackgroundWrite:
         failure, self._failure = self._failure, ""
         return failure
 
-    def _run(self, work: Callable[[], Any], then: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], Any], after: Callable[[], Any], then: Callable[[list[Any]], None]) -> None:
+        failure, found = "", None
         try:
             work()
-            if self._mesh.is_main:
-                then()
+            found = after()
         except Exception as error:  # noqa: BLE001 - nothing may be lost in a thread: wait() reports it
-            self._failure = f"{type(error).__name__}: {error}"
+            failure = f"{type(error).__name__}: {error}"
+        try:
+            answers = self._gather((failure, found))
+            failure = next((failure for failure, _ in answers if failure), "")
+            if not failure and self._mesh.is_main:
+                then([found for _, found in answers])
+        except Exception as error:  # noqa: BLE001 - as above
+            failure = failure or f"{type(error).__name__}: {error}"
+        self._failure = failure
+
+    def _gather(self, answer: tuple[str, Any]) -> list[tuple[str, Any]]:
+        """What every rank answers, also those that failed, so that none waits for them."""
+        if self._group is None:
+            return [answer]
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, answer, group=self._group)
+        return answers
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Folders that are either complete or not there: digests, syncing, and the final rename.
 
-A folder is written as ``NAME.partial`` and renamed. To replace an existing folder, the old one is first set aside as
-``NAME.replaced``; :func:`recover` puts it back if the process died between the two renames.
+A folder is written under a name that ends in ``.partial``, and renamed. To replace an existing folder, the old one is
+first set aside as ``NAME.replaced``; :func:`recover` puts it back if the process died between the two renames.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -70,6 +71,23 @@ def publish(partial: Path, final: Path) -> None:
     sync(final.parent)
     if aside.exists():
         remove(aside)
+
+
+def publish_new(partial: Path, final: Path) -> None:
+    """Give a complete ``partial`` folder its final name, which nothing may have taken meanwhile.
+
+    Raises:
+        FileExistsError: something has; it was not touched.
+    """
+    try:
+        if final.exists():  # an empty folder would give way to the rename
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        partial.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from error
+        raise
+    sync(final.parent)
 
 
 def recover(final: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial as partial_call
 from pathlib import Path
@@ -22,11 +22,20 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vilg.checkpoint.background import BackgroundWrite
 from megatron_vilg.checkpoint.files import PARTIAL, REPLACED, publish, recover, remove, sync, with_suffix
-from megatron_vilg.checkpoint.manifest import Manifest, read_sound_manifest, write_manifest
+from megatron_vilg.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    entry_of,
+    fair_share,
+    find_damage,
+    read_manifest,
+    require_no_damage,
+    write_manifest,
+)
+from megatron_vilg.checkpoint.nested_state import flatten, mismatches
 from megatron_vilg.config.schema import CheckpointConfig
 from megatron_vilg.errors import CheckpointError, VilgError
 from megatron_vilg.log import get_logger
@@ -47,13 +56,23 @@ class Checkpointer:
         folder: where; on several machines a shared one.
         config: when to save and what to keep.
         mesh: the grid of ranks; None for one process.
+        require_ours: called on the main rank before anything is written; raises ``CheckpointError`` if another job has
+            taken over.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        mesh: Mesh | None = None,
+        require_ours: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self._mesh = mesh or Mesh(torch.device("cpu"))
-        self._damaged: set[int] = set()
+        self._require_ours = require_ours
+        self._unusable: set[int] = set()
+        self._checked: tuple[Path, Manifest] | None = None
         self._background = BackgroundWrite(self._mesh) if config.async_save else None
 
     def path(self, step: int) -> Path:
@@ -78,12 +97,15 @@ class Checkpointer:
             manifest: identity and progress; its list of files is filled in here.
 
         Raises:
-            CheckpointError: a leaf is no tensor, or the disk is full or not writable. Older checkpoints stay.
+            CheckpointError: a leaf is no tensor, another job has taken over, or the disk is full or not writable.
+                Older checkpoints stay.
         """
         if manifest.step != step:
             raise ValueError(f"manifest.step is {manifest.step}, step is {step}")
-        _flatten(state)
+        flatten(state)
+        self._checked = None
         self.finish()
+        self.require_ours()
         final = self.path(step)
         partial = with_suffix(final, PARTIAL)
         try:
@@ -91,13 +113,14 @@ class Checkpointer:
             with _one_process():
                 writer = dcp.FileSystemWriter(partial, sync_files=True)
                 if self._background is not None:
-                    then = partial_call(self._publish, partial, final, manifest)
-                    self._background.start(dict(state), writer, then)
+                    after, then = partial_call(self._own_files, partial), partial_call(self._publish, final, manifest)
+                    self._background.start(dict(state), writer, after, then)
                     return final
                 dcp.save(dict(state), storage_writer=writer, no_dist=not self._mesh.is_distributed)
-            self._on_main(lambda: self._publish(partial, final, manifest))
+            written = self._on_all(partial_call(self._own_files, partial))
+            self._on_main(lambda: self._publish(final, manifest, written))
         except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
-            if self._mesh.is_main and partial.exists():
+            if self._mesh.is_main and partial.exists() and self._is_ours():
                 remove(partial)
             raise CheckpointError(
                 f"{final}: cannot be written ({_reason(error)}). Free space or choose another folder; "
@@ -119,11 +142,28 @@ class Checkpointer:
                 f"{self.folder}: the last checkpoint could not be written in the background ({failure})"
             )
 
-    def _publish(self, partial: Path, final: Path, manifest: Manifest) -> None:
+    def require_ours(self) -> None:
+        """Raise ``CheckpointError`` on all ranks if another job has taken over."""
+        self._on_main(self._require_ours)
+
+    def _is_ours(self) -> bool:
+        try:
+            self._require_ours()
+        except CheckpointError:
+            return False
+        return True
+
+    def _own_files(self, partial: Path) -> dict[str, FileEntry]:
+        """The files that this rank has written: each reads its own again, so that more ranks take less time."""
+        return {path.name: entry_of(path) for path in partial.glob(f"__{self._mesh.place[0]}_*")}
+
+    def _publish(self, final: Path, manifest: Manifest, written: Sequence[Mapping[str, FileEntry]]) -> None:
+        partial = with_suffix(final, PARTIAL)
+        self._require_ours()
         sync(partial)
-        write_manifest(partial, manifest)
+        write_manifest(partial, manifest, {name: entry for files in written for name, entry in files.items()})
         publish(partial, final)
-        self._damaged.discard(manifest.step)
+        self._unusable.discard(manifest.step)
         self._retain()
 
     def _on_main(self, work: Callable[[], Value]) -> Value:
@@ -141,25 +181,68 @@ class Checkpointer:
             raise CheckpointError(f"rank 0: {failure}")
         return result
 
-    def latest(self) -> Path | None:
-        """The newest complete and undamaged checkpoint, or None; warns about each damaged one it passes over."""
-        return self._on_main(self._latest)
+    def _on_all(self, work: Callable[[], Value]) -> list[Value]:
+        """Do it on every rank; the results by rank, or the first error, come to every rank."""
+        if not self._mesh.is_distributed:
+            return [work()]
+        answer: tuple[str, Any] = ("", None)
+        try:
+            answer = ("", work())
+        except (OSError, RuntimeError, VilgError) as error:
+            answer = (f"{type(error).__name__}: {error}", None)
+        answers = self._mesh.gather(answer)
+        for rank, (failure, _) in enumerate(answers):
+            if failure:
+                raise CheckpointError(f"rank {rank}: {failure}")
+        return [result for _, result in answers]
 
-    def _latest(self) -> Path | None:
-        self._recover()
-        for step in reversed(self.steps()):
+    def latest(self) -> Path | None:
+        """The newest complete and undamaged checkpoint, or None if there is none at all.
+
+        It warns about each one that it passes over; ``save`` neither counts nor deletes those.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used. To start anew must be somebody's decision.
+        """
+        reasons = []
+        for step in reversed(self._on_main(self._complete_steps)):
             path = self.path(step)
             try:
-                read_sound_manifest(path)
+                self._checked = (path, self._sound_manifest(path))
             except CheckpointError as error:
-                logger.warning("skipping a checkpoint, and not counting it for checkpoint.keep_last: %s", error)
-                self._damaged.add(step)
+                reasons.append(str(error))
+                self._unusable.add(step)
                 continue
+            for reason in reasons if self._mesh.is_main else ():
+                logger.warning("skipping a checkpoint, which checkpoint.keep_last does not count: %s", reason)
             return path
+        if reasons:
+            raise CheckpointError(
+                f"{self.folder}: has {len(reasons)} checkpoint{'s' if len(reasons) > 1 else ''}, none of which can be "
+                "used; nothing was started anew and nothing was deleted\n"
+                + "\n".join(f"  {reason}" for reason in reasons)
+                + "\n  Works: make one of them readable again (mount, permissions, the version of megatron_vilg that "
+                "wrote it); or, to start at step 0, move these folders away or give another --out"
+            )
         return None
 
+    def _complete_steps(self) -> list[int]:
+        try:
+            self._recover()
+            return self.steps()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be read ({error})") from error
+
+    def _sound_manifest(self, path: Path) -> Manifest:
+        """:func:`read_sound_manifest` by all ranks together, each of which reads a share of the files."""
+        manifest = self._on_main(partial_call(read_manifest, path))
+        share = fair_share(manifest, *self._mesh.place)
+        found = self._on_all(lambda: find_damage(path, manifest, share))
+        require_no_damage(path, [problem for problems in found for problem in problems])
+        return manifest
+
     def load(self, path: Path, state: Mapping[str, Any], expected: Manifest | None = None) -> Manifest:
-        """Fill the tensors of ``state`` in place.
+        """Fill the tensors of ``state`` in place. The files of what :meth:`latest` has just given are not read twice.
 
         Args:
             path: a checkpoint, as :meth:`latest` gives it.
@@ -173,13 +256,14 @@ class Checkpointer:
             CheckpointError: the checkpoint is incomplete, damaged, or of another configuration, or names, shapes or
                 dtypes differ from ``state``; then nothing was changed.
         """
-        manifest = self._on_main(lambda: read_sound_manifest(path))
+        checked, self._checked = self._checked, None
+        manifest = checked[1] if checked and checked[0] == path else self._sound_manifest(path)
         if expected is not None:
             manifest.compare(expected, where=path)
-        flat = _flatten(state)
+        flat = flatten(state)
         try:
             reader = dcp.FileSystemReader(path)
-            problems = list(_mismatches(flat, reader.read_metadata().state_dict_metadata, self._all_names(flat)))
+            problems = list(mismatches(flat, reader.read_metadata().state_dict_metadata, self._all_names(flat)))
             problems = sorted({problem for found in self._mesh.gather(problems) for problem in found})
             if problems:
                 raise CheckpointError(f"{path}: does not fit\n" + "\n".join(f"  {p}" for p in problems))
@@ -205,12 +289,12 @@ class Checkpointer:
             remove(leftover)
 
     def _retain(self) -> None:
-        steps = self.steps()
-        sound = [step for step in steps if step not in self._damaged]
+        # What could not be used may be readable again tomorrow (a mount, another version): it is left to people.
+        sound = [step for step in self.steps() if step not in self._unusable]
         kept = set(sound[-self.config.keep_last :])
         if self.config.keep_every:
             kept |= {step for step in sound if step % self.config.keep_every == 0}
-        for step in steps:
+        for step in sound:
             if step not in kept:
                 remove(self.path(step))
 
@@ -221,48 +305,6 @@ def _one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
-
-
-def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Tensors by dotted name, as torch.distributed.checkpoint names them.
-
-    Raises:
-        CheckpointError: a key is no string, a leaf is no tensor, or two leaves have one name.
-    """
-    flat: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = f"{prefix}{key}"
-        if not isinstance(key, str):
-            raise CheckpointError(f"state[{name}]: key is a {type(key).__name__}; keys of a state are strings")
-        if isinstance(value, Mapping):
-            found = _flatten(value, f"{name}.")
-        elif isinstance(value, Tensor):
-            found = {name: value}
-        else:
-            raise CheckpointError(
-                f"state[{name}]: is a {type(value).__name__}; a state holds tensors, numbers go to Manifest.counters"
-            )
-        twice = flat.keys() & found.keys()
-        if twice:
-            raise CheckpointError(f"state[{sorted(twice)[0]}]: the name occurs twice")
-        flat.update(found)
-    return flat
-
-
-def _mismatches(flat: Mapping[str, Tensor], stored: Mapping[str, Any], expected: set[str]) -> Iterator[str]:
-    """One line per tensor whose name, shape or dtype differs between state and checkpoint."""
-    for name in sorted(flat.keys() - stored.keys()):
-        yield f"{name}: missing in the checkpoint"
-    for name in sorted(stored.keys() - expected):
-        yield f"{name}: in the checkpoint, but not expected"
-    for name in sorted(flat.keys() & stored.keys()):
-        entry, tensor = stored[name], flat[name]
-        if not isinstance(entry, TensorStorageMetadata):
-            yield f"{name}: not a tensor in the checkpoint"
-        elif entry.size != tensor.size():
-            yield f"{name}: checkpoint has shape {tuple(entry.size)}, expected {tuple(tensor.size())}"
-        elif entry.properties.dtype != tensor.dtype:
-            yield f"{name}: checkpoint has {entry.properties.dtype}, expected {tensor.dtype}"
 
 
 def _reason(error: BaseException) -> str:

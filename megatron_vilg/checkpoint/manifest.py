@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -146,7 +146,7 @@ def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEnt
     known = known or {}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(PARTIAL))
     files = {
-        name: known[name] if name in known else FileEntry(size=path.stat().st_size, xxh3=digest_of(path))
+        name: known[name] if name in known else entry_of(path)
         for path, name in ((path, path.relative_to(folder).as_posix()) for path in paths)
         if path != folder / FILE_NAME
     }
@@ -168,14 +168,19 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {FILE_NAME}, so this is no complete checkpoint or model folder") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); the folder is damaged") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object; the folder is damaged")
     version = content.get("format_version")
     if version not in READABLE_VERSIONS:
         known = " and ".join(map(str, READABLE_VERSIONS))
-        raise CheckpointError(f"{path}: format_version is {version!r}, this package reads {known}")
+        raise CheckpointError(
+            f"{path}: format_version is {version!r}, this package reads {known}. "
+            "Works: the version of megatron_vilg that wrote it, or a later one"
+        )
     digest = content.pop("digest", None)
     if digest != _digest(content):
         raise CheckpointError(f"{path}: content does not match its own digest; it was changed or is damaged")
@@ -190,14 +195,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: fields do not fit format_version {version} ({error})") from error
 
 
-def find_damage(folder: Path, manifest: Manifest) -> list[str]:
+def entry_of(path: Path) -> FileEntry:
+    """Size and digest of a file, read from the disk."""
+    return FileEntry(size=path.stat().st_size, xxh3=digest_of(path))
+
+
+def fair_share(manifest: Manifest, index: int, count: int) -> set[str]:
+    """The files that reader ``index`` of ``count`` takes, of about as many bytes as the others'."""
+    by_size = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+    return set(by_size[index::count])
+
+
+def find_damage(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> list[str]:
     """Compare the files of a folder with its manifest, content included.
+
+    Args:
+        folder: where they are.
+        manifest: what they should be.
+        names: only these; None: all.
 
     Returns:
         One line per missing, unreadable, resized or changed file; empty when the folder is sound.
     """
     problems = []
     for name, entry in manifest.files.items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         try:
             size = path.stat().st_size
@@ -223,7 +246,11 @@ def read_sound_manifest(folder: Path) -> Manifest:
         CheckpointError: as there, or naming each file that is missing, resized or changed.
     """
     manifest = read_manifest(folder)
-    problems = find_damage(folder, manifest)
+    require_no_damage(folder, find_damage(folder, manifest))
+    return manifest
+
+
+def require_no_damage(folder: Path, problems: Sequence[str]) -> None:
+    """Raise ``CheckpointError`` with what :func:`find_damage` found, if it found anything."""
     if problems:
         raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}. {REMEDY}")
-    return manifest

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_vilg.checkpoint.files import PARTIAL, digest_of, publish, remove, sync, sync_tree, with_suffix
-from megatron_vilg.checkpoint.manifest import FILE_NAME, REMEDY, FileEntry, find_damage
+from megatron_vilg.checkpoint.files import PARTIAL, publish_new, remove, sync, sync_tree
+from megatron_vilg.checkpoint.manifest import FILE_NAME, REMEDY, FileEntry, entry_of, find_damage
+from megatron_vilg.checkpoint.owner import Process, final_name, partial_of, partials_of
 from megatron_vilg.checkpoint.tensors import TensorSource
 from megatron_vilg.errors import CheckpointError
+from megatron_vilg.log import get_logger
 
+log = get_logger(__name__)
 SPARE_BYTES = 64 << 20
 """Space that must be left on the disk besides what is written."""
 Progress = Callable[[str, int, int], None]
@@ -25,22 +27,22 @@ Progress = Callable[[str, int, int], None]
 
 @contextmanager
 def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
-    """Write into ``NAME.partial``, which becomes ``final`` when the block ends without an error.
+    """Write into a folder of this process beside it, which becomes ``final`` when the block ends without an error.
 
     Args:
-        final: must not exist; what an interrupted run left beside it is removed.
+        final: must not exist, neither now nor at the end. What dead processes of this machine left of it is removed.
         num_bytes: what will be written, to refuse beforehand where the disk has less.
 
     Raises:
-        CheckpointError: ``final`` exists, the disk is too small, or writing failed. Then nothing is left.
+        CheckpointError: ``final`` exists, another process of this machine is writing it, the disk is too small, or
+            writing failed. Then nothing is left.
     """
     if final.exists():
-        raise CheckpointError(f"--save-dir={final}: exists already, nothing is overwritten. Works: a new name")
-    partial = with_suffix(final, PARTIAL)
+        raise CheckpointError(f"--save-dir={_named(final)}: exists already, nothing is overwritten. Works: a new name")
+    partial = partial_of(final, Process.this())
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            remove(partial)
+        _clear_leftovers(final)
         free = shutil.disk_usage(final.parent).free
         if free < num_bytes + SPARE_BYTES:
             raise CheckpointError(
@@ -50,7 +52,7 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         sync_tree(partial)
-        publish(partial, final)
+        _publish(partial, final)
     except OSError as error:
         raise CheckpointError(
             f"{_named(final)}: cannot be written ({error.strerror or error}). Nothing was left behind; free space or "
@@ -61,11 +63,40 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
             remove(partial)
 
 
+def _clear_leftovers(final: Path) -> None:
+    """Remove what dead processes of this machine left; whether those of other machines live, nobody knows here."""
+    this = Process.this()
+    for path, process in partials_of(final):
+        if not process.is_here:
+            log.warning(
+                "%s: process %d on %s is writing it, or has left it behind; if it is gone, remove the folder",
+                *(path, process.pid, process.machine),
+            )
+        elif process != this and process.is_alive:
+            raise CheckpointError(
+                f"--save-dir={_named(final)}: process {process.pid} is writing it at this moment. "
+                "Works: a new name, or wait for it"
+            )
+        else:
+            with suppress(FileNotFoundError):  # others clear up, too
+                remove(path)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    try:
+        publish_new(partial, final)
+    except FileExistsError as error:
+        raise CheckpointError(
+            f"--save-dir={_named(final)}: somebody else made it meanwhile; it was not touched, and nothing else was "
+            "left behind. Works: a new name"
+        ) from error
+
+
 def _named(final: Path) -> Path:
     """What the user calls it: a folder inside one that is being written stands for that one."""
     for parent in reversed(final.parents):
         if parent.name.endswith(PARTIAL):
-            return parent.with_name(parent.name.removesuffix(PARTIAL))
+            return parent.with_name(final_name(parent.name))
     return final
 
 
@@ -144,4 +175,4 @@ class Background:
 
 def _entry(path: Path) -> FileEntry:
     sync(path)
-    return FileEntry(size=os.stat(path).st_size, xxh3=digest_of(path))
+    return entry_of(path)

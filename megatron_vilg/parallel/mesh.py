@@ -41,6 +41,11 @@ class Mesh:
         """Whether this rank reports and writes for all."""
         return self.root is None or dist.get_rank() == 0
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank's number among all, and how many there are."""
+        return (0, 1) if self.root is None else (dist.get_rank(), dist.get_world_size())
+
     def axis(self, *names: str) -> DeviceMesh:
         """The part of the grid along these axes that this rank belongs to."""
         assert self.root is not None, "one process has no mesh"

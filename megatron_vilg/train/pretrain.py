@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_vilg.checkpoint.claim import claimed
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.data.batch import PairBatch
@@ -30,6 +31,7 @@ from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
 from megatron_vilg.train.instruments import Instruments
 from megatron_vilg.train.metrics import MetricWriter, SilentWriter
 from megatron_vilg.train.optim import learning_rate
+from megatron_vilg.train.same_pairs import pairs_of, require_same_pairs
 from megatron_vilg.train.signals import StopSignals
 
 log = get_logger(__name__)
@@ -64,40 +66,46 @@ def pretrain(
 
     Returns:
         Whether the run is complete; False: a signal stopped it, the step is saved.
+
+    Raises:
+        CheckpointError: another job trains in ``out``, or its checkpoints cannot be used or belong to another run.
+        TrainingError: the run diverged.
     """
     torch.set_num_threads(run.train.num_threads or torch.get_num_threads())
     mesh = mesh or Mesh(torch.device("cpu"))
-    engine = build_engine(run, mesh, codebook, image_tokenizer)
-    loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
-    checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh)
-    course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache)))
-    window, instruments, must_stop = StepWindow(run.train.max_skipped_in_row), instruments_of(engine, run), False
-    with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
-        while engine.step < run.train.num_steps and not must_stop:
-            with writer.loading():
-                batch = loader.batch(course.batch_number(engine.step))
-            result, seen = watched_step(engine, batch, instruments)
-            step = engine.step
-            writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
-            window.add(batch.sample_ids, result)
-            measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
-            if writer.due(step) or measure or seen:
-                values = window.read() | seen | course.metrics | rate_of(run, step)
-                writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
-                if course.lost(step, values):
-                    course.go_back(engine, checkpointer, identity, mesh)
-                    writer.rewind(engine.step)
-                    continue
-            draw_samples(engine, run, writer, on_sample)
-            must_stop = mesh.any(stop.requested)
-            if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
-                checkpointer.save(step, engine.state_dict(), at_step(identity, run, step, course))
-        checkpointer.finish()
-    if engine.step < run.train.num_steps:
-        log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
-        return False
-    export(engine, run, out, identity)
-    return True
+    with claimed(out, mesh) as claim:
+        engine = build_engine(run, mesh, codebook, image_tokenizer)
+        loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
+        checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh, claim.require)
+        course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache, mesh)))
+        window, instruments, must_stop = StepWindow(run.train.max_skipped_in_row), instruments_of(engine, run), False
+        with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
+            while engine.step < run.train.num_steps and not must_stop:
+                with writer.loading():
+                    batch = loader.batch(course.batch_number(engine.step))
+                result, seen = watched_step(engine, batch, instruments)
+                step = engine.step
+                writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
+                window.add(batch.sample_ids, result)
+                measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
+                if writer.due(step) or measure or seen:
+                    values = window.read() | seen | course.metrics | rate_of(run, step)
+                    writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
+                    if course.lost(step, values):
+                        checkpointer.require_ours()
+                        course.go_back(engine, checkpointer, identity, mesh)
+                        writer.rewind(engine.step)
+                        continue
+                draw_samples(engine, run, writer, on_sample)
+                must_stop = mesh.any(stop.requested or claim.is_lost)
+                if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
+                    checkpointer.save(step, engine.state_dict(), at_step(identity, run, step, course))
+            checkpointer.finish()
+        if engine.step < run.train.num_steps:
+            log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
+            return False
+        export(engine, run, out, identity)
+        return True
 
 
 def build_engine(
@@ -172,8 +180,8 @@ def held_out_loaders(run: RunConfig, cache: TokenCache, pixels: PixelCache | Non
     return {split: loader_of(run, cache, split, pixels) for split in measured}
 
 
-def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
-    """What a checkpoint of this run must agree with."""
+def manifest_of(run: RunConfig, cache: TokenCache, mesh: Mesh) -> Manifest:
+    """What a checkpoint of this run must agree with; all ranks make this call."""
     return Manifest(
         kind="pretrain",
         model=dataclasses.asdict(run.model),
@@ -182,12 +190,13 @@ def manifest_of(run: RunConfig, cache: TokenCache) -> Manifest:
         text_vocab_size=run.model.text_vocab_size,
         image_vocab_size=run.model.image_vocab_size,
         layout={name: getattr(run.parallel, name) for name in ("tensor", "pipeline", "replica", "shard", "zero")},
+        counters=pairs_of(cache, mesh),
     )
 
 
 def at_step(identity: Manifest, run: RunConfig, step: int, course: Course | None = None) -> Manifest:
     """``identity`` after ``step`` finished steps."""
-    counters = {} if course is None else course.counters
+    counters = {**identity.counters, **(course.counters if course is not None else {})}
     return dataclasses.replace(identity, step=step, samples_seen=step * run.train.batch_size, counters=counters)
 
 
@@ -197,11 +206,13 @@ def resume_latest(
     """Fill the engine from the newest sound checkpoint, if there is any; returns the counters in it.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another configuration; both sides are printed.
+        CheckpointError: no checkpoint can be used, or the newest belongs to another configuration or to other pairs;
+            both sides are printed.
     """
     path = checkpointer.latest()
     if path is None:
         return None
+    require_same_pairs(path, read_manifest(path), identity, engine.mesh)
     manifest = checkpointer.load(path, engine.state_dict(), expected=identity)
     engine.resume(manifest.step)
     log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)

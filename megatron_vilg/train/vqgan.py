@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_vilg.checkpoint.files import PARTIAL, with_suffix
 from megatron_vilg.checkpoint.image_tokenizer import KIND, load_image_tokenizer, save_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.config.schema import CheckpointConfig, RunConfig
 from megatron_vilg.data.images import to_image
 from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
@@ -262,7 +262,7 @@ def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manif
     path = engine.replicas.from_main(checkpointer.latest() if engine.replicas.is_main else None)
     if path is None:
         return 0
-    found = read_sound_manifest(path)
+    found = read_manifest(path)
     dataclasses.replace(found, model=dict(found.model)).compare(identity, where=path)
     if found.counters["pictures"] != identity.counters["pictures"]:
         raise CheckpointError(

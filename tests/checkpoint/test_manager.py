@@ -184,17 +184,63 @@ def test_a_damaged_newest_is_named_and_passed_over(tmp_path: Path, caplog, damag
     assert_equal(state, empty_state())
 
 
-def test_a_damaged_checkpoint_does_not_push_out_a_sound_one(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_does_not_push_out_a_sound_one_and_stays(tmp_path: Path) -> None:
     checkpointer = keeper(tmp_path, keep_last=2)
     save(checkpointer, 1)
     damage_flip(save(checkpointer, 3))
     checkpointer.latest()
     save(checkpointer, 4)
-    assert checkpointer.steps() == [1, 4]
+    assert checkpointer.steps() == [1, 3, 4]
     damage_flip(checkpointer.path(4))
     assert checkpointer.latest() == checkpointer.path(1)
     save(checkpointer, 4)
-    assert checkpointer.steps() == [1, 4]
+    assert checkpointer.steps() == [1, 3, 4]
+    save(checkpointer, 5)
+    assert checkpointer.steps() == [3, 4, 5]
+
+
+def write_as_a_later_version(path: Path) -> None:
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 3'))
+
+
+def forbid_reading(path: Path) -> None:
+    os.rename(path / "manifest.json", path / "kept")
+    (path / "manifest.json").mkdir()  # for root, too, this is a file that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (write_as_a_later_version, "format_version is 3, this package reads 1 and 2. Works: the version of megatron"),
+        (forbid_reading, "manifest.json: cannot be read (Is a directory)\n"),
+        (damage_flip, "content changed"),
+    ],
+)
+def test_where_no_checkpoint_can_be_used_nothing_starts_anew(tmp_path: Path, damage, words: str) -> None:
+    for step in (9000, 10000):
+        damage(save(keeper(tmp_path, keep_every=1000), step))
+    checkpointer = keeper(tmp_path, keep_every=1000, keep_last=1)
+    with pytest.raises(CheckpointError, match="has 2 checkpoints, none of which can be used; nothing was") as caught:
+        checkpointer.latest()
+    text = str(caught.value)
+    assert words in text and "step-00009000" in text and "step-00010000" in text
+    assert "make one of them readable again" in text and "give another --out" in text
+    save(checkpointer, 1000)  # whoever goes on all the same loses none of them
+    save(checkpointer, 1001)
+    assert checkpointer.steps() == [1000, 1001, 9000, 10000]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = keeper(tmp_path)
+    save(checkpointer, 1)
+
+    def stale(path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "iterdir", stale)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(.*Stale file handle"):
+        checkpointer.latest()
 
 
 def test_another_configuration_is_refused_before_anything_changes(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from megatron_vilg.checkpoint import manifest as manifest_module
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manifest import (
     FILE_NAME,
+    FileEntry,
     Manifest,
+    fair_share,
     find_damage,
     read_manifest,
     read_sound_manifest,
@@ -93,6 +95,13 @@ def test_each_kind_of_damage_is_named(folder: Path) -> None:
         read_sound_manifest(folder)
 
 
+def test_readers_share_the_files_fairly() -> None:
+    sizes = {"a": 1, "b": 50, "c": 49, "d": 2, "e": 100}
+    manifest = example(files={name: FileEntry(size=size) for name, size in sizes.items()})
+    assert [fair_share(manifest, index, 3) for index in range(3)] == [{"e", "d"}, {"b", "a"}, {"c"}]
+    assert fair_share(manifest, 0, 1) == set(sizes) and fair_share(manifest, 6, 7) == set()
+
+
 def test_folders_of_format_1_are_still_checked(folder: Path) -> None:
     content = json.loads((folder / FILE_NAME).read_text())
     files = {
@@ -127,10 +136,13 @@ def test_a_folder_without_manifest_is_incomplete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[: len(text) // 2], "cannot be read"),
+        (lambda text: text[: len(text) // 2], "cannot be read .*; the folder is damaged"),
         (lambda text: "[]", "not a JSON object"),
         (lambda text: text.replace('"step": 7', '"step": 8'), "does not match its own digest"),
-        (lambda text: text.replace('"format_version": 2', '"format_version": 99'), "is 99, this package reads 1 and 2"),
+        (
+            lambda text: text.replace('"format_version": 2', '"format_version": 99'),
+            "is 99, this package reads 1 and 2. Works: the",
+        ),
     ],
 )
 def test_a_changed_manifest_is_refused(folder: Path, change, message: str) -> None:

@@ -14,6 +14,7 @@ from megatron_vilg.checkpoint import dcp_write, tensors
 from megatron_vilg.checkpoint.export import load_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_sound_manifest
+from megatron_vilg.checkpoint.owner import Process, partial_of
 from megatron_vilg.checkpoint.reshape import merge, shard
 from megatron_vilg.checkpoint.run_folder import write_run_folder
 from megatron_vilg.checkpoint.sources import open_source
@@ -187,8 +188,9 @@ def test_a_value_too_large_for_half_precision_is_named(tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten_and_leftovers_are_cleared(tmp_path: Path) -> None:
-    (tmp_path / "whole.partial").mkdir()
-    (tmp_path / "whole.partial" / "model.safetensors").write_bytes(b"half")
+    left = partial_of(tmp_path / "whole", dataclasses.replace(Process.this(), start=1))
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
     merge(memory_source(), tmp_path / "whole")
     before = (tmp_path / "whole" / FILE_NAME).read_bytes()
     with pytest.raises(CheckpointError, match=r"--save-dir=.*whole: exists already, nothing is overwritten"):

@@ -78,7 +78,7 @@ def test_settings_may_stand_anywhere(probe: ProbeVerb) -> None:
 
 def test_verbs_without_aliases_keep_their_own_flags(probe: ProbeVerb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "VERBS", (Verb("probe", "probe_verb", "a test", has_overrides=True),))
-    assert main(["probe", "--seed", "3", "optim.lr=1", "more"]) == 0
+    assert main(["probe", "more", "--seed", "3", "optim.lr=1"]) == 0
     assert probe.seen is not None
     assert (probe.seen.seed, probe.seen.overrides) == ("3", ["more", "optim.lr=1"])
 

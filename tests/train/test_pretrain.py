@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_vilg.checkpoint.dcp_write import write_training_checkpoint
 from megatron_vilg.checkpoint.export import load_model_folder
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
+from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, RunConfig
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import CheckpointError, TrainingError
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel.mesh import Mesh
 from megatron_vilg.train.engine import StepResult
 from megatron_vilg.train.metrics import MetricWriter
-from megatron_vilg.train.pretrain import StepWindow, pretrain
+from megatron_vilg.train.pretrain import StepWindow, manifest_of, pretrain
+from megatron_vilg.train.same_pairs import PAIRS, require_same_pairs
 from tests.tiny import tiny_config, tiny_run
 from tests.train.token_caches import write_cache
 
@@ -93,6 +100,94 @@ def test_another_configuration_is_refused_with_both_sides(tmp_path: Path, cache:
     wider = dataclasses.replace(run, model=dataclasses.replace(run.model, width=32))
     with pytest.raises(CheckpointError, match=r"model\.width: checkpoint has 16, this run has 32"):
         pretrain(wider, cache, tmp_path / "out")
+
+
+def newest(out: Path) -> Path:
+    return max((out / "checkpoints").iterdir())
+
+
+def other_pairs(folder: Path, cache: TokenCache, counts: dict[str, int]) -> TokenCache:
+    """Of the same tokenizers."""
+    other = write_cache(folder / "tokens", counts)
+    other.settings |= {"text_tokenizer_sha256": cache.settings["text_tokenizer_sha256"]}
+    return other
+
+
+def test_other_pairs_are_refused_with_both_sides(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    pretrain(run, cache, tmp_path / "out")
+    other = other_pairs(tmp_path / "others", cache, {"train": 9, "val": 4})
+    before = [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()]
+    with pytest.raises(CheckpointError) as caught:
+        pretrain(run, other, tmp_path / "out")
+    text = str(caught.value)
+    assert "was trained on other pairs than those of --data, data.val_share and" in text
+    assert re.search(r"train: checkpoint has 10 pairs [0-9a-f]{16}, this run has 9 pairs [0-9a-f]{16}", text)
+    assert f"vilg checkpoint shard --load-dir {tmp_path / 'out'} --save-dir NEW --to dcp --optimizer" in text
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == before
+    assert read_manifest(newest(tmp_path / "out")).counters[PAIRS] in text
+    pretrain(run, other_pairs(tmp_path / "more", cache, {"train": 10, "val": 4}), tmp_path / "out")
+
+
+def test_runs_from_before_pairs_were_noted_go_on(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    old = Manifest(kind="pretrain")
+    now = manifest_of(run, cache, Mesh(torch.device("cpu")))
+    assert now.counters[PAIRS].startswith("10 pairs ")
+    require_same_pairs(tmp_path, old, now, Mesh(torch.device("cpu")))
+    for note in cache.folder.glob("*-*.json"):
+        note.unlink()
+    assert manifest_of(run, cache, Mesh(torch.device("cpu"))).counters == {}
+
+
+def test_what_the_tools_made_goes_on_with_any_pairs(
+    tmp_path: Path, cache: TokenCache, run: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = dataclasses.replace(run, train=dataclasses.replace(run.train, num_steps=3))
+    pretrain(short, cache, tmp_path / "out")
+    with open_source(tmp_path / "out") as source:
+        names, step = list(source.tensors), newest(tmp_path / "out").name
+        write_training_checkpoint(source, tmp_path / "new" / "checkpoints" / step, names)
+    other = other_pairs(tmp_path / "others", cache, {"train": 9, "val": 4})
+    with caplog.at_level(logging.WARNING, logger="megatron_vilg"):
+        assert pretrain(run, other, tmp_path / "new")
+    assert "going on with other pairs: 10 pairs" in caplog.text
+    manifest = read_manifest(newest(tmp_path / "new"))
+    assert str(manifest.counters[PAIRS]).startswith("9 pairs ") and not manifest.source
+
+
+def steal(out: Path) -> None:
+    """Let a process of another machine own the run."""
+    content = json.loads((out / "owner.json").read_text())
+    content["process"]["machine"] = "elsewhere"
+    (out / "owner.json").write_text(json.dumps(content))
+
+
+def test_a_run_that_another_job_took_over_writes_nothing_more(
+    tmp_path: Path, cache: TokenCache, run: RunConfig
+) -> None:
+    def hook(model: ViLG, step: int, writer: MetricWriter) -> None:
+        if step == 4:
+            steal(tmp_path / "out")
+            (tmp_path / "out" / "checkpoints" / "step-00000006.partial").mkdir()
+
+    with pytest.raises(
+        CheckpointError, match="on elsewhere, since .* has taken over; this process writes nothing more"
+    ):
+        pretrain(run, cache, tmp_path / "out", on_sample=hook)
+    names = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000006.partial"]
+    assert (tmp_path / "out" / "owner.json").exists()
+
+
+def test_a_run_that_is_being_trained_is_refused(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    def hook(model: ViLG, step: int, writer: MetricWriter) -> None:
+        try:
+            pretrain(run, cache, tmp_path / "out")
+        finally:
+            assert (tmp_path / "out" / "owner.json").exists()
+
+    with pytest.raises(CheckpointError, match=f"--out=.*out: process {os.getpid()} on .* trains in it. Works: another"):
+        pretrain(run, cache, tmp_path / "out", on_sample=hook)
+    assert pretrain(run, cache, tmp_path / "out") and not (tmp_path / "out" / "owner.json").exists()
 
 
 def result(skipped: float) -> StepResult:

@@ -1,0 +1,197 @@
+"""One job at a time trains in a run folder: who it is, the sign of life it gives, and when another one takes over.
+
+``RUN/owner.json`` names the main process and its job. While it trains, a thread renews the file's time of change.
+Locks of the file system would be shorter, but shared ones may hold them on one node only, keep those of a lost node, or
+have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from megatron_vilg.checkpoint.files import write_text
+from megatron_vilg.checkpoint.owner import Process
+from megatron_vilg.errors import CheckpointError
+from megatron_vilg.log import get_logger
+from megatron_vilg.parallel.mesh import Mesh
+
+log = get_logger(__name__)
+FILE_NAME = "owner.json"
+BEAT_SECONDS = 10.0
+"""Time between two signs of life."""
+SILENT_SECONDS = 60.0
+"""A process of another machine that gives none for so long is gone. Clocks of different machines are not compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who trains in a run folder."""
+
+    process: Process
+    job: str
+    """SLURM's number; empty outside of it."""
+    restart: int
+    """How often SLURM has put the job back into its queue."""
+    since: str
+    """For people."""
+
+    @classmethod
+    def this(cls, environ: Mapping[str, str]) -> Self:
+        """The process that asks, from now on."""
+        restart = environ.get("SLURM_RESTART_COUNT", "")
+        return cls(
+            Process.this(),
+            environ.get("SLURM_JOB_ID", ""),
+            int(restart) if restart.isdigit() else 0,
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.job}" if self.job else ""
+        return f"process {self.process.pid} on {self.process.machine}{job}, since {self.since}"
+
+
+class Claim:
+    """The right of this process to write in a run folder.
+
+    Args:
+        run: the folder.
+        environ: where SLURM says which job this is.
+        beat_seconds, silent_seconds: see the constants.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        environ: Mapping[str, str] = os.environ,
+        beat_seconds: float = BEAT_SECONDS,
+        silent_seconds: float = SILENT_SECONDS,
+    ) -> None:
+        self.run, self.path = run, run / FILE_NAME
+        self.owner = Owner.this(environ)
+        self._beat_seconds, self._silent_seconds = beat_seconds, silent_seconds
+        self._lost_to: Owner | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
+
+    def take(self) -> None:
+        """Become the owner, and show from now on that this process lives.
+
+        Raises:
+            CheckpointError: another process trains in the folder, or the file cannot be written.
+        """
+        other = _read(self.path)
+        if other is not None and not self._may_follow(other):
+            stop = f"scancel {other.job}" if other.job else f"kill {other.process.pid} on {other.process.machine}"
+            raise CheckpointError(
+                f"--out={self.run}: {other} trains in it. Works: another --out; or stop that one first ({stop}) and "
+                "start again"
+            )
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(dataclasses.asdict(self.owner), indent=1) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        self._thread.start()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process has taken over, as far as the thread has seen; costs nothing."""
+        return self._lost_to is not None
+
+    def require(self) -> None:
+        """Look whether another process has taken over.
+
+        Raises:
+            CheckpointError: it has.
+        """
+        found = _read(self.path)
+        if found is not None and found != self.owner:  # no file: nobody else is at work
+            self._lost_to = found
+            raise CheckpointError(f"--out={self.run}: {found} has taken over; this process writes nothing more in it")
+
+    def release(self) -> None:
+        """Let others in, if this process ever was the owner."""
+        if self._thread.ident is None:
+            return
+        self._end.set()
+        self._thread.join()
+        if _read(self.path) == self.owner:
+            with suppress(OSError):
+                self.path.unlink()
+
+    def _may_follow(self, other: Owner) -> bool:
+        if other.job and other.job == self.owner.job and self.owner.restart > other.restart:
+            log.info("taking over from %s: SLURM has put the job back into its queue since", other)
+            return True
+        if other.process.is_here:
+            return not other.process.is_alive
+        log.info("waiting up to %g s for a sign of life of %s", self._silent_seconds, other)
+        before, end = self._last_beat(), time.monotonic() + self._silent_seconds
+        while time.monotonic() < end:
+            time.sleep(min(1.0, self._beat_seconds / 4))
+            now = self._last_beat()
+            if now is None:
+                return True
+            if now != before:
+                return False
+        log.info("taking over from %s, which gave none", other)
+        return True
+
+    def _last_beat(self) -> int | None:
+        """The file's time of change, asked in a way that makes NFS look; None if there is no file any more."""
+        try:
+            with self.path.open("rb") as file:
+                return os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return None
+
+    def _beat(self) -> None:
+        while not self._end.wait(self._beat_seconds):
+            try:
+                self.require()
+                os.utime(self.path)
+            except CheckpointError:
+                return
+            except OSError as error:  # training itself will notice a disk that stays away
+                log.debug("%s: no sign of life: %s", self.path, error)
+
+
+@contextmanager
+def claimed(run: Path, mesh: Mesh) -> Iterator[Claim]:
+    """Hold a run folder for the time of the block. All ranks make this call, and the main one takes the claim for all.
+
+    Raises:
+        CheckpointError: on every rank, if another job trains in the folder.
+    """
+    claim, problem = Claim(run), ""
+    try:
+        if mesh.is_main:
+            try:
+                claim.take()
+            except CheckpointError as error:
+                problem = str(error)
+        problem = mesh.from_main(problem)
+        if problem:
+            raise CheckpointError(problem)
+        yield claim
+    finally:
+        claim.release()
+
+
+def _read(path: Path) -> Owner | None:
+    """Who the file names; None if there is none, or what a full disk left of it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Owner(**{**content, "process": Process(**content["process"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

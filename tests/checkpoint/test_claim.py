@@ -1,0 +1,148 @@
+"""Who may train in a run folder: one job, until it lets go, is dead, or has been put back into SLURM's queue."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vilg.checkpoint.claim import FILE_NAME, Claim, Owner
+from megatron_vilg.checkpoint.files import write_text
+from megatron_vilg.checkpoint.owner import Process
+from megatron_vilg.errors import CheckpointError
+
+BEAT, SILENT = 0.02, 1.0
+
+
+def claim(run: Path, **environ: str) -> Claim:
+    return Claim(run, environ, BEAT, SILENT)
+
+
+def leave(run: Path, process: Process, job: str = "", restart: int = 0) -> Path:
+    """The file of another process."""
+    owner = Owner(process, job, restart, "2026-01-01 00:00:00")
+    write_text(run / FILE_NAME, json.dumps(dataclasses.asdict(owner)))
+    return run / FILE_NAME
+
+
+def living() -> Process:
+    """Another process of this machine."""
+    pid = os.getppid()
+    start = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return dataclasses.replace(Process.this(), pid=pid, start=start)
+
+
+ELSEWHERE = Process("node-7.cluster", 7, 8)
+DEAD = dataclasses.replace(Process.this(), start=1)
+
+
+def test_a_folder_is_free_again_after_the_owner_has_left(tmp_path: Path) -> None:
+    for _ in range(2):
+        owner = claim(tmp_path / "run")
+        owner.take()
+        assert json.loads((tmp_path / "run" / FILE_NAME).read_text())["process"]["pid"] == os.getpid()
+        owner.require()
+        owner.release()
+        assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_living_process_of_this_machine_keeps_its_folder(tmp_path: Path) -> None:
+    path = leave(tmp_path, living(), job="12")
+    before = path.read_text()
+    with pytest.raises(CheckpointError) as caught:
+        claim(tmp_path, SLURM_JOB_ID="13").take()
+    assert f"--out={tmp_path}: process {os.getppid()} on {living().machine}, SLURM job 12, since 2026" in str(
+        caught.value
+    )
+    assert "trains in it. Works: another --out; or stop that one first (scancel 12) and start again" in str(
+        caught.value
+    )
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("left", ["dead", "half a file"])
+def test_what_a_killed_process_of_this_machine_left_does_not_lock_anybody_out(tmp_path: Path, left: str) -> None:
+    path = leave(tmp_path, DEAD)
+    if left == "half a file":
+        os.truncate(path, 10)
+    start = time.monotonic()
+    owner = claim(tmp_path)
+    owner.take()
+    owner.release()
+    assert time.monotonic() - start < SILENT and not path.exists()
+
+
+def test_a_process_elsewhere_is_alive_as_long_as_it_gives_signs(tmp_path: Path) -> None:
+    path = leave(tmp_path, ELSEWHERE)
+    end = threading.Event()
+
+    def beat() -> None:
+        while not end.wait(BEAT):
+            os.utime(path)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(CheckpointError, match="process 7 on node-7.cluster, since .*kill 7 on node-7.cluster"):
+            claim(tmp_path).take()
+    finally:
+        end.set()
+        thread.join()
+    start = time.monotonic()
+    owner = claim(tmp_path)
+    owner.take()
+    assert time.monotonic() - start >= SILENT
+    owner.release()
+
+
+def test_the_owner_gives_signs_of_life_and_only_in_its_own_file(tmp_path: Path) -> None:
+    owner = claim(tmp_path)
+    owner.take()
+    path = tmp_path / FILE_NAME
+    os.utime(path, (1, 1))
+    end = time.monotonic() + 5
+    while path.stat().st_mtime < 2 and time.monotonic() < end:
+        time.sleep(BEAT)
+    assert path.stat().st_mtime > 2
+    assert not owner.is_lost
+    leave(tmp_path, ELSEWHERE)
+    os.utime(path, (1, 1))
+    while not owner.is_lost and time.monotonic() < end:
+        time.sleep(BEAT)
+    assert owner.is_lost and path.stat().st_mtime == 1
+    with pytest.raises(
+        CheckpointError, match="process 7 on node-7.cluster, since .* has taken over; this process writes"
+    ):
+        owner.require()
+    owner.release()
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("process", "job", "restart", "works"),
+    [("living", "12", 1, True), ("elsewhere", "12", 1, True), ("living", "12", 0, False), ("living", "11", 1, False)],
+)
+def test_a_job_that_slurm_put_back_takes_over_at_once(
+    tmp_path: Path, process: str, job: str, restart: int, works: bool
+) -> None:
+    leave(tmp_path, living() if process == "living" else ELSEWHERE, job="12")
+    start = time.monotonic()
+    owner = claim(tmp_path, SLURM_JOB_ID=job, SLURM_RESTART_COUNT=str(restart))
+    if works:
+        owner.take()
+        owner.release()
+    else:
+        with pytest.raises(CheckpointError, match="trains in it"):
+            owner.take()
+    assert time.monotonic() - start < SILENT
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(CheckpointError, match=f"run/{FILE_NAME}: cannot be written"):
+        claim(tmp_path / "run").take()
