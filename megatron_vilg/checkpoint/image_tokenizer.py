@@ -16,6 +16,8 @@ from megatron_vilg.errors import CheckpointError
 from megatron_vilg.models.tokenizers import AnyTokenizer, build_image_tokenizer
 
 KIND = "image-tokenizer"
+WORK_NAME = "image_tokenizer_training"
+"""Folder beside a tokenizer with its training's checkpoints, metrics and sample pictures."""
 
 
 def save_image_tokenizer(

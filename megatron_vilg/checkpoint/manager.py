@@ -86,8 +86,8 @@ class Checkpointer:
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def save(self, step: int, state: Mapping[str, Any], manifest: Manifest) -> Path:
-        """Write a checkpoint, then delete those that ``keep_last`` and ``keep_every`` do not keep.
+    def save(self, step: int, state: Mapping[str, Any], manifest: Manifest, keep_from: int = -1) -> Path:
+        """Write a checkpoint, then delete those that ``keep_last``, ``keep_every`` and ``keep_from`` do not keep.
 
         With ``checkpoint.async_save`` it returns once the state is copied, and the rest goes on in the background.
 
@@ -95,6 +95,7 @@ class Checkpointer:
             step: finished optimizer steps; must equal ``manifest.step``.
             state: nested dict of tensors.
             manifest: identity and progress; its list of files is filled in here.
+            keep_from: the newest checkpoint of this step or one before it stays, too.
 
         Raises:
             CheckpointError: a leaf is no tensor, another job has taken over, or the disk is full or not writable.
@@ -108,17 +109,18 @@ class Checkpointer:
         self.require_ours()
         final = self.path(step)
         partial = with_suffix(final, PARTIAL)
+        publish_it = partial_call(self._publish, final, manifest, keep_from)
         try:
             self._on_main(self._clean)
             with _one_process():
                 writer = dcp.FileSystemWriter(partial, sync_files=True)
                 if self._background is not None:
-                    after, then = partial_call(self._own_files, partial), partial_call(self._publish, final, manifest)
+                    after, then = partial_call(self._own_files, partial), publish_it
                     self._background.start(dict(state), writer, after, then)
                     return final
                 dcp.save(dict(state), storage_writer=writer, no_dist=not self._mesh.is_distributed)
             written = self._on_all(partial_call(self._own_files, partial))
-            self._on_main(lambda: self._publish(final, manifest, written))
+            self._on_main(lambda: publish_it(written))
         except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
             if self._mesh.is_main and partial.exists() and self._is_ours():
                 remove(partial)
@@ -157,14 +159,16 @@ class Checkpointer:
         """The files that this rank has written: each reads its own again, so that more ranks take less time."""
         return {path.name: entry_of(path) for path in partial.glob(f"__{self._mesh.place[0]}_*")}
 
-    def _publish(self, final: Path, manifest: Manifest, written: Sequence[Mapping[str, FileEntry]]) -> None:
+    def _publish(
+        self, final: Path, manifest: Manifest, keep_from: int, written: Sequence[Mapping[str, FileEntry]]
+    ) -> None:
         partial = with_suffix(final, PARTIAL)
         self._require_ours()
         sync(partial)
         write_manifest(partial, manifest, {name: entry for files in written for name, entry in files.items()})
         publish(partial, final)
         self._unusable.discard(manifest.step)
-        self._retain()
+        self._retain(keep_from)
 
     def _on_main(self, work: Callable[[], Value]) -> Value:
         """Do it on the main rank, for all; its result, or its error, comes to every rank."""
@@ -288,10 +292,10 @@ class Checkpointer:
         for leftover in self.folder.glob(f"step-*{PARTIAL}"):
             remove(leftover)
 
-    def _retain(self) -> None:
+    def _retain(self, keep_from: int) -> None:
         # What could not be used may be readable again tomorrow (a mount, another version): it is left to people.
         sound = [step for step in self.steps() if step not in self._unusable]
-        kept = set(sound[-self.config.keep_last :])
+        kept = {*sound[-self.config.keep_last :], *[step for step in sound if step <= keep_from][-1:]}
         if self.config.keep_every:
             kept |= {step for step in sound if step % self.config.keep_every == 0}
         for step in sound:

@@ -287,7 +287,7 @@ class CheckpointConfig:
     every: PositiveInt = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; with ``train.rollback_factor`` also one from before the losses rose."""
     keep_every: Count = 0
     """Checkpoints at multiples of this step count are kept for good. 0: none."""
     async_save: bool = False

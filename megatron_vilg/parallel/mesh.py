@@ -102,7 +102,7 @@ class Mesh:
         """Whether ``flag`` is set on any rank; all ranks must ask."""
         if self.root is None:
             return flag
-        value = torch.tensor(int(flag), device=self.device)
+        value = torch.tensor(int(flag))  # on the CPU, by gloo: no rank waits for what its GPU has still to do
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 

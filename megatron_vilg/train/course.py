@@ -49,6 +49,11 @@ class Course:
         return found | ({} if math.isnan(self._mean) else {_MEAN: self._mean})
 
     @property
+    def keep_from(self) -> int:
+        """The newest checkpoint of this step or one before it may be needed; -1 where a run never goes back."""
+        return self.last_good if self.options.rollback_factor else -1
+
+    @property
     def metrics(self) -> dict[str, float]:
         """What a log line says; nothing in a run that never goes back."""
         return {"step/rollbacks": float(self.rollbacks)} if self.options.rollback_factor else {}

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from megatron_vilg.checkpoint.image_tokenizer import WORK_NAME
+from megatron_vilg.checkpoint.manifest import read_manifest
 from megatron_vilg.config.load import RUN_FILE
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.log import get_logger
@@ -52,9 +54,16 @@ def _settled(section: Section, device: torch.device | str, run_dir: Path | None)
 
 
 def _kept(section: Section, run_dir: Path | None) -> Precision | None:
-    """What ``RUN/config.json`` says, if it is there and had settled."""
-    file = None if run_dir is None else run_dir / RUN_FILE
-    if file is None or not file.is_file():
+    """What an earlier start settled on: by ``RUN/config.json``, or by the image tokenizer's checkpoints.
+
+    ``vilg train-vqgan`` writes no ``config.json``.
+    """
+    if run_dir is None:
         return None
-    found = json.loads(file.read_text(encoding="utf-8")).get(section, {}).get("precision")
+    file, found = run_dir / RUN_FILE, None
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8")).get(section, {}).get("precision")
+    elif section == "image_tokenizer_train":
+        for folder in sorted((run_dir / WORK_NAME / "checkpoints").glob("step-*"))[-1:]:
+            found = json.loads(str(read_manifest(folder).counters["options"])).get("precision")
     return found if found in ("fp32", "bf16") else None

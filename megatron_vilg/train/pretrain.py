@@ -35,6 +35,7 @@ from megatron_vilg.train.same_pairs import pairs_of, require_same_pairs
 from megatron_vilg.train.signals import StopSignals
 
 log = get_logger(__name__)
+_STEPS_SKIPPED = "steps_skipped"
 
 SampleHook = Callable[[ViLG, int, MetricWriter], None]
 """Called with the model, the finished steps and the writer every ``train.sample_every`` steps."""
@@ -77,8 +78,9 @@ def pretrain(
         engine = build_engine(run, mesh, codebook, image_tokenizer)
         loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
         checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh, claim.require)
-        course = Course(run.train, resume_latest(engine, checkpointer, identity := manifest_of(run, cache, mesh)))
-        window, instruments, must_stop = StepWindow(run.train.max_skipped_in_row), instruments_of(engine, run), False
+        counters = resume_latest(engine, checkpointer, identity := manifest_of(run, cache, mesh))
+        course, window = Course(run.train, counters), StepWindow(run.train.max_skipped_in_row, counters)
+        instruments, must_stop = instruments_of(engine, run), False
         with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
             while engine.step < run.train.num_steps and not must_stop:
                 with writer.loading():
@@ -99,7 +101,8 @@ def pretrain(
                 draw_samples(engine, run, writer, on_sample)
                 must_stop = mesh.any(stop.requested or claim.is_lost)
                 if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
-                    checkpointer.save(step, engine.state_dict(), at_step(identity, run, step, course))
+                    now = at_step(identity, run, step, course.counters | window.counters)
+                    checkpointer.save(step, engine.state_dict(), now, course.keep_from)
             checkpointer.finish()
         if engine.step < run.train.num_steps:
             log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
@@ -194,9 +197,11 @@ def manifest_of(run: RunConfig, cache: TokenCache, mesh: Mesh) -> Manifest:
     )
 
 
-def at_step(identity: Manifest, run: RunConfig, step: int, course: Course | None = None) -> Manifest:
+def at_step(
+    identity: Manifest, run: RunConfig, step: int, counters: Mapping[str, int | float | str] | None = None
+) -> Manifest:
     """``identity`` after ``step`` finished steps."""
-    counters = {**identity.counters, **(course.counters if course is not None else {})}
+    counters = {**identity.counters, **(counters or {})}
     return dataclasses.replace(identity, step=step, samples_seen=step * run.train.batch_size, counters=counters)
 
 
@@ -251,12 +256,17 @@ class StepWindow:
     Results stay on the device until ``read``, so that steps in between need not wait for the host.
     """
 
-    def __init__(self, max_skipped_in_row: int) -> None:
+    def __init__(self, max_skipped_in_row: int, counters: Mapping[str, int | float | str] | None = None) -> None:
         self._limit = max_skipped_in_row
         self._steps: list[tuple[Tensor, StepResult]] = []
         self._row: list[int] = []
         self._row_steps = 0
-        self._skipped = 0
+        self._skipped = int((counters or {}).get(_STEPS_SKIPPED, 0))
+
+    @property
+    def counters(self) -> dict[str, int | float | str]:
+        """What a checkpoint must keep; steps that are not read yet are counted, for which the host waits."""
+        return {_STEPS_SKIPPED: self._skipped + sum(int(result.skipped) for _, result in self._steps)}
 
     def add(self, sample_ids: Tensor, result: StepResult) -> None:
         """Note one finished step."""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, with_suffix
-from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash
+from megatron_vilg.checkpoint.image_tokenizer import WORK_NAME, image_tokenizer_hash
 from megatron_vilg.checkpoint.manifest import read_manifest
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
@@ -19,7 +19,6 @@ from megatron_vilg.data.text import MANIFEST_FILE as TEXT_MANIFEST
 from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import CheckpointError, ConfigError, DataError
 from megatron_vilg.log import get_logger
-from megatron_vilg.train.vqgan import WORK_NAME
 
 log = get_logger(__name__)
 TEXT_TOKENIZER = "text_tokenizer"

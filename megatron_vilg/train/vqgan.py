@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.checkpoint.files import PARTIAL, with_suffix
-from megatron_vilg.checkpoint.image_tokenizer import KIND, load_image_tokenizer, save_image_tokenizer
+from megatron_vilg.checkpoint.image_tokenizer import KIND, WORK_NAME, load_image_tokenizer, save_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.config.schema import CheckpointConfig, RunConfig
@@ -31,8 +31,6 @@ from megatron_vilg.train.vqgan_engine import VQGANEngine
 
 log = get_logger(__name__)
 
-WORK_NAME = "image_tokenizer_training"
-"""Folder beside the result with checkpoints, metrics and sample pictures."""
 MAX_EVALUATED = 256
 """Held-out pictures that are measured."""
 PICTURES_SHOWN = 8

@@ -88,6 +88,17 @@ def test_retention_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_retention_keeps_what_the_run_may_go_back_to(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path, keep_last=1)
+    for step, keep_from in ((1, -1), (2, -1), (4, 3), (5, 3), (6, 5)):
+        checkpointer.save(step, make_state(step), Manifest(kind="test", step=step), keep_from)
+    assert checkpointer.steps() == [5, 6]
+    checkpointer = keeper(tmp_path / "other", keep_last=1)
+    for step in (2, 4, 5):
+        checkpointer.save(step, make_state(step), Manifest(kind="test", step=step), 3)
+    assert checkpointer.steps() == [2, 5]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpointer = keeper(tmp_path)
     save(checkpointer, 1)

@@ -119,6 +119,15 @@ def test_a_checkpoint_that_leads_to_high_losses_again_is_left_behind(tmp_path: P
     assert counters["rollbacks"] == 2
 
 
+def test_the_healthy_checkpoint_stays_while_high_losses_are_counted(tmp_path: Path, cache: TokenCache) -> None:
+    """Three high lines decide, and step 6 is saved meanwhile: ``keep_last=1`` alone would lose step 4."""
+    run = course_run(cache, num_steps=12, rollback_patience=3)
+    run = dataclasses.replace(run, checkpoint=CheckpointConfig(every=2, keep_last=1))
+    assert pretrain(run, cache, tmp_path / "run", on_sample=Poison(5))
+    counters = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000012").counters
+    assert (counters["batches_skipped"], counters["rollbacks"]) == (4, 1)
+
+
 def test_run_that_keeps_diverging_stops(tmp_path: Path, cache: TokenCache) -> None:
     run = course_run(cache, max_rollbacks=1)
     with pytest.raises(TrainingError, match=r"train.rollback_factor=1.5: .* after step \d, after 1 rollbacks. Lower"):

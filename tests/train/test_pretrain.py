@@ -195,6 +195,17 @@ def result(skipped: float) -> StepResult:
     return StepResult(one, one, one, one, torch.tensor(skipped))
 
 
+def test_skipped_steps_are_counted_over_restarts() -> None:
+    window = StepWindow(9)
+    for skipped in (1.0, 0.0):
+        window.add(torch.tensor([0]), result(skipped))
+    assert window.read()["step/skipped"] == 1
+    window.add(torch.tensor([0]), result(1.0))
+    again = StepWindow(9, window.counters)
+    again.add(torch.tensor([0]), result(0.0))
+    assert again.read()["step/skipped"] == 2
+
+
 def test_too_many_skipped_steps_in_a_row_stop_with_the_samples() -> None:
     window = StepWindow(3)
     for number, skipped in enumerate([1, 1, 0, 1]):

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
+from megatron_vilg.checkpoint.image_tokenizer import WORK_NAME, load_image_tokenizer
 from megatron_vilg.checkpoint.manifest import read_manifest
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.errors import CheckpointError, TrainingError
 from megatron_vilg.train.pixel_source import PixelsInMemory
-from megatron_vilg.train.vqgan import WORK_NAME, measure_reconstruction, sample_sheet, train_image_tokenizer
+from megatron_vilg.train.precision import settle_precision
+from megatron_vilg.train.vqgan import measure_reconstruction, sample_sheet, train_image_tokenizer
 from tests.train.vqgan_case import discs, tiny_run
 
 HELD_OUT = discs(5, seed=9)
@@ -121,7 +122,7 @@ def test_other_pictures_or_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_signal_saves_the_step_and_the_same_call_goes_on(tmp_path: Path) -> None:
-    run = tiny_run()
+    run = tiny_run(precision="fp32")
 
     class Stopping(PixelsInMemory):
         def batch(self, step: int) -> Tensor:
@@ -133,6 +134,10 @@ def test_a_signal_saves_the_step_and_the_same_call_goes_on(tmp_path: Path) -> No
     assert train_image_tokenizer(run, Stopping(discs(), run), HELD_OUT, out) is None
     assert (tmp_path / WORK_NAME / "checkpoints" / "step-00000006" / "manifest.json").is_file()
     assert not out.exists()
+    # The run keeps its arithmetic on whatever machine it goes on, without a config.json too.
+    auto = dataclasses.replace(run.image_tokenizer_train, precision="auto")
+    settled = settle_precision(dataclasses.replace(run, image_tokenizer_train=auto), "cpu", tmp_path)
+    assert settled.image_tokenizer_train.precision == "fp32"
     assert train_image_tokenizer(run, discs(), HELD_OUT, out) is not None
 
 
