@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
     """Whether the run is complete; False: stopped, and saved."""
     from megatron_vilg.cli.samples import SamplePictures
+    from megatron_vilg.ops.attention import choose_implementation
     from megatron_vilg.parallel.launch import device_of, joined, place
     from megatron_vilg.parallel.mesh import build_mesh
     from megatron_vilg.train.host_memory import keep_freed_memory
@@ -64,6 +65,7 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
 
     _log.info("rank %d of %d: %s", world.rank, world.size, place())
     device = device_of(world, chosen_device(args.device))
+    choose_implementation(config.ops.attention, config.model.image_side, device, training=True)  # or refuse it now
     if device.type == "cpu":
         keep_freed_memory()
     with joined(world, device, config.parallel.timeout_seconds) as job:

@@ -17,6 +17,8 @@ MAX_VOCABULARY = 65_535
 """Token caches hold ids as unsigned 16-bit numbers."""
 CRITIC_PIXELS = 24
 """Smallest side that three halvings and two 4 x 4 convolutions of the critic leave something of."""
+TRITON_HEAD_SIZES = (16, 32, 64, 128, 256)
+"""What our Triton kernel has tiles for."""
 NUM_BYTE_PIECES = 256
 """Pieces that SentencePiece's byte fallback always takes."""
 
@@ -51,6 +53,10 @@ def _check_model(run: RunConfig) -> Iterable[str]:
         heads = [n for n in _divisors(model.width) if model.width // n % 2 == 0]
         rule = f"must divide model.width={model.width} into heads of even size"
         yield _problem("model.num_heads", model.num_heads, rule, heads)
+    elif run.ops.attention == "triton" and model.head_dim not in TRITON_HEAD_SIZES:
+        rule = f"makes heads of {model.head_dim}; ops.attention=triton takes {_listed(TRITON_HEAD_SIZES)}"
+        heads = [model.width // size for size in TRITON_HEAD_SIZES if model.width % size == 0]
+        yield _problem("model.num_heads", model.num_heads, rule, heads or "ops.attention=fold")
     if model.image_side != tokenizer.grid_side:
         rule = (
             f"differs from the image tokenizer's grid (image_tokenizer.image_size={tokenizer.image_size} "

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_vilg.config.check import TRITON_HEAD_SIZES
 from megatron_vilg.ops.rules import AttentionRule, text_keys_used
 from megatron_vilg.ops.tiles import TileList, tile_list
 
@@ -166,10 +167,8 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, direc
     Raises:
         ValueError: the head size is no power of two from 16 to 256.
     """
-    if q.shape[3] not in (16, 32, 64, 128, 256):
-        raise ValueError(
-            f"head size {q.shape[3]}: the Triton kernel takes 16, 32, 64, 128 or 256; use ops.attention=fold"
-        )
+    if q.shape[3] not in TRITON_HEAD_SIZES:
+        raise ValueError(f"head size {q.shape[3]}: the Triton kernel takes {TRITON_HEAD_SIZES}; use ops.attention=fold")
     tiles = tile_list(rule, direction, ROWS, COLUMNS, q.device)
     out: Tensor = _TritonAttention.apply(q, k, v, used, tiles)
     return out

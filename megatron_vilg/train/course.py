@@ -85,6 +85,7 @@ class Course:
         Raises:
             TrainingError: no such checkpoint, or it happened ``train.max_rollbacks`` times already.
         """
+        checkpointer.require_ours()
         checkpointer.finish()  # what is still being written counts
         before = [step for step in checkpointer.steps() if step <= self.last_good]
         if self.rollbacks >= self.options.max_rollbacks or not before:

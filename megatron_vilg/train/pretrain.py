@@ -73,8 +73,7 @@ def pretrain(
         TrainingError: the run diverged.
     """
     torch.set_num_threads(run.train.num_threads or torch.get_num_threads())
-    mesh = mesh or Mesh(torch.device("cpu"))
-    with claimed(out, mesh) as claim:
+    with claimed(out, mesh := mesh or Mesh(torch.device("cpu"))) as claim:
         engine = build_engine(run, mesh, codebook, image_tokenizer)
         loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
         checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh, claim.require)
@@ -94,14 +93,13 @@ def pretrain(
                     values = window.read() | seen | course.metrics | rate_of(run, step)
                     writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
                     if course.lost(step, values):
-                        checkpointer.require_ours()
                         course.go_back(engine, checkpointer, identity, mesh)
                         writer.rewind(engine.step)
                         continue
                 draw_samples(engine, run, writer, on_sample)
                 must_stop = mesh.any(stop.requested or claim.is_lost)
                 if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
-                    now = at_step(identity, run, step, course.counters | window.counters)
+                    now = at_step(identity, run, step, course, window)
                     checkpointer.save(step, engine.state_dict(), now, course.keep_from)
             checkpointer.finish()
         if engine.step < run.train.num_steps:
@@ -197,11 +195,11 @@ def manifest_of(run: RunConfig, cache: TokenCache, mesh: Mesh) -> Manifest:
     )
 
 
-def at_step(
-    identity: Manifest, run: RunConfig, step: int, counters: Mapping[str, int | float | str] | None = None
-) -> Manifest:
-    """``identity`` after ``step`` finished steps."""
-    counters = {**identity.counters, **(counters or {})}
+def at_step(identity: Manifest, run: RunConfig, step: int, *parts: Course | StepWindow) -> Manifest:
+    """``identity`` after ``step`` finished steps, with the counters of ``parts``."""
+    counters = dict(identity.counters)
+    for part in parts:
+        counters |= part.counters
     return dataclasses.replace(identity, step=step, samples_seen=step * run.train.batch_size, counters=counters)
 
 

@@ -24,6 +24,10 @@ RULES = [
         "model.num_heads=256: must divide model.width=256 into heads of even size. Works: 1, 2, 4, 8, 16, 32, 64, 128.",
     ),
     (
+        ["ops.attention=triton", "model.width=192"],
+        "model.num_heads=4: makes heads of 48; ops.attention=triton takes 16, 32, 64, 128, 256. Works: 12, 6, 3.",
+    ),
+    (
         ["model.image_side=7"],
         "model.image_side=7: differs from the image tokenizer's grid (image_tokenizer.image_size=48 / 6 pixels per "
         "token). Works: 0, 8.",
