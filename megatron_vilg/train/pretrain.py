@@ -102,11 +102,7 @@ def pretrain(
                     now = at_step(identity, run, step, course, window)
                     checkpointer.save(step, engine.state_dict(), now, course.keep_from)
             checkpointer.finish()
-        if engine.step < run.train.num_steps:
-            log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
-            return False
-        export(engine, run, out, identity)
-        return True
+        return export_if_complete(engine, run, out, identity, stop)
 
 
 def build_engine(
@@ -220,6 +216,15 @@ def resume_latest(
     engine.resume(manifest.step)
     log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)
     return manifest.counters
+
+
+def export_if_complete(engine: Engine, run: RunConfig, out: Path, identity: Manifest, stop: StopSignals) -> bool:
+    """Export the model of a complete run, or say that it was stopped; whether it is complete."""
+    if engine.step < run.train.num_steps:
+        log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
+        return False
+    export(engine, run, out, identity)
+    return True
 
 
 def export(engine: Engine, run: RunConfig, out: Path, identity: Manifest) -> None:
