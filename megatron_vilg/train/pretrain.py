@@ -72,7 +72,6 @@ def pretrain(
         CheckpointError: another job trains in ``out``, or its checkpoints cannot be used or belong to another run.
         TrainingError: the run diverged.
     """
-    torch.set_num_threads(run.train.num_threads or torch.get_num_threads())
     with claimed(out, mesh := mesh or Mesh(torch.device("cpu"))) as claim:
         engine = build_engine(run, mesh, codebook, image_tokenizer)
         loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
@@ -111,7 +110,8 @@ def build_engine(
     codebook: Tensor | None = None,
     image_tokenizer: AnyTokenizer | None = None,
 ) -> Engine:
-    """The engine that the configuration asks for; ``reconstructor.enabled`` needs the image tokenizer."""
+    """The engine that the configuration asks for, on ``train.num_threads``; a reconstructor needs the image tokenizer."""
+    torch.set_num_threads(run.train.num_threads or torch.get_num_threads())
     if run.train.engine == "deepspeed":
         return DeepSpeedEngine(run, mesh, codebook)
     if not run.reconstructor.enabled:
