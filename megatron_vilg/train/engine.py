@@ -59,6 +59,8 @@ class Engine(Protocol):
     """A model, its optimizer and the step that joins them. All ranks make the same calls."""
 
     step: int
+    run: RunConfig
+    """Resolved, its precision settled."""
     mesh: Mesh
 
     def train_step(self, batch: PairBatch) -> StepResult:

@@ -87,10 +87,9 @@ def pretrain(
                 step = engine.step
                 writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
                 window.add(batch.sample_ids, result)
-                measure = bool(run.train.eval_every) and step % run.train.eval_every == 0
-                if writer.due(step) or measure or seen:
+                if writer.due(step) or is_measured(run, step) or seen:
                     values = window.read() | seen | course.metrics | rate_of(run, step)
-                    writer.log(step, values | (evaluate(engine, held_out, run.train.eval_pairs) if measure else {}))
+                    writer.log(step, values | evaluate(engine, held_out if is_measured(run, step) else {}))
                     if course.lost(step, values):
                         course.go_back(engine, checkpointer, identity, mesh)
                         writer.rewind(engine.step)
@@ -110,7 +109,7 @@ def build_engine(
     codebook: Tensor | None = None,
     image_tokenizer: AnyTokenizer | None = None,
 ) -> Engine:
-    """The engine that the configuration asks for, on ``train.num_threads``; a reconstructor needs the image tokenizer."""
+    """The engine that the configuration asks for, on so many threads; a reconstructor needs the image tokenizer."""
     torch.set_num_threads(run.train.num_threads or torch.get_num_threads())
     if run.train.engine == "deepspeed":
         return DeepSpeedEngine(run, mesh, codebook)
@@ -242,11 +241,16 @@ def export(engine: Engine, run: RunConfig, out: Path, identity: Manifest) -> Non
     log.info("exported to %s", folder)
 
 
-def evaluate(engine: Engine, loaders: dict[str, PairLoader], num_pairs: int) -> dict[str, float]:
-    """Cross-entropies on the first pairs of each held-out split, nothing noised or dropped."""
+def is_measured(run: RunConfig, step: int) -> bool:
+    """Whether held-out pairs are measured after this step."""
+    return bool(run.train.eval_every) and step % run.train.eval_every == 0
+
+
+def evaluate(engine: Engine, loaders: Mapping[str, PairLoader]) -> dict[str, float]:
+    """Cross-entropies on the first ``train.eval_pairs`` of each held-out split, nothing noised or dropped."""
     values: dict[str, float] = {}
     for split, loader in loaders.items():
-        result = engine.eval_step(loader.clean_batch(list(range(min(num_pairs, len(loader))))))
+        result = engine.eval_step(loader.clean_batch(list(range(min(engine.run.train.eval_pairs, len(loader))))))
         values[f"{split}/text_to_image(nats/token)"] = float(result.image_ce)
         values[f"{split}/image_to_text(nats/token)"] = float(result.text_ce)
         values |= {f"{split}/{name}": float(value) for name, value in result.extra.items()}
