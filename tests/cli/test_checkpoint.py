@@ -174,9 +174,7 @@ def test_mistakes_are_explained_and_leave_nothing(tmp_path: Path, run: Path, cap
 def test_mistakes_are_told_before_a_run_is_read(
     tmp_path: Path, run: Path, capsys, monkeypatch: pytest.MonkeyPatch, words, message: str
 ) -> None:
-    monkeypatch.setattr(
-        "megatron_vilg.checkpoint.manager.read_sound_manifest", lambda *_: pytest.fail("files are read")
-    )
+    monkeypatch.setattr("megatron_vilg.checkpoint.manager.find_damage", lambda *_: pytest.fail("files are read"))
     places = {"R": str(run), "N": str(tmp_path / "new")}
     assert vilg(*(places.get(word, word) for word in words), "--load-dir", run) == 2
     assert message in capsys.readouterr().err
