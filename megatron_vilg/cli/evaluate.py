@@ -109,10 +109,11 @@ def _report(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     from megatron_vilg.evaluate.curves import instrument_plots, read_metrics
     from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK, make_report, write_report
-    from megatron_vilg.evaluate.pairs import read_eval_set
+    from megatron_vilg.evaluate.pairs import read_eval_set, require_unseen
     from megatron_vilg.evaluate.subject import EvaluationSettings
     from megatron_vilg.generate.pipeline import Pipeline
     from megatron_vilg.models.features import load_feature_network
+    from megatron_vilg.train.stages import TOKENS
 
     changed = _drawing_settings(args.words)
     _require_places(args)
@@ -124,6 +125,8 @@ def _report(args: argparse.Namespace) -> None:
         max_bad_share=config.data.max_bad_share,
         val_share=config.data.val_share,
     )
+    if (tokens := args.load[0] / TOKENS).is_dir():
+        require_unseen(pairs, args.data, tokens, config.data.max_bad_share)
     settings = EvaluationSettings(
         seed=config.train.seed if args.seed is None else args.seed,
         samples_per_prompt=args.samples_per_prompt,

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from megatron_vilg.data.images import square
 from megatron_vilg.data.records import Record, find_records, read_parts
+from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import DataError
 from megatron_vilg.evaluate.retrieval import Label
+from megatron_vilg.log import get_logger
 
 
 class Kind(StrEnum):
@@ -30,6 +32,8 @@ class Kind(StrEnum):
     """The concept was never seen in any style."""
 
 
+logger = get_logger(__name__)
+_SHOWN = 3
 _NEW_CONCEPTS = "val-concepts"
 """Split of the demo's pairs whose concepts were never trained; every other held-out split counts as unseen."""
 
@@ -131,6 +135,38 @@ def read_eval_set(
         )
     scenes = [number for number, pair in enumerate(pairs) if pair.scene is not None]
     return _subset(pairs, pictures, plain), _subset(pairs, pictures, scenes)
+
+
+def require_unseen(pairs: EvalSet, data: Path | str, tokens: Path, max_share: float) -> None:
+    """Refuse held-out pairs that a run was trained on: the same name and caption among its training tokens.
+
+    Which pairs are held out may depend on where the data lies: where names say no split, the path below ``data`` does.
+
+    Args:
+        pairs: what is to be evaluated.
+        data: where they were read, for the message.
+        tokens: the run's token cache.
+        max_share: share of the held-out pairs up to which a warning is enough (pairs may be there twice).
+
+    Raises:
+        DataError: more of them were trained.
+    """
+
+    def name(key: str, caption: str) -> tuple[str, str]:
+        return key.rpartition("/")[2], caption
+
+    trained = {name(record.key, record.caption) for record in TokenCache.open(tokens).split("train").records()}
+    held_out = [pair for pair in pairs.pairs if pair.kind != Kind.TRAINED]
+    seen = [pair.key for pair in held_out if name(pair.key, pair.caption) in trained]
+    if not seen:
+        return
+    problem = (
+        f"--data={data}: {len(seen)} of {len(held_out)} held-out pairs are among the training pairs in {tokens} "
+        f"({', '.join(seen[:_SHOWN])}{', ...' if len(seen) > _SHOWN else ''})"
+    )
+    if len(seen) > max_share * len(held_out):
+        raise DataError(f"{problem}. Works: the very folder or file that `vilg train --data` had")
+    logger.warning("%s", problem)
 
 
 def _subset(pairs: Sequence[EvalPair], pictures: Sequence[np.ndarray], numbers: Sequence[int]) -> EvalSet:

@@ -10,8 +10,9 @@ from PIL import Image
 from megatron_vilg.data.records import read_records
 from megatron_vilg.data.shards import ShardWriter
 from megatron_vilg.errors import DataError
-from megatron_vilg.evaluate.pairs import Kind, read_eval_set
+from megatron_vilg.evaluate.pairs import Kind, read_eval_set, require_unseen
 from megatron_vilg.evaluate.retrieval import Label
+from tests.train.token_caches import write_cache
 
 
 def add(folder: Path, key: str, **fields: object) -> None:
@@ -61,6 +62,25 @@ def test_scenes_are_kept_apart(tmp_path: Path) -> None:
     assert [pair.kind for pair in scenes.pairs] == [Kind.TRAINED, Kind.UNSEEN]
     assert scenes.pairs[0].scene == {"kind": "count", "count": 2, "background": "红色"}
     assert scenes.pixels([0, 1]).shape == (2, 3, 8, 8)
+
+
+def test_held_out_pairs_that_were_trained_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The demo's keys repeat in every split, so a key alone says nothing; a path above the key may differ."""
+    write_cache(tmp_path / "tokens", {"train": 4, "val": 2})
+    same, _ = read_eval_set(tmp_path / "tokens-pairs", 8)
+    require_unseen(same, "same", tmp_path / "tokens", 0.0)
+    other = tmp_path / "other"
+    add(other / "train", "new")
+    for number in range(3):
+        add(other / "val" / "deeper", f"train{number}")
+        (other / "val" / "deeper" / f"train{number}.txt").write_text(f"图{number}", encoding="utf-8")
+    pairs, _ = read_eval_set(other, 8)
+    with pytest.raises(
+        DataError, match=r"--data=there: 3 of 3 held-out pairs are among the training pairs .*deeper"
+    ):
+        require_unseen(pairs, "there", tmp_path / "tokens", 0.5)
+    require_unseen(pairs, "there", tmp_path / "tokens", 1.0)
+    assert "3 of 3 held-out pairs" in caplog.text
 
 
 def test_a_set_without_training_pairs_is_refused(tmp_path: Path) -> None:
