@@ -75,9 +75,7 @@ def test_held_out_pairs_that_were_trained_are_refused(tmp_path: Path, caplog: py
         add(other / "val" / "deeper", f"train{number}")
         (other / "val" / "deeper" / f"train{number}.txt").write_text(f"图{number}", encoding="utf-8")
     pairs, _ = read_eval_set(other, 8)
-    with pytest.raises(
-        DataError, match=r"--data=there: 3 of 3 held-out pairs are among the training pairs .*deeper"
-    ):
+    with pytest.raises(DataError, match=r"--data=there: 3 of 3 held-out pairs are among the training pairs .*deeper"):
         require_unseen(pairs, "there", tmp_path / "tokens", 0.5)
     require_unseen(pairs, "there", tmp_path / "tokens", 1.0)
     assert "3 of 3 held-out pairs" in caplog.text
