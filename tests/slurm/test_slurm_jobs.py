@@ -125,8 +125,8 @@ def test_time_limit_requeues(cluster: Cluster, prepared: Path) -> None:
     cluster.run("scancel", str(job))
     cluster.wait(job, ("CANCELLED",), 60)
     text = log.read_text()
-    # On a busy machine the signal may come before the first step; nothing is lost then either.
-    assert "stopped by SIGUSR1" in text and "Exited with exit code 75" in text
+    # The signal may come before the first step, even before Python can take it; nothing is lost then either.
+    assert ("stopped by SIGUSR1" in text and "Exited with exit code 75" in text) or "stopped with code 138" in text
     if "stopped by SIGUSR1 after step" in text:
         assert any(path.name.startswith("step-") for path in (out / "checkpoints").iterdir())
 
