@@ -37,8 +37,7 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
         CheckpointError: ``final`` exists, another process of this machine is writing it, the disk is too small, or
             writing failed. Then nothing is left.
     """
-    if final.exists():
-        raise CheckpointError(f"--save-dir={_named(final)}: exists already, nothing is overwritten. Works: a new name")
+    require_new(final)
     partial = partial_of(final, Process.this())
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +60,16 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
     finally:
         if partial.exists():
             remove(partial)
+
+
+def require_new(final: Path) -> None:
+    """Refuse a folder that exists; also for those who want to know before they read what is to be written.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if final.exists():
+        raise CheckpointError(f"--save-dir={_named(final)}: exists already, nothing is overwritten. Works: a new name")
 
 
 def _clear_leftovers(final: Path) -> None:

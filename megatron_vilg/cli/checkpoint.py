@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vilg.cli.checkpoint_early import require_convert, require_new, require_place, require_shard
+from megatron_vilg.cli.checkpoint_early import require_convert, require_place, require_shard
 from megatron_vilg.cli.checkpoint_end_to_end import split_run, start_end_to_end
 from megatron_vilg.errors import CheckpointError, ConfigError
 from megatron_vilg.log import get_logger
@@ -173,6 +173,7 @@ def _on_the_way(parser: argparse.ArgumentParser) -> None:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Write whole tensors."""
+    from megatron_vilg.checkpoint.new_folder import require_new
     from megatron_vilg.checkpoint.reshape import chosen_names, merge
     from megatron_vilg.checkpoint.sources import companions, open_source
 
@@ -189,6 +190,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def run_shard(args: argparse.Namespace) -> int:
     """Write per-rank files or a training checkpoint."""
+    from megatron_vilg.checkpoint.new_folder import require_new
     from megatron_vilg.checkpoint.reshape import chosen_names, rank_layout, shard
     from megatron_vilg.checkpoint.run_folder import trainable_names, write_run_folder
     from megatron_vilg.checkpoint.sources import companions, manifest_of, open_source
@@ -216,6 +218,8 @@ def run_shard(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Read what others wrote, or ours; write a folder."""
+    from megatron_vilg.checkpoint.new_folder import require_new
+
     require_convert(args)
     require_new(args.save_dir)
     if args.to == "end-to-end":
@@ -384,9 +388,8 @@ def _progress() -> Iterator[Progress]:
 
     def show(what: str, done: int, total: int) -> None:
         if what not in bars or done < bars[what].n:
-            for bar in bars.values():
-                bar.close()
-            bars.clear()
+            while bars:
+                bars.popitem()[1].close()
             bars[what] = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None)
         bars[what].update(done - bars[what].n)
 

@@ -1,17 +1,11 @@
-"""What ``vilg checkpoint`` refuses before it reads weights: places that are taken, options that cannot apply."""
+"""What ``vilg checkpoint`` refuses before it reads weights: options that cannot apply, no place for a result."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from megatron_vilg.errors import CheckpointError, ConfigError
-
-
-def require_new(folder: Path) -> None:
-    """Refuse a ``--save-dir`` that exists."""
-    if folder.exists():
-        raise CheckpointError(f"--save-dir={folder}: exists already, nothing is overwritten. Works: a new name")
+from megatron_vilg.errors import ConfigError
 
 
 def require_place(file: Path | None) -> None:

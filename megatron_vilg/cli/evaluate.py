@@ -24,7 +24,6 @@ _log = get_logger(__name__)
 _CAPTIONS = "captions"
 _TABLE7 = "table7"
 _SECTION = "sample."
-_SECONDS = "seconds.json"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -234,7 +233,9 @@ def _subject(pipeline: Pipeline, config: RunConfig) -> Subject:
 
 def _seconds(run_dir: Path) -> dict[str, float]:
     """Wall seconds of the run's stages, as far as they were written down."""
-    path = run_dir / _SECONDS
+    from megatron_vilg.train.stages import SECONDS
+
+    path = run_dir / SECONDS
     if not path.is_file():
         return {}
     try:
