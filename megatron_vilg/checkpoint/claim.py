@@ -1,8 +1,8 @@
 """One job at a time trains in a run folder: who it is, the sign of life it gives, and when another one takes over.
 
-``RUN/owner.json`` names the main process and its job. While it trains, a thread renews the file's time of change.
-Locks of the file system would be shorter, but shared ones may hold them on one node only, keep those of a lost node, or
-have none.
+``RUN/owner.json`` names the main process and its job. While it works there, a thread renews the file's
+time of change. Locks of the file system would be shorter, but shared ones may hold them on one node only, keep those of
+a lost node, or have none.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron_vilg.checkpoint.owner import Process
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.log import get_logger
 from megatron_vilg.parallel.mesh import Mesh
+from megatron_vilg.parallel.replicas import Replicas
 
 log = get_logger(__name__)
 FILE_NAME = "owner.json"
@@ -167,7 +168,7 @@ class Claim:
 
 
 @contextmanager
-def claimed(run: Path, mesh: Mesh) -> Iterator[Claim]:
+def claimed(run: Path, ranks: Mesh | Replicas) -> Iterator[Claim]:
     """Hold a run folder for the time of the block. All ranks make this call, and the main one takes the claim for all.
 
     Raises:
@@ -175,12 +176,12 @@ def claimed(run: Path, mesh: Mesh) -> Iterator[Claim]:
     """
     claim, problem = Claim(run), ""
     try:
-        if mesh.is_main:
+        if ranks.is_main:
             try:
                 claim.take()
             except CheckpointError as error:
                 problem = str(error)
-        problem = mesh.from_main(problem)
+        problem = ranks.from_main(problem)
         if problem:
             raise CheckpointError(problem)
         yield claim

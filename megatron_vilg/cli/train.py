@@ -55,10 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
     """Whether the run is complete; False: stopped, and saved."""
+    from megatron_vilg.checkpoint.claim import claimed
     from megatron_vilg.cli.samples import SamplePictures
     from megatron_vilg.ops.attention import choose_implementation
     from megatron_vilg.parallel.launch import device_of, joined, place
     from megatron_vilg.parallel.mesh import build_mesh
+    from megatron_vilg.parallel.replicas import Replicas
     from megatron_vilg.train.host_memory import keep_freed_memory
     from megatron_vilg.train.pretrain import pretrain
     from megatron_vilg.train.stages import prepare, timed
@@ -68,7 +70,10 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
     choose_implementation(config.ops.attention, config.model.image_side, device, training=True)  # or refuse it now
     if device.type == "cpu":
         keep_freed_memory()
-    with joined(world, device, config.parallel.timeout_seconds) as job:
+    with (
+        joined(world, device, config.parallel.timeout_seconds) as job,
+        claimed(args.out, Replicas.of_group()) as claim,
+    ):
         ready = prepare(
             config,
             args.data,
@@ -77,6 +82,7 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
             image_tokenizer=args.image_tokenizer,
             device=device,
             job=job,
+            require_ours=claim.require,
         )
         if ready is None:
             return False
@@ -90,4 +96,5 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
                 pixels=ready.pixels,
                 mesh=build_mesh(ready.run.parallel, device),
                 on_sample=SamplePictures(ready, args.out),
+                claim=claim,
             )

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; the exit code is 0 only when the tokenizer is complete."""
     config = run_config_from_args(args)
     require_writable(args.out, f"--out={args.out}")
+    from megatron_vilg.checkpoint.claim import claimed
     from megatron_vilg.data.pixels import read_train_and_held_out
     from megatron_vilg.parallel.launch import device_of, joined
     from megatron_vilg.parallel.replicas import Replicas
@@ -60,9 +61,18 @@ def run(args: argparse.Namespace) -> int:
     _log.info("%d training pictures, %d to measure on, %d px", len(train), len(held_out), size)
     if device.type == "cpu":
         keep_freed_memory()
-    with joined(world, device, config.parallel.timeout_seconds):
+    with (
+        joined(world, device, config.parallel.timeout_seconds),
+        claimed(args.out, replicas := Replicas.of_group()) as claim,
+    ):
         config = settle_precision(config, device, args.out)
         quality = train_image_tokenizer(
-            config, train, held_out, args.out / "image_tokenizer", device=device, replicas=Replicas.of_group()
+            config,
+            train,
+            held_out,
+            args.out / "image_tokenizer",
+            device=device,
+            replicas=replicas,
+            require_ours=claim.require,
         )
     return 0 if quality is not None else EXIT_STOPPED

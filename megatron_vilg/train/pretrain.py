@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_vilg.checkpoint.claim import claimed
+from megatron_vilg.checkpoint.claim import Claim, claimed
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
@@ -51,6 +52,7 @@ def pretrain(
     pixels: PixelCache | None = None,
     mesh: Mesh | None = None,
     on_sample: SampleHook | None = None,
+    claim: Claim | None = None,
 ) -> bool:
     """Train until ``train.num_steps``, from the newest checkpoint in ``out`` if there is one.
 
@@ -64,6 +66,7 @@ def pretrain(
         image_tokenizer, pixels: needed with ``reconstructor.enabled``.
         mesh: the grid of ranks, which all make this call; None: this process alone, on the CPU.
         on_sample: draws pictures and captions while training.
+        claim: on ``out``, if the caller holds it already; None: held for the time of this call.
 
     Returns:
         Whether the run is complete; False: a signal stopped it, the step is saved.
@@ -72,35 +75,51 @@ def pretrain(
         CheckpointError: another job trains in ``out``, or its checkpoints cannot be used or belong to another run.
         TrainingError: the run diverged.
     """
-    with claimed(out, mesh := mesh or Mesh(torch.device("cpu"))) as claim:
+    mesh = mesh or Mesh(torch.device("cpu"))
+    with claimed(out, mesh) if claim is None else nullcontext(claim) as held:
         engine = build_engine(run, mesh, codebook, image_tokenizer)
         loader, held_out = loader_of(run, cache, "train", pixels, mesh), held_out_loaders(run, cache, pixels)
-        checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh, claim.require)
-        counters = resume_latest(engine, checkpointer, identity := manifest_of(run, cache, mesh))
-        course, window = Course(run.train, counters), StepWindow(run.train.max_skipped_in_row, counters)
-        instruments, must_stop = instruments_of(engine, run), False
-        with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
-            while engine.step < run.train.num_steps and not must_stop:
-                with writer.loading():
-                    batch = loader.batch(course.batch_number(engine.step))
-                result, seen = watched_step(engine, batch, instruments)
-                step = engine.step
-                writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
-                window.add(batch.sample_ids, result)
-                if writer.due(step) or is_measured(run, step) or seen:
-                    values = window.read() | seen | course.metrics | rate_of(run, step)
-                    writer.log(step, values | evaluate(engine, held_out if is_measured(run, step) else {}))
-                    if course.lost(step, values):
-                        course.go_back(engine, checkpointer, identity, mesh)
-                        writer.rewind(engine.step)
-                        continue
-                draw_samples(engine, run, writer, on_sample)
-                must_stop = mesh.any(stop.requested or claim.is_lost)
-                if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
-                    now = at_step(identity, run, step, course, window)
-                    checkpointer.save(step, engine.state_dict(), now, course.keep_from)
-            checkpointer.finish()
-        return export_if_complete(engine, run, out, identity, stop)
+        return _loop(run, engine, loader, held_out, out, manifest_of(run, cache, mesh), held, on_sample)
+
+
+def _loop(
+    run: RunConfig,
+    engine: Engine,
+    loader: PairLoader,
+    held_out: Mapping[str, PairLoader],
+    out: Path,
+    identity: Manifest,
+    claim: Claim,
+    on_sample: SampleHook | None,
+) -> bool:
+    """Resume, train until the end or a signal, save; whether the run is complete."""
+    mesh = engine.mesh
+    checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh, claim.require)
+    counters = resume_latest(engine, checkpointer, identity)
+    course, window = Course(run.train, counters), StepWindow(run.train.max_skipped_in_row, counters)
+    instruments, must_stop = instruments_of(engine, run), False
+    with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
+        while engine.step < run.train.num_steps and not must_stop:
+            with writer.loading():
+                batch = loader.batch(course.batch_number(engine.step))
+            result, seen = watched_step(engine, batch, instruments)
+            step = engine.step
+            writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
+            window.add(batch.sample_ids, result)
+            if writer.due(step) or is_measured(run, step) or seen:
+                values = window.read() | seen | course.metrics | rate_of(run, step)
+                writer.log(step, values | evaluate(engine, held_out if is_measured(run, step) else {}))
+                if course.lost(step, values):
+                    course.go_back(engine, checkpointer, identity, mesh)
+                    writer.rewind(engine.step)
+                    continue
+            draw_samples(engine, run, writer, on_sample)
+            must_stop = mesh.any(stop.requested or claim.is_lost)
+            if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
+                now = at_step(identity, run, step, course, window)
+                checkpointer.save(step, engine.state_dict(), now, course.keep_from)
+        checkpointer.finish()
+    return export_if_complete(engine, run, out, identity, stop)
 
 
 def build_engine(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ def prepare(
     image_tokenizer: Path | None = None,
     device: torch.device | str = "cpu",
     job: Job | None = None,
+    require_ours: Callable[[], None] = lambda: None,
 ) -> Prepared | None:
     """Make what is missing in ``out``: configuration, text tokenizer, image tokenizer, token cache.
 
@@ -80,6 +81,7 @@ def prepare(
         image_tokenizer: the same for images.
         device: where the image tokenizer is trained and used.
         job: all processes, which make this call together; None: this one alone.
+        require_ours: called before the main process writes; raises CheckpointError if another job works in ``out``.
 
     Returns:
         None when a signal stopped a stage; the same call goes on.
@@ -103,14 +105,14 @@ def prepare(
         return _configuration(run, data, out, job.world)
 
     run, text = job.main_first("text", configured)
-    _train_image_tokenizer(run, data, out, device, job)
+    _train_image_tokenizer(run, data, out, device, job, require_ours)
     if not (out / IMAGE_TOKENIZER).is_dir():  # a signal stopped its training
         return None
     images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
 
     def encoded() -> Prepared:
         finished = data if is_cache else None if job.world.is_main else out / TOKENS
-        cache = _token_cache(run, data, out, text, images, finished)
+        cache = _token_cache(run, data, out, text, images, finished, require_ours)
         pixels = _pixels(run, data, out, cache, is_cache, job.world) if run.reconstructor.enabled else None
         return Prepared(run, cache, text, images, pixels)
 
@@ -155,7 +157,9 @@ def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, is_cache: 
         return write_pixel_cache(out / PIXELS, cache, records)
 
 
-def _train_image_tokenizer(run: RunConfig, data: Path, out: Path, device: torch.device | str, job: Job) -> None:
+def _train_image_tokenizer(
+    run: RunConfig, data: Path, out: Path, device: torch.device | str, job: Job, require_ours: Callable[[], None]
+) -> None:
     """Nothing if it is there; else by all processes, or by the main one where its batches cannot be shared evenly."""
 
     def train(replicas: Replicas) -> None:
@@ -169,7 +173,10 @@ def _train_image_tokenizer(run: RunConfig, data: Path, out: Path, device: torch.
                 val_share=run.data.val_share,
             )
             held_out = pictures if held_out is None else held_out
-            train_image_tokenizer(run, pictures, held_out, out / IMAGE_TOKENIZER, device=device, replicas=replicas)
+            folder = out / IMAGE_TOKENIZER
+            train_image_tokenizer(
+                run, pictures, held_out, folder, device=device, replicas=replicas, require_ours=require_ours
+            )
 
     everyone = Replicas.of_group()
     if problem := uneven_parts(run, everyone.size):
@@ -198,7 +205,13 @@ def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
 
 
 def _token_cache(
-    run: RunConfig, data: Path, out: Path, text: TextTokenizer, images: AnyTokenizer, finished: Path | None
+    run: RunConfig,
+    data: Path,
+    out: Path,
+    text: TextTokenizer,
+    images: AnyTokenizer,
+    finished: Path | None,
+    require_ours: Callable[[], None],
 ) -> TokenCache:
     image_hash = image_tokenizer_hash(out / IMAGE_TOKENIZER)
     expect = {
@@ -210,6 +223,7 @@ def _token_cache(
     }
     if finished is not None:
         return TokenCache.open(finished, expect=expect)
+    require_ours()
     with timed(out, TOKENS):
         codebook = images.codebook
 

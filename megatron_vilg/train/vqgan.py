@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def train_image_tokenizer(
     *,
     device: torch.device | str = "cpu",
     replicas: Replicas | None = None,
+    require_ours: Callable[[], None] = lambda: None,
 ) -> Reconstruction | None:
     """Train until ``image_tokenizer_train.num_steps``, from the newest checkpoint beside ``out`` if there is one.
 
@@ -115,6 +117,7 @@ def train_image_tokenizer(
         device: where to train.
         replicas: this process and others that make the same call, each with a part of every batch; the first one
             writes.
+        require_ours: called before a checkpoint is written; raises CheckpointError if another job works there.
 
     Returns:
         Quality on held-out pictures; None when a signal stopped the run (the step is saved).
@@ -127,16 +130,13 @@ def train_image_tokenizer(
     """
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
-    if run.image_tokenizer.code_choice != "nearest":
-        rule = "such a tokenizer can be imported (vilg checkpoint convert), not trained here"
-        raise ConfigError([f"image_tokenizer.code_choice={run.image_tokenizer.code_choice}: {rule}. Works: nearest."])
     options, replicas = run.image_tokenizer_train, replicas or Replicas()
-    if problem := uneven_parts(run, replicas.size):
-        raise ConfigError([problem])
+    _require_trainable(run, replicas)
     pixels = PixelsInMemory(source, run) if isinstance(source, Tensor) else source
     held_out = held_out[:MAX_EVALUATED]
     work = out.with_name(WORK_NAME)
-    checkpointer = Checkpointer(work / "checkpoints", CheckpointConfig(every=options.checkpoint_every))
+    saving = CheckpointConfig(every=options.checkpoint_every)
+    checkpointer = Checkpointer(work / "checkpoints", saving, require_ours=require_ours)
     identity = _identity(run, pixels)
     done = _finished(out, identity, options.num_steps)
     if replicas.from_main(done is not None):
@@ -149,10 +149,19 @@ def train_image_tokenizer(
     tokenizer = engine.finished()
     quality = measure_reconstruction(tokenizer, held_out)
     if replicas.is_main:
+        require_ours()
         save_image_tokenizer(tokenizer, out, step=step, extra=_facts(identity, quality))
     replicas.any(False)  # nobody goes on before the folder is there
     log.info("%s: held-out l1 %.4f, %.2f dB, %d codes in use", out, quality.l1, quality.psnr, quality.used)
     return quality
+
+
+def _require_trainable(run: RunConfig, replicas: Replicas) -> None:
+    if run.image_tokenizer.code_choice != "nearest":
+        rule = "such a tokenizer can be imported (vilg checkpoint convert), not trained here"
+        raise ConfigError([f"image_tokenizer.code_choice={run.image_tokenizer.code_choice}: {rule}. Works: nearest."])
+    if problem := uneven_parts(run, replicas.size):
+        raise ConfigError([problem])
 
 
 def uneven_parts(run: RunConfig, num_processes: int) -> str:

@@ -11,30 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vilg.checkpoint.claim import FILE_NAME, Claim, Owner
-from megatron_vilg.checkpoint.files import write_text
+from megatron_vilg.checkpoint.claim import FILE_NAME, Claim
 from megatron_vilg.checkpoint.owner import Process
 from megatron_vilg.errors import CheckpointError
+from tests.checkpoint.claim_case import leave, living
 
 BEAT, SILENT = 0.02, 1.0
 
 
 def claim(run: Path, **environ: str) -> Claim:
     return Claim(run, environ, BEAT, SILENT)
-
-
-def leave(run: Path, process: Process, job: str = "", restart: int = 0) -> Path:
-    """The file of another process."""
-    owner = Owner(process, job, restart, "2026-01-01 00:00:00")
-    write_text(run / FILE_NAME, json.dumps(dataclasses.asdict(owner)))
-    return run / FILE_NAME
-
-
-def living() -> Process:
-    """Another process of this machine."""
-    pid = os.getppid()
-    start = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    return dataclasses.replace(Process.this(), pid=pid, start=start)
 
 
 ELSEWHERE = Process("node-7.cluster", 7, 8)

@@ -141,6 +141,15 @@ def test_a_signal_saves_the_step_and_the_same_call_goes_on(tmp_path: Path) -> No
     assert train_image_tokenizer(run, discs(), HELD_OUT, out) is not None
 
 
+def test_a_job_that_another_one_has_replaced_writes_no_checkpoint(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise CheckpointError("taken over")
+
+    with pytest.raises(CheckpointError, match="taken over"):
+        train_image_tokenizer(tiny_run(), discs(), HELD_OUT, tmp_path / "image_tokenizer", require_ours=refuse)
+    assert not list(tmp_path.rglob("step-*")) and not (tmp_path / "image_tokenizer").exists()
+
+
 def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
     run = tiny_run(num_steps=30)
 
