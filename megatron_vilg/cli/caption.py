@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vilg.cli.device import add_device_option
-from megatron_vilg.cli.outputs import require_writable
+from megatron_vilg.cli.outputs import require_json_place, write_json
 from megatron_vilg.cli.sampling import (
     add_sampling_options,
     problems_of_sampling,
@@ -17,7 +16,6 @@ from megatron_vilg.cli.sampling import (
 )
 from megatron_vilg.cli.tensor import add_tensor_option, generator_ranks, problems_of_tensor
 from megatron_vilg.config.world import World, read_world
-from megatron_vilg.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_vilg.generate.pipeline import Pipeline
@@ -61,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Caption and print; the exit code is 0 when every picture has its caption."""
     world = read_world()
     _check(args, world)
-    if args.json is not None:
-        require_writable(args.json.parent, f"--json={args.json}")
+    require_json_place(args.json)
     from megatron_vilg.generate.pipeline import Pipeline
 
     with generator_ranks(args.tensor, world, args.device) as mesh:
@@ -72,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         for path, caption in zip(args.images, captions, strict=True):
             print(f"{path}\t{caption}")
-        if args.json is not None:
-            _write(args.json, [{"id": str(p), "caption": c} for p, c in zip(args.images, captions, strict=True)])
+        write_json(args.json, [{"id": str(p), "caption": c} for p, c in zip(args.images, captions, strict=True)])
     return 0
 
 
@@ -138,13 +134,3 @@ def _check(args: argparse.Namespace, world: World) -> None:
             if (value := getattr(args, name)) is not None
         ]
     require_none(problems)
-
-
-def _write(path: Path, captions: list[dict[str, str]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(captions, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError([f"--json={path}: cannot be written ({error}); name another file"]) from error

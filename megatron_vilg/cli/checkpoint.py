@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vilg.cli.checkpoint_early import require_convert, require_place, require_shard
+from megatron_vilg.cli.checkpoint_early import require_convert, require_shard
 from megatron_vilg.cli.checkpoint_end_to_end import split_run, start_end_to_end
+from megatron_vilg.cli.outputs import require_json_place, write_json
 from megatron_vilg.errors import CheckpointError, ConfigError
 from megatron_vilg.log import get_logger
 
@@ -269,7 +269,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
     if (args.path is None) == (args.preset is None):
         raise ConfigError(["give either a folder D or --preset NAME"])
-    require_place(args.json)
+    require_json_place(args.json)
     if args.preset is not None:
         return _inspect_preset(args)
     if (args.target_tensor_parallel_size, args.target_pipeline_parallel_size) != (None, None):
@@ -341,13 +341,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def _print(lines: list[str], found: dict[str, Any], file: Path | None) -> None:
     print("\n".join(lines))
-    if file is not None:
-        from megatron_vilg.checkpoint.files import write_text
-
-        try:
-            write_text(file, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError([f"--json={file}: cannot be written ({error.strerror}); name another file"]) from error
+    write_json(file, found)
 
 
 def _done(folder: Path, count: int, source: TensorSource) -> None:

@@ -1,20 +1,10 @@
-"""What ``vilg checkpoint`` refuses before it reads weights: options that cannot apply, no place for a result."""
+"""What ``vilg checkpoint`` refuses before it reads weights: options that cannot apply or do not go together."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from megatron_vilg.errors import ConfigError
-
-
-def require_place(file: Path | None) -> None:
-    """Refuse a ``--json`` that cannot be a file."""
-    if file is None:
-        return
-    reason = "it is a folder" if file.is_dir() else "" if file.parent.is_dir() else f"there is no folder {file.parent}"
-    if reason:
-        raise ConfigError([f"--json={file}: cannot be written ({reason}); name another file"])
 
 
 def require_shard(args: argparse.Namespace) -> None:

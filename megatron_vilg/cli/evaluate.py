@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
-from megatron_vilg.cli.outputs import require_writable
+from megatron_vilg.cli.outputs import require_json_place, require_writable, write_json
 from megatron_vilg.errors import ConfigError, DataError
 from megatron_vilg.log import get_logger
 
@@ -93,14 +93,10 @@ def _score_captions(args: argparse.Namespace) -> None:
 
     _require_places(args)
     figures = compare_captions(read_references(args.references), read_candidates(args.candidates))
-    text = json.dumps(figures, indent=1)
     if args.json is None:
-        print(text)
+        print(json.dumps(figures, indent=1))
         return
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.json.with_name(args.json.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(args.json)
+    write_json(args.json, figures)
     _log.info("scores of %d captions: %s", figures["count"], args.json)
 
 
@@ -190,8 +186,7 @@ def _table7(args: argparse.Namespace) -> None:
 
 
 def _require_places(args: argparse.Namespace) -> None:
-    if args.json is not None:
-        require_writable(args.json.parent, f"--json={args.json}")
+    require_json_place(args.json)
     if args.out is not None:
         require_writable(args.out, f"--out={args.out}")
 

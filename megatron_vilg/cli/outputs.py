@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from megatron_vilg.errors import ConfigError
 
@@ -23,3 +25,33 @@ def require_writable(folder: Path, given: str) -> None:
     reason = reason if there.is_dir() else "is no folder"
     if reason:
         raise ConfigError([f"{given}: cannot be written ({there} {reason}); name another place"])
+
+
+def require_json_place(file: Path | None) -> None:
+    """Check, without making anything, that ``--json FILE`` can be written; None: nobody asked for one.
+
+    Raises:
+        ConfigError: it is a folder, or its own folder is not there and cannot be made.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise ConfigError([f"--json={file}: cannot be written (it is a folder); name a file"])
+    require_writable(file.parent, f"--json={file}")
+
+
+def write_json(file: Path | None, content: Any) -> None:
+    """What ``--json FILE`` asks for, complete or not there; folders above it are made. None: nothing.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if file is None:
+        return
+    from megatron_vilg.checkpoint.files import write_text
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError([f"--json={file}: cannot be written ({error.strerror}); name another file"]) from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_vilg.cli.options import add_config_options, load_from_args
+from megatron_vilg.cli.outputs import require_json_place, write_json
 from megatron_vilg.config.check import check
 from megatron_vilg.config.schema import ParallelConfig, RunConfig
 from megatron_vilg.errors import ConfigError
@@ -64,18 +64,19 @@ def run(args: argparse.Namespace) -> int:
         network_bandwidth=args.network_bandwidth,
     )
     _check_hardware(hardware, args.world_size)
+    require_json_place(args.json)
     parallel = config.parallel
     fixed = parallel.tensor * parallel.pipeline * parallel.replica
     world_size = args.world_size or fixed * max(1, parallel.shard)
     if args.propose:
         found = propose(config, world_size, hardware)
         _print_proposals(config, world_size, hardware, found)
-        _write(args.json, {"proposals": [_as_json(each, cost, hardware) for each, cost in found]})
+        write_json(args.json, {"proposals": [_as_json(each, cost, hardware) for each, cost in found]})
         return 0 if found else EXIT_DOES_NOT_FIT
     _refuse_impossible(config, world_size)
     cost = estimate(config, world_size)
     _print_plan(config, cost, hardware)
-    _write(args.json, _as_json(config, cost, hardware))
+    write_json(args.json, _as_json(config, cost, hardware))
     return 0 if fits(cost, hardware) else EXIT_DOES_NOT_FIT
 
 
@@ -187,12 +188,3 @@ def _as_json(config: RunConfig, cost: Estimate, hardware: Hardware) -> dict[str,
         "seconds": dataclasses.asdict(time) | {"step": time.step},
         "hardware": dataclasses.asdict(hardware),
     }
-
-
-def _write(path: Path | None, content: dict[str, Any]) -> None:
-    if path is None:
-        return
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError([f"--json={path}: cannot be written ({error.strerror}); name another file"]) from error

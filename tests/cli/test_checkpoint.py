@@ -206,7 +206,11 @@ def test_a_file_of_weights_does_not_say_what_it_is(tmp_path: Path, capsys, words
 
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path, run: Path, capsys) -> None:
-    for place, reason in ((tmp_path / "no" / "x.json", "there is no folder"), (tmp_path, "it is a folder")):
+    (tmp_path / "file").write_text("")
+    for place, reason in (
+        (tmp_path / "file" / "x.json", f"{tmp_path / 'file'} is no folder"),
+        (tmp_path, "it is a folder"),
+    ):
         assert vilg("inspect", run, "--json", place) == 2
         out, err = capsys.readouterr()
         assert f"--json={place}: cannot be written ({reason}" in err and not out

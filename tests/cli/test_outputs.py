@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from megatron_vilg.cli.outputs import require_writable
+from megatron_vilg.cli.outputs import require_json_place, require_writable, write_json
 from megatron_vilg.errors import ConfigError
 
 
@@ -29,3 +30,29 @@ def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
     with pytest.raises(ConfigError, match=f"--out=x: cannot be written .{tmp_path} is not writable"):
         require_writable(tmp_path / "new", "--out=x")
+
+
+def test_a_json_file_makes_its_folders_and_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "deeper" / "f.json"
+    require_json_place(file)
+    assert not list(tmp_path.iterdir())
+    write_json(file, {"说明": 1})
+    assert json.loads(file.read_text(encoding="utf-8")) == {"说明": 1} and "说明" in file.read_text(encoding="utf-8")
+    assert [path.name for path in file.parent.iterdir()] == ["f.json"]
+
+
+def test_a_json_file_that_is_a_folder_or_lies_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    places = {tmp_path: "it is a folder", tmp_path / "file" / "x.json": f"{tmp_path / 'file'} is no folder"}
+    for place, reason in places.items():
+        with pytest.raises(ConfigError, match=f"--json={place}: cannot be written .{reason}.; name a"):
+            require_json_place(place)
+    with pytest.raises(ConfigError, match=f"--json={tmp_path / 'file' / 'x.json'}: cannot be written"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_no_json_file_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    require_json_place(None)
+    write_json(None, {})
+    assert not list(tmp_path.iterdir())

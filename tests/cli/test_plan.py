@@ -69,7 +69,10 @@ def test_proposals_fit_and_come_fastest_first(tmp_path: Path, capsys: pytest.Cap
     [
         (["--world-size", "0"], "world size=0: must be above 0"),
         (["--efficiency", "1.5"], "--efficiency=1.5: is a share of the peak"),
-        (["--json", "/no/such/folder/f.json"], "--json=/no/such/folder/f.json: cannot be written"),
+        (
+            ["--json", f"{__file__}/f.json"],
+            f"--json={__file__}/f.json: cannot be written ({__file__} is no folder)",
+        ),
     ],
 )
 def test_messages(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
