@@ -24,7 +24,7 @@ from megatron_vilg.evaluate.pairs import EvalSet, Kind
 from megatron_vilg.evaluate.report_page import render_page
 from megatron_vilg.evaluate.report_picture import render_picture
 from megatron_vilg.evaluate.report_tables import footer_lines, report_tables
-from megatron_vilg.evaluate.retrieval import FEATURE_BLOCKS, FEATURE_CELLS, FEATURE_SIZE, Activations
+from megatron_vilg.evaluate.retrieval import FEATURE_BLOCKS, FEATURE_CELLS, FEATURE_SIZE, FEW_CONCEPTS, Activations
 from megatron_vilg.evaluate.scenes import measure_scenes
 from megatron_vilg.evaluate.statistics import rounded_figures, sample_indices
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
@@ -186,6 +186,7 @@ def _instrument(measurement: Measurement) -> dict[str, Any]:
         "gallery": f"{len(gallery.labels)} real pictures of {len(gallery.concepts)} concepts: all trained and unseen "
         "pairs",
         "retrieval": "the nearest real picture shows the asked concept",
+        f"of_{FEW_CONCEPTS}": f"as in a gallery of {FEW_CONCEPTS} concepts: the asked one and others drawn at random",
         "style": "among the real pictures of the asked concept, the nearest has the asked style",
         "ceiling": "the real pictures of the same prompts sent through the image tokenizer; ceiling_other_pictures: "
         "real pictures against all others, so always in another style",
@@ -226,7 +227,8 @@ def _drawn_prompts(measurement: Measurement, kind: Kind, numbers: list[int]) -> 
     verdicts: list[tuple[bool | None, bool | None]] = [(None, None)] * len(drawn)
     if kind in measurement.galleries and len(pairs.labelled(numbers)) == len(numbers):
         asked = [label for label in pairs.labels(numbers) for _ in range(each)]
-        verdicts = list(zip(*(hits.tolist() for hits in measurement.judge(kind, drawn, asked)), strict=True))
+        hits = measurement.judge(kind, drawn, asked)
+        verdicts = list(zip(hits.concept.tolist(), hits.style.tolist(), strict=True))
     samples = [Sample(to_image(picture), *verdict) for picture, verdict in zip(drawn, verdicts, strict=True)]
     return tuple(
         DrawnPrompt(

@@ -13,7 +13,7 @@ from megatron_vilg.evaluate.captions import CaptionScore, chance_score, longest_
 from megatron_vilg.evaluate.cross_entropy import TokenFrequencies, condition_test, count_tokens
 from megatron_vilg.evaluate.pairs import EvalPair, EvalSet, Kind
 from megatron_vilg.evaluate.reconstruction import codebook_use, reconstruct, score_reconstruction
-from megatron_vilg.evaluate.retrieval import Activations, Gallery, Label, picture_features
+from megatron_vilg.evaluate.retrieval import FEW_CONCEPTS, Activations, Gallery, Hits, Label, picture_features
 from megatron_vilg.evaluate.statistics import sample_indices, wilson_interval
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
 from megatron_vilg.log import get_logger
@@ -98,11 +98,10 @@ class Measurement:
         )
         return pipeline.decode(ids.flatten(0, 1)).float().cpu()
 
-    def judge(self, kind: Kind, pictures: Tensor, asked: list[Label]) -> tuple[Tensor, Tensor]:
-        """Whether drawn pictures [Q, 3, S, S] show the asked concept and style: two bool [Q]."""
+    def judge(self, kind: Kind, pictures: Tensor, asked: list[Label]) -> Hits:
+        """Whether drawn pictures [Q, 3, S, S] show the asked concepts and styles."""
         assert self.network is not None
-        hits = self.galleries[kind].judge(picture_features(self.network, pictures), asked)
-        return hits.concept, hits.style
+        return self.galleries[kind].judge(picture_features(self.network, pictures), asked)
 
     def drawings(self) -> dict[str, dict[str, Any]] | None:
         """Figures ``retrieval``, ``style`` and ``concept_and_style``; None where concepts are not known."""
@@ -115,24 +114,25 @@ class Measurement:
             asked = self.pairs.labels(numbers)
             each = self.settings.samples_per_prompt
             labels = [label for label in asked for _ in range(each)]
-            concept, style = self.judge(kind, self.draw(numbers, each, self.settings.seed), labels)
-            for name, hits in (("retrieval", concept), ("style", style), ("concept_and_style", concept & style)):
-                found[name][kind.value] = _share(hits, len(numbers))
+            hits = self.judge(kind, self.draw(numbers, each, self.settings.seed), labels)
+            for name, right in _by_figure(hits).items():
+                found[name][kind.value] = _share(right, len(numbers))
+            found["retrieval"][kind.value] |= self._among_few(self.galleries[kind], hits.rivals, "r_at_1")
             if self.subject.config.sample.rerank:
                 first = self.draw(numbers, each, self.settings.seed, rerank=False)
-                concept, style = self.judge(kind, first, labels)
-                for name, hits in (("retrieval", concept), ("style", style), ("concept_and_style", concept & style)):
-                    found[name][kind.value]["not_reranked"] = hits.float().mean().item()
+                for name, right in _by_figure(self.judge(kind, first, labels)).items():
+                    found[name][kind.value]["not_reranked"] = right.float().mean().item()
             if kind != Kind.NEW_CONCEPT:
                 chances.append((len(asked), *self.galleries[kind].chance(asked)))
-                ceilings.append(torch.stack(self.judge(kind, self.rebuilt[numbers], asked)).float())
+                real = self.judge(kind, self.rebuilt[numbers], asked)
+                ceilings.append(torch.stack([real.concept, real.style]).float())
             log.info("drawings, %s: %s", kind.value, _short({name: part[kind.value] for name, part in found.items()}))
         weight = sum(count for count, _, _ in chances)
         ceiling = torch.cat(ceilings, dim=1).mean(dim=1).tolist()
         for place, name in enumerate(("retrieval", "style")):
             found[name]["chance"] = sum(entry[0] * entry[1 + place] for entry in chances) / weight
             found[name]["ceiling"] = ceiling[place]
-        found["retrieval"]["ceiling_other_pictures"] = self._leave_one_out()
+        found["retrieval"] |= self._other_pictures()
         return found
 
     def reconstruction(self) -> dict[str, Any]:
@@ -164,10 +164,18 @@ class Measurement:
             galleries[Kind.NEW_CONCEPT] = Gallery(features, self.pairs.labels(labelled))
         return galleries
 
-    def _leave_one_out(self) -> float:
+    def _other_pictures(self) -> dict[str, float]:
         """How often a real picture's nearest *other* real picture shows the same concept, in another style."""
-        gallery = self.galleries[Kind.TRAINED]
-        return gallery.leave_one_out().float().mean().item()
+        gallery, name = self.galleries[Kind.TRAINED], "ceiling_other_pictures"
+        hits, rivals = gallery.leave_one_out()
+        return {name: hits.float().mean().item()} | self._among_few(gallery, rivals, name)
+
+    @staticmethod
+    def _among_few(gallery: Gallery, rivals: Tensor, name: str) -> dict[str, float]:
+        """What a figure called ``name`` would be among ``FEW_CONCEPTS`` concepts; nothing if there are not more."""
+        if len(gallery.concepts) <= FEW_CONCEPTS:
+            return {}
+        return {f"{name}_of_{FEW_CONCEPTS}": gallery.share_among(rivals, FEW_CONCEPTS)}
 
     def _frequencies(self) -> TokenFrequencies:
         trained = self.pairs.of_kind(Kind.TRAINED)
@@ -195,6 +203,10 @@ class Measurement:
             return sum(hits) / len(hits)
 
         return {"concept": share(lambda pair: pair.concept_name), "style": share(lambda pair: pair.style_name)}
+
+
+def _by_figure(hits: Hits) -> dict[str, Tensor]:
+    return {"retrieval": hits.concept, "style": hits.style, "concept_and_style": hits.concept & hits.style}
 
 
 def _share(hits: Tensor, num_prompts: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_vilg.evaluate.retrieval import FEW_CONCEPTS
 from megatron_vilg.evaluate.view import Table
 
 _KINDS = ("trained", "unseen")
@@ -39,6 +40,12 @@ def _main_table(figures: Mapping[str, Any]) -> Table:
         shares = {k: retrieval[k]["r_at_1"] if k in retrieval else None for k in _KINDS}
         spans = {k: retrieval[k]["interval"] if k in retrieval else None for k in _KINDS}
         rows.append(_row("画对概念 concept drawn (R@1)", shares, spans, retrieval["chance"], retrieval["ceiling"]))
+        name = f"r_at_1_of_{FEW_CONCEPTS}"
+        few = {k: retrieval[k][name] for k in _KINDS if name in retrieval.get(k, {})}
+        if few:
+            rows.append(
+                _row(f"{FEW_CONCEPTS} 选 1，画对概念 concept, of {FEW_CONCEPTS}", few, {}, 1 / FEW_CONCEPTS, None)
+            )
         rows.append(_row("画对风格 style drawn", style, style["intervals"], style["chance"], style["ceiling"]))
         rows.append(_row("两者都对 both", both, both["intervals"], None, None))
         first = {k: retrieval[k]["not_reranked"] for k in _KINDS if "not_reranked" in retrieval.get(k, {})}

@@ -28,6 +28,8 @@ FEATURE_SIZE = 64
 """Side in pixels to which pictures are brought first."""
 FEATURE_CELLS = 4
 """Cells along one side over which activations are averaged."""
+FEW_CONCEPTS = 120
+"""Larger galleries also say how drawings fare among so many concepts: as many as the quick demo has."""
 
 
 class Activations(Protocol):
@@ -56,6 +58,8 @@ class Hits:
     """bool [Q]: among the real pictures of the asked concept, the nearest has the asked style."""
     nearest: Tensor
     """int64 [Q]: place of the nearest picture in the gallery."""
+    rivals: Tensor
+    """int64 [Q]: how many other concepts have a picture that is nearer than all of the asked concept."""
 
 
 @torch.no_grad()
@@ -119,16 +123,42 @@ class Gallery:
         same_concept = self._concept_of[None, :] == wanted[:, None]
         of_concept = similarity.masked_fill(~same_concept, -torch.inf).argmax(dim=1)
         style = [self.labels[g].style == label.style for g, label in zip(of_concept.tolist(), asked, strict=True)]
-        return Hits(concept=self._concept_of[nearest] == wanted, style=torch.tensor(style), nearest=nearest)
+        return Hits(
+            concept=self._concept_of[nearest] == wanted,
+            style=torch.tensor(style),
+            nearest=nearest,
+            rivals=self._rivals(similarity, wanted),
+        )
 
-    def leave_one_out(self) -> Tensor:
-        """bool [G]: whether the nearest *other* picture of the gallery shows the same concept."""
-        nearest = []
+    def leave_one_out(self) -> tuple[Tensor, Tensor]:
+        """The gallery's pictures judged by all others.
+
+        Returns:
+            bool [G]: whether the nearest *other* picture shows the same concept; int64 [G]: rivals, as in ``Hits``.
+        """
+        hits, rivals = [], []
         for place in torch.arange(len(self.labels)).split(1024):
             similarity = self._vectors[place] @ self._vectors.T
             similarity[torch.arange(len(place)), place] = -torch.inf
-            nearest.append(similarity.argmax(dim=1))
-        return self._concept_of[torch.cat(nearest)] == self._concept_of
+            wanted = self._concept_of[place]
+            hits.append(self._concept_of[similarity.argmax(dim=1)] == wanted)
+            rivals.append(self._rivals(similarity, wanted))
+        return torch.cat(hits), torch.cat(rivals)
+
+    def share_among(self, rivals: Tensor, choices: int) -> float:
+        """How often the asked concept would be the nearest of ``choices`` concepts: itself and others drawn at random.
+
+        Shares of galleries with different numbers of concepts can be compared by it: the more concepts, the more look
+        like the asked one. Exact (hypergeometric), nothing is drawn.
+
+        Args:
+            rivals: int64 [Q], from ``Hits`` or ``leave_one_out``.
+            choices: from 1 to the gallery's number of concepts.
+        """
+        others = len(self._concepts) - 1
+        taken = torch.arange(choices - 1)
+        spared = (others - rivals[:, None] - taken).clamp(min=0) / (others - taken)
+        return spared.double().prod(dim=1).mean().item()
 
     def chance(self, asked: Sequence[Label]) -> tuple[float, float]:
         """Concept and style hits to expect of pictures that have nothing to do with what was asked."""
@@ -138,6 +168,12 @@ class Gallery:
             concept += len(rivals) / len(self.labels)
             style += sum(other.style == label.style for other in rivals) / max(len(rivals), 1)
         return concept / len(asked), style / len(asked)
+
+    def _rivals(self, similarity: Tensor, wanted: Tensor) -> Tensor:
+        """Of similarities [Q, G] and asked concepts int64 [Q]: ``Hits.rivals``."""
+        best = torch.full((len(wanted), len(self._concepts)), -torch.inf)
+        best.scatter_reduce_(1, self._concept_of.expand(len(wanted), -1), similarity, "amax")
+        return (best > best.gather(1, wanted[:, None])).sum(dim=1)
 
     def _embed(self, features: Sequence[Tensor]) -> Tensor:
         # Each block is standardised and has length 1, so that the widest one does not decide alone.

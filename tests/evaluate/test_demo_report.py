@@ -52,6 +52,19 @@ def test_all_promised_keys_are_there(report: Report) -> None:
     }  # fmt: skip
 
 
+def test_a_large_gallery_also_says_what_a_small_one_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("measure", "demo_report", "report_tables"):
+        monkeypatch.setattr(f"megatron_vilg.evaluate.{module}.FEW_CONCEPTS", 2)
+    pairs = toy_pairs()
+    report = make_report(toy_subject(pairs), pairs, Flat(), SETTINGS)
+    retrieval = report.figures["retrieval"]
+    assert retrieval["trained"]["r_at_1_of_2"] == 1.0
+    assert retrieval["unseen"]["r_at_1"] < retrieval["unseen"]["r_at_1_of_2"] < 1.0
+    assert retrieval["ceiling_other_pictures_of_2"] >= retrieval["ceiling_other_pictures"]
+    assert any("of 2" in row[0] and row[1] == "1.00" and row[3] == "0.50" for row in report.view.tables[0].rows)
+    assert "of_2" in report.figures["instrument"]
+
+
 def test_a_model_that_knows_its_pairs_by_heart(report: Report) -> None:
     figures = report.figures
     assert figures["retrieval"]["trained"]["r_at_1"] == figures["style"]["trained"] == 1.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -51,7 +52,31 @@ def test_pictures_find_themselves_and_their_kin(pictures: tuple[Tensor, list[Lab
     own = gallery.judge(features, labels)
     assert own.nearest.tolist() == list(range(6))
     assert own.concept.all() and own.style.all()
-    assert gallery.leave_one_out().all()
+    assert not own.rivals.any()
+    hits, rivals = gallery.leave_one_out()
+    assert hits.all() and not rivals.any()
+
+
+def test_rivals_are_the_concepts_that_are_nearer() -> None:
+    corners = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    labels = [Label(concept, "flat") for concept in "abcd"]
+    gallery = Gallery([corners], labels)
+    similarity = gallery._embed([torch.tensor([[1.0, 0.2, 0.1]])]) @ gallery._vectors.T
+    order = [labels[place].concept for place in similarity[0].argsort(descending=True).tolist()]
+    for concept in "abcd":
+        hits = gallery.judge([torch.tensor([[1.0, 0.2, 0.1]])], [Label(concept, "flat")])
+        assert hits.rivals.tolist() == [order.index(concept)] and hits.concept.tolist() == [order[0] == concept]
+
+
+def test_a_share_among_fewer_concepts_is_what_drawing_them_gives() -> None:
+    gallery = Gallery([torch.eye(6)], [Label(concept, "flat") for concept in "abcdef"])
+    rivals = torch.tensor([0, 1, 3, 5])
+    for choices in range(1, 7):
+        found = []
+        for count in rivals.tolist():
+            draws = list(itertools.combinations(range(5), choices - 1))  # of the five others, the first are rivals
+            found.append(sum(all(other >= count for other in draw) for draw in draws) / len(draws))
+        assert gallery.share_among(rivals, choices) == pytest.approx(sum(found) / len(found))
 
 
 def test_style_is_judged_within_the_asked_concept(pictures: tuple[Tensor, list[Label]]) -> None:
