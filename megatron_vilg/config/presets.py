@@ -80,7 +80,7 @@ def demo() -> RunConfig:
 def demo_full() -> RunConfig:
     """All emoji in eight styles and composed scenes, 48 px; resumable.
 
-    About five and a half hours on two CPU cores, by the pace of its first steps; not timed on a GPU.
+    Six hours on two CPU cores with bfloat16 instructions; not timed on a GPU.
 
     Most of what text-to-image draws at first are shifted copies: they keep a model that sees each picture sixty
     times from learning it by heart, and what it then draws in a style never shown for a thing is right more often.
