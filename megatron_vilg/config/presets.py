@@ -106,7 +106,7 @@ def demo_full() -> RunConfig:
         ),
         optim=replace(quick.optim, name="muon", lr=3e-3, weight_decay=0.1, warmup_steps=300),
         train=replace(quick.train, num_steps=9000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
-        sample=replace(quick.sample, guidance=2.0, manner_guidance=0.5, caption_candidates=96),
+        sample=replace(quick.sample, manner_guidance=0.5, caption_candidates=96),
     )
 
 

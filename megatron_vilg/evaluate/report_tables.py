@@ -120,6 +120,9 @@ def _scene_table(scenes: Mapping[str, Any]) -> Table:
             shares = {kind: found.get("share") for kind, found in kinds.items()}
             spans = {kind: found.get("interval") for kind, found in kinds.items()}
             rows.append(_row(title, shares, spans, scenes["chance"].get(name), scenes["ceiling"][name]))
+            first = {kind: found["not_reranked"] for kind, found in kinds.items() if "not_reranked" in found}
+            if first:
+                rows.append(_row(f"不挑选，{title}, no choice", first, {}, None, None))
     return Table(
         "场景 · Scenes, read back from the pixels",
         _HEADER,

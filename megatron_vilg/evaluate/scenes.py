@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.data.scenes import check_scene
 from megatron_vilg.evaluate.pairs import EvalSet, Kind
 from megatron_vilg.evaluate.reconstruction import reconstruct
@@ -27,19 +29,16 @@ def measure_scenes(subject: Subject, scenes: EvalSet, settings: EvaluationSettin
 
     Returns:
         for ``trained`` and ``unseen`` scenes the share of drawings that keep each promise, with interval and number
-        of drawings judged; ``chance``: real scenes held against the captions of others; ``ceiling``: real scenes sent
-        through the image tokenizer.
+        of drawings judged, and where the run's ``sample`` keeps the best of several, ``not_reranked``: the share
+        without that choice; ``chance``: real scenes held against the captions of others; ``ceiling``: real scenes
+        sent through the image tokenizer.
     """
     found: dict[str, Any] = {}
     chosen: list[int] = []
     for kind in (Kind.TRAINED, Kind.UNSEEN):
         numbers = sample_indices(scenes.of_kind(kind), settings.max_prompts, settings.seed)
         if numbers:
-            specs = [scenes.pairs[number].scene for number in numbers]
-            ids = subject.pipeline.draw_ids(
-                scenes.captions(numbers), num_images=1, settings=subject.config.sample, seed=settings.seed
-            )
-            found[kind.value] = _shares(_checked(subject.pipeline.decode(ids.flatten(0, 1)).float().cpu(), specs))
+            found[kind.value] = _drawn(subject, scenes, numbers, settings.seed)
             chosen += numbers
     specs, real = [scenes.pairs[number].scene for number in chosen], scenes.pixels(chosen)
     found["ceiling"] = _plain(_checked(reconstruct(subject.image_tokenizer, real)[1], specs))
@@ -50,6 +49,21 @@ def measure_scenes(subject: Subject, scenes: EvalSet, settings: EvaluationSettin
             shuffled += _checked(real, [specs[other] for other in order])
     found["chance"] = _plain(shuffled)
     return found
+
+
+def _drawn(subject: Subject, scenes: EvalSet, numbers: Sequence[int], seed: int) -> dict[str, dict[str, Any]]:
+    specs = [scenes.pairs[number].scene for number in numbers]
+
+    def answers(sample: SampleConfig) -> list[dict[str, bool]]:
+        ids, _ = subject.pipeline.draw_best_ids(scenes.captions(numbers), num_images=1, settings=sample, seed=seed)
+        return _checked(subject.pipeline.decode(ids.flatten(0, 1)).float().cpu(), specs)
+
+    sample = subject.config.sample
+    shares = _shares(answers(sample))
+    if sample.rerank:
+        for name, share in _plain(answers(dataclasses.replace(sample, rerank=0))).items():
+            shares[name]["not_reranked"] = share
+    return shares
 
 
 def _checked(pictures: Tensor, specs: Sequence[Any]) -> list[dict[str, bool]]:

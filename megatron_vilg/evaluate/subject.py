@@ -32,14 +32,11 @@ class Captions(Protocol):
 class Pipeline(Protocol):
     """Draws and captions (``generate.pipeline.Pipeline``)."""
 
-    def draw_ids(self, prompts: Sequence[str], *, num_images: int, settings: SampleConfig, seed: int) -> Tensor:
-        """Prompts to codes int64 [len(prompts), num_images, N]."""
-        ...
-
     def draw_best_ids(
         self, prompts: Sequence[str], *, num_images: int, settings: SampleConfig, seed: int
     ) -> tuple[Tensor, Tensor | None]:
-        """The same, the best of ``settings.rerank`` pictures of each prompt, and their scores if there is a choice."""
+        """Prompts to codes int64 [len(prompts), num_images, N], the best of ``settings.rerank`` pictures of each, and
+        their scores if there is a choice."""
         ...
 
     def decode(self, ids: Tensor) -> Tensor:

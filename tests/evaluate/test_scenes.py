@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.data.images import to_image
 from megatron_vilg.data.scenes import BACKGROUNDS
 from megatron_vilg.evaluate.demo_report import make_report
@@ -46,13 +47,16 @@ class Codeless:
 
 
 class OneColour:
-    """Draws the right number of things, always on red."""
+    """Draws on red, and one thing; the right number of things when it draws several pictures and keeps the best."""
 
     def __init__(self, scenes: EvalSet) -> None:
         self.counts = {pair.caption: int((pair.scene or {})["count"]) for pair in scenes.pairs}
 
-    def draw_ids(self, prompts: list[str], *, num_images: int, settings: object, seed: int) -> Tensor:
-        return torch.tensor([self.counts[prompt] for prompt in prompts])[:, None, None]
+    def draw_best_ids(
+        self, prompts: list[str], *, num_images: int, settings: SampleConfig, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        counts = [self.counts[prompt] if settings.rerank else 1 for prompt in prompts]
+        return torch.tensor(counts)[:, None, None], None
 
     def decode(self, ids: Tensor) -> Tensor:
         return torch.stack([scene("红色", int(count)) for count in ids.flatten()])
@@ -74,7 +78,8 @@ def scenes() -> EvalSet:
 def subject(scenes: EvalSet) -> Subject:
     toy = toy_subject(toy_pairs())
     tokenizer = Codeless(scenes.pixels(range(len(scenes))))
-    return dataclasses.replace(toy, pipeline=OneColour(scenes), image_tokenizer=tokenizer)
+    config = dataclasses.replace(toy.config, sample=SampleConfig(rerank=4))
+    return dataclasses.replace(toy, pipeline=OneColour(scenes), image_tokenizer=tokenizer, config=config)
 
 
 def test_promises_are_counted_apart(subject: Subject, scenes: EvalSet) -> None:
@@ -88,11 +93,24 @@ def test_promises_are_counted_apart(subject: Subject, scenes: EvalSet) -> None:
     assert found == measure_scenes(subject, scenes, EvaluationSettings())
 
 
+def test_scenes_are_drawn_with_the_choice_of_the_run_and_without(subject: Subject, scenes: EvalSet) -> None:
+    found = measure_scenes(subject, scenes, EvaluationSettings())
+    assert found["trained"]["count"]["share"] == 1.0
+    assert found["trained"]["count"]["not_reranked"] == pytest.approx(3 / 12), "one of four counts is one"
+    plain = dataclasses.replace(subject.config, sample=SampleConfig())
+    found = measure_scenes(dataclasses.replace(subject, config=plain), scenes, EvaluationSettings())
+    assert found["trained"]["count"]["share"] == pytest.approx(3 / 12)
+    assert "not_reranked" not in found["trained"]["count"]
+
+
 def test_scenes_get_a_table_of_their_own(scenes: EvalSet, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = toy_pairs()
-    figures = {"trained": {"count": {"share": 0.5, "interval": (0.2, 0.8), "count": 4}}}
+    figures = {"trained": {"count": {"share": 0.5, "interval": (0.2, 0.8), "count": 4, "not_reranked": 0.25}}}
     answer = {**figures, "chance": {"count": 0.24}, "ceiling": {"count": 1.0}}
     monkeypatch.setattr("megatron_vilg.evaluate.demo_report.measure_scenes", lambda *_: answer)
     report = make_report(toy_subject(pairs), pairs, Flat(), EvaluationSettings(shown_prompts=1), scenes=scenes)
     assert report.figures["scenes"] == answer
-    assert report.view.tables[-1].rows == (("数量 count", "0.50 (0.20–0.80)", "–", "0.24", "1.00"),)
+    assert report.view.tables[-1].rows == (
+        ("数量 count", "0.50 (0.20–0.80)", "–", "0.24", "1.00"),
+        ("不挑选，数量 count, no choice", "0.25", "–", "–", "–"),
+    )
