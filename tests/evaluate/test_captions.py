@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vilg.evaluate.captions import chance_score, char_f1, longest_named, score_captions
@@ -21,6 +21,7 @@ def test_char_f1_counts_characters_as_often_as_they_occur() -> None:
     assert char_f1("", "熊") == 0.0
 
 
+@settings(deadline=None)  # a busy machine pauses any example
 @given(CAPTIONS, CAPTIONS)
 def test_char_f1_is_symmetric_and_bounded(left: str, right: str) -> None:
     assert char_f1(left, right) == pytest.approx(char_f1(right, left))
@@ -47,6 +48,7 @@ def test_lists_of_different_length_are_refused() -> None:
         score_captions(["熊"], [])
 
 
+@settings(deadline=None)  # a busy machine pauses any example
 @given(st.lists(CAPTIONS, min_size=1, max_size=5), st.lists(CAPTIONS, min_size=1, max_size=5))
 def test_chance_is_the_mean_over_all_guesses(references: list[str], pool: list[str]) -> None:
     chance = chance_score(references, pool)
