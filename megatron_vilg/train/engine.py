@@ -159,7 +159,8 @@ class NativeEngine:
         self._counts = TokenCounts(1, 1)
         self._passes = Passes(run, self.mesh, self.parts, self._loss_of, self.num_totals)
         self._home = torch.device("cpu") if run.parallel.cpu_offload else self.mesh.device
-        self.optimizer = build_optimizer(self.named_parameters(), run.optim, self._home)
+        in_bf16 = run.train.precision == "bf16"
+        self.optimizer = build_optimizer(self.named_parameters(), run.optim, self._home, in_bf16=in_bf16)
 
     @property
     def model(self) -> ViLG:

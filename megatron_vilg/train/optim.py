@@ -37,6 +37,8 @@ def build_optimizer(
     config: OptimConfig,
     device: torch.device | str,
     shapes: Mapping[str, torch.Size] | None = None,
+    *,
+    in_bf16: bool = False,
 ) -> Optimizer:
     """The optimizer that ``optim.name`` names, with decay on matrices only.
 
@@ -45,6 +47,7 @@ def build_optimizer(
         config: name and rates. ``lr`` is only the start value: set each step's with :func:`set_learning_rate`.
         device: where the parameters are.
         shapes: whole shapes by name, where the parameters themselves do not show them because they are cut.
+        in_bf16: whether the run computes its products in bfloat16; Muon's then are, too.
 
     Raises:
         MissingPackageError: a package that the optimizer needs is missing, or is another one of the same name.
@@ -67,7 +70,8 @@ def build_optimizer(
         logger.info("muon: of those, %d values in the matrices of blocks", sum(whole[n].numel() for n in hidden))
         rest = [name for name in decayed if name not in set(hidden)]
         matrices = groups_of((hidden, config.weight_decay))
-        return MuonAdamW(matrices, groups_of((rest, config.weight_decay), (others, 0.0)), rates, fused=fused)
+        other_groups = groups_of((rest, config.weight_decay), (others, 0.0))
+        return MuonAdamW(matrices, other_groups, rates, fused=fused, in_bf16=in_bf16)
     groups = groups_of((decayed, config.weight_decay), (others, 0.0))
     if config.name in LEAN:
         return lean_adamw(groups, config.name, rates)
