@@ -186,7 +186,7 @@ class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw", "muon", "adamw_8bit", "adamw_4bit", "apex_fused_adam"] = "adamw"
-    """``adamw``: torch's, fused. ``muon``: torch's, for the matrices of the blocks; AdamW for the rest, at equal rates.
+    """``adamw``: torch's, fused. ``muon``: for the matrices of the blocks; AdamW for the rest, at equal rates.
     ``adamw_8bit``, ``adamw_4bit``: torchao's, with quantised moments. ``apex_fused_adam``: NVIDIA's, built from
     source."""
     lr: Positive = 3e-4

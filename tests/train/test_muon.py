@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW, Optimizer
+from torch.optim import Muon as TorchMuon
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +21,7 @@ from megatron_vilg.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_vilg.parallel.estimate import estimate
 from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.engine import NativeEngine
-from megatron_vilg.train.muon import MuonInFp32, orthogonal
+from megatron_vilg.train.muon import MOMENTUM, Muon, orthogonal
 from megatron_vilg.train.optim import build_optimizer
 from tests.helpers import run_distributed
 from tests.tiny import tiny_batch, tiny_config, tiny_run
@@ -71,43 +74,49 @@ def test_a_matrix_moves_along_the_nearest_orthogonal_one_as_far_as_adamw_would_a
     assert moved.pow(2).mean().sqrt().item() == pytest.approx(0.2, rel=0.3)
 
 
-def moved_by(optimizer: type[Muon], shape: tuple[int, int]) -> torch.Tensor:
-    """The weight after three updates."""
+def moved_by(build: Callable[[list[dict[str, Any]]], Optimizer], shape: tuple[int, int]) -> torch.Tensor:
+    """What three updates change in a weight."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
-    muon = optimizer([weight], lr=0.02, weight_decay=0.3, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    start = weight.detach().clone()
+    optimizer = build([{"params": [weight], "weight_decay": 0.3}])
     for _ in range(3):
         weight.grad = torch.randn(shape, generator=generator)
-        muon.step()
-    return weight.detach()
+        optimizer.step()
+    return weight.detach() - start
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (24, 24)])
-def test_fp32_moves_as_torchs_bf16_does_up_to_rounding(shape: tuple[int, int]) -> None:
-    found, expected = moved_by(MuonInFp32, shape), moved_by(Muon, shape)
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert (found - expected).norm() < 0.02 * (expected - start).norm()
+def test_bf16_moves_as_torchs_own_does_and_fp32_up_to_rounding(shape: tuple[int, int]) -> None:
+    def torchs(groups: list[dict[str, Any]]) -> Optimizer:
+        return TorchMuon(groups, lr=0.02, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
+
+    expected = moved_by(torchs, shape)
+    assert torch.equal(moved_by(lambda groups: Muon(groups, 0.02, torch.bfloat16), shape), expected)
+    exact = moved_by(lambda groups: Muon(groups, 0.02, torch.float32), shape)
+    assert (exact - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48)])
 def test_newton_schulz_in_fp32_equals_it_in_fp64(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    options: dict[str, Any] = {"coefficients": (3.4445, -4.775, 2.0315), "steps": 5, "eps": 1e-7}
-    exact = orthogonal(matrix, **options)
+    exact = orthogonal(matrix)
     assert torch.linalg.svdvals(exact).sub(1).abs().max() < 0.35
-    torch.testing.assert_close(orthogonal(matrix.float(), **options).double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(orthogonal(matrix.float()).double(), exact, rtol=0, atol=1e-5)
 
 
-class Dtypes(TorchDispatchMode):
-    """Collects what operators return."""
+class Calls(TorchDispatchMode):
+    """Counts the operators that are called, and collects the dtypes of what they return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[torch.dtype] = set()
+        self.found: Counter[Any] = Counter()
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.found |= {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        self.found[func] += 1
+        self.dtypes |= {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
         return result
 
 
@@ -117,9 +126,9 @@ def test_an_update_is_computed_in_the_precision_of_the_run(precision: str) -> No
     engine = NativeEngine(dataclasses.replace(run, train=dataclasses.replace(run.train, precision=precision)))
     for parameter in engine.model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    with Dtypes() as dtypes:
+    with Calls() as calls:
         engine.optimizer.step()
-    assert (torch.bfloat16 in dtypes.found) == (precision == "bf16")
+    assert (torch.bfloat16 in calls.dtypes) == (precision == "bf16")
 
 
 def test_what_is_no_matrix_of_a_block_is_updated_by_adamw() -> None:
@@ -161,6 +170,23 @@ def test_every_layout_has_the_losses_of_one_process(name: str) -> None:
     straight = losses(NativeEngine(run_of()), range(4))
     found = run_distributed(in_layout, size, run_of(**parallel), range(4))
     assert found[-1] == pytest.approx(straight, abs=1e-5)
+
+
+def products_of_a_step(run: RunConfig) -> int:
+    """Matrix products that this rank computes in one update."""
+    engine = NativeEngine(run, build_mesh(run.parallel, "cpu"))
+    for parameter in engine.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Calls() as calls:
+        engine.optimizer.step()
+    return sum(calls.found[operator] for operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default))
+
+
+@pytest.mark.parametrize("parallel", [{"shard": 2}, {"replica": 2, "shard": 1}, {"tensor": 2, "shard": 1}], ids=str)
+def test_ranks_divide_the_matrices_among_them(parallel: dict[str, int]) -> None:
+    alone = products_of_a_step(run_of())
+    assert alone == 6 * 3 * 5 * run_of().model.num_layers
+    assert run_distributed(products_of_a_step, 2, run_of(**parallel)) == [alone // 2, alone // 2]
 
 
 def test_shards_resume_in_another_layout(tmp_path: Path) -> None:
