@@ -27,6 +27,7 @@ CLAIMS = {
     "C14": "The image tokenizer in bf16",
     "C15": "The optimizer's update",
     "C16": "Starting",
+    "C17": "Muon's update against torch's",
     "O1": "Pairs that Muon needs beside AdamW",
     "K1": "Merging and sharding a checkpoint against a plain copy and other converters",
     "G0": "What the GPU does at best",

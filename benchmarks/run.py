@@ -32,7 +32,7 @@ from benchmarks.gpu import attention_kernels, ceilings, drawing, image_tokenizer
 from benchmarks.gpu_training import training_10b, training_10b_slice, training_300m
 from benchmarks.loss_head import loss_head
 from benchmarks.measure import Bench, Row
-from benchmarks.start import import_time, optimizer_update
+from benchmarks.start import import_time, muon_update, optimizer_update
 from benchmarks.training import training_step, training_step_of_peers
 
 Metric = Callable[[Bench], Iterator[Row]]
@@ -49,6 +49,7 @@ CPU_METRICS: dict[str, Metric] = {
     "C14": image_tokenizer,
     "C15": optimizer_update,
     "C16": import_time,
+    "C17": muon_update,
     "K1": checkpoint_tools,
 }
 GPU_METRICS: dict[str, Metric] = {

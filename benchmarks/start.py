@@ -1,4 +1,4 @@
-"""C15, C16: the optimizer's update, and what importing costs."""
+"""C15, C16, C17: the optimizer's update, what importing costs, and Muon's update."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import OURS, Bench, Goal, Row, rate_rows
-from benchmarks.sizes import paper_size
+from benchmarks.sizes import demo_size, paper_size
+from megatron_vilg.models.cost import is_hidden_matrix
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.precision import choose_precision
+from megatron_vilg.train.muon import MOMENTUM, Muon
 from megatron_vilg.train.optim import build_optimizer
 
 
@@ -39,6 +42,28 @@ def optimizer_update(bench: Bench) -> Iterator[Row]:
     unit = f"million values/{bench.unit}"
     goal = Goal("ratio", ">=", 1.0)
     yield from rate_rows("C15", "fused AdamW", unit, dict.fromkeys(contenders, count), seconds, goal)
+
+
+def muon_update(bench: Bench) -> Iterator[Row]:
+    """Muon on the matrices of the demo's blocks, in the precision that ``auto`` means here, beside torch's in bf16."""
+    precision, _ = choose_precision("auto", bench.device)
+
+    def matrices() -> list[torch.nn.Parameter]:
+        model = ViLG(demo_size("fp32").model).to(bench.device)
+        found = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p.ndim)]
+        for parameter in found:
+            parameter.grad = torch.randn_like(parameter)
+        return found
+
+    ours, theirs = matrices(), matrices()
+    muon = Muon([{"params": ours}], 1e-3, torch.bfloat16 if precision == "bf16" else torch.float32)
+    torchs = torch.optim.Muon(theirs, lr=1e-3, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
+    seconds = bench.interleave({OURS: muon.step, "torch.optim.Muon": torchs.step}, bench.rounds)
+    count = sum(parameter.numel() for parameter in ours) / 1e6
+    unit = f"million values/{bench.unit}"
+    yield from rate_rows(
+        "C17", f"Muon, {precision}", unit, dict.fromkeys(seconds, count), seconds, Goal("ratio", ">=", 0.95)
+    )
 
 
 def import_time(bench: Bench) -> Iterator[Row]:

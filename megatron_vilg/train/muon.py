@@ -14,16 +14,14 @@ communicates at each product.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 from torch.optim import Muon as TorchMuon
+
+from megatron_vilg.parallel.divided import divided, portions
 
 MOMENTUM = 0.95
 """Of the averaged gradient, with Nesterov's look ahead: Jordan's value."""
@@ -54,9 +52,9 @@ class Muon(TorchMuon):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             with_grad = [p for p in group["params"] if p.grad is not None]
-            for portion in _portions(with_grad):
+            for portion in portions(with_grad):
                 ahead = [self._ahead(p, group["momentum"]).to(self._dtype) for p in portion]
-                for parameter, direction in zip(portion, _directions(ahead), strict=True):
+                for parameter, direction in zip(portion, divided(orthogonal, ahead), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(direction, alpha=-group["lr"] * _RMS * math.sqrt(max(parameter.shape)))
 
@@ -68,57 +66,6 @@ class Muon(TorchMuon):
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
         average: Tensor = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(average, momentum)
-
-
-def _portions(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Parameters, large ones first, in lists of one mesh each, no longer than that has ranks."""
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
-    for parameter in parameters:
-        by_mesh.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-    for mesh, those in by_mesh.items():
-        those.sort(key=Tensor.numel, reverse=True)  # of one size in one list, so that nobody waits long for others
-        size = 1 if mesh is None else mesh.size()
-        yield from (those[first : first + size] for first in range(0, len(those), size))
-
-
-def _directions(updates: list[Tensor]) -> list[Tensor]:
-    """Orthogonal directions of as many updates as their mesh has ranks, or fewer; of one that is no DTensor.
-
-    Every rank gathers all, one after the other, keeps the one whose place in the list is its own, works on that, and
-    sends the result to all.
-    """
-    first = updates[0]
-    if not isinstance(first, DTensor):
-        return [orthogonal(update) for update in updates]
-    mesh = first.device_mesh
-    mine: Tensor | None = None
-    for place, update in enumerate(updates):
-        assert isinstance(update, DTensor)
-        whole = update.full_tensor()
-        if _coordinate(place, mesh) == tuple(mesh.get_coordinate() or ()):
-            mine = whole
-    if mine is not None:
-        mine = orthogonal(mine)
-    found: list[Tensor] = []
-    for place, update in enumerate(updates):
-        owner = _coordinate(place, mesh)
-        is_mine = owner == tuple(mesh.get_coordinate() or ())
-        whole = mine.contiguous() if is_mine and mine is not None else first.to_local().new_empty(update.shape)
-        # Along one axis after the other: first to the owner's row, then from that row to all others.
-        for axis in reversed(range(mesh.ndim)):
-            if mesh.size(axis) > 1:
-                dist.broadcast(whole, group=mesh.get_group(axis), group_src=owner[axis])
-        found.append(DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False))
-    return found
-
-
-def _coordinate(place: int, mesh: DeviceMesh) -> tuple[int, ...]:
-    """Where on the mesh the rank of this number is, counted along the last axis first."""
-    coordinate: list[int] = []
-    for size in reversed(mesh.shape):
-        place, along = divmod(place, size)
-        coordinate.insert(0, along)
-    return tuple(coordinate)
 
 
 def orthogonal(

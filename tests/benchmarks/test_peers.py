@@ -14,7 +14,7 @@ from benchmarks.decoding import _uncached
 from benchmarks.measure import Bench
 from benchmarks.plain_loop import generate, train_step
 from benchmarks.sizes import SIZES, num_parameters, plain_model, random_pairs
-from benchmarks.start import optimizer_update
+from benchmarks.start import muon_update, optimizer_update
 from megatron_vilg.models.vilg import ViLG
 from tests.tiny import tiny_config, tiny_run
 
@@ -105,6 +105,13 @@ def test_the_optimizers_row_names_what_is_compared(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("benchmarks.start.paper_size", lambda precision: tiny_run())
     (row,) = optimizer_update(Bench(torch.device("cpu"), rounds=1))
     assert (row.metric, row.peer) == ("fused AdamW", "AdamW, foreach")
+
+
+def test_muons_row_names_the_precision_and_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.start.demo_size", lambda precision: tiny_run())
+    monkeypatch.setattr("benchmarks.start.choose_precision", lambda asked, device: ("fp32", "for the test"))
+    (row,) = muon_update(Bench(torch.device("cpu"), rounds=1))
+    assert (row.metric, row.peer) == ("Muon, fp32", "torch.optim.Muon")
 
 
 def test_rows_of_attention_layers_have_the_length_they_say() -> None:
