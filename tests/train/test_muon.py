@@ -172,6 +172,16 @@ def test_every_layout_has_the_losses_of_one_process(name: str) -> None:
     assert found[-1] == pytest.approx(straight, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["shard", "replica"])
+def test_layouts_in_bf16_are_near_one_process(name: str) -> None:
+    def in_bf16(**parallel: Any) -> RunConfig:
+        run = run_of(**parallel)
+        return dataclasses.replace(run, train=dataclasses.replace(run.train, precision="bf16"))
+
+    straight = losses(NativeEngine(in_bf16()), range(4))
+    assert run_distributed(in_layout, 2, in_bf16(**LAYOUTS[name]), range(4))[-1] == pytest.approx(straight, abs=1e-2)
+
+
 def products_of_a_step(run: RunConfig) -> int:
     """Matrix products that this rank computes in one update."""
     engine = NativeEngine(run, build_mesh(run.parallel, "cpu"))
