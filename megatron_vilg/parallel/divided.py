@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,25 +22,27 @@ def portions(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield from (those[first : first + size] for first in range(0, len(those), size))
 
 
-def divided(work: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> list[Tensor]:
+def divided(work: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> Iterator[Tensor]:
     """Results of ``work``, which keeps shape and dtype, on whole tensors.
 
     Every rank gathers all of them, one after the other, keeps the one whose place in the list is its own, works on
-    that, and sends the result to all. All ranks of the mesh must call this with the same list.
+    that, and sends the result to all. All ranks of the mesh must call this with the same list, and take all results.
 
     Args:
         work: from a whole tensor to one like it.
         tensors: DTensors of one mesh, as many as it has ranks or fewer; or plain tensors, for which nothing is divided.
 
-    Returns:
-        as many; replicated DTensors where those were given.
+    Yields:
+        the results in order, one at a time so that a rank need not hold all of them whole; replicated DTensors where
+        DTensors were given.
     """
     first = tensors[0]
     if not isinstance(first, DTensor):
-        return [work(tensor) for tensor in tensors]
+        yield from map(work, tensors)
+        return
     mesh = first.device_mesh
     here = tuple(mesh.get_coordinate() or ())
-    owners = [_coordinate(place, mesh) for place in range(len(tensors))]
+    owners = [tuple(map(int, np.unravel_index(place, mesh.shape))) for place in range(len(tensors))]
     mine: Tensor | None = None
     for owner, tensor in zip(owners, tensors, strict=True):
         assert isinstance(tensor, DTensor)
@@ -48,21 +51,10 @@ def divided(work: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> list[Ten
             mine = whole
     if mine is not None:
         mine = work(mine).contiguous()
-    found: list[Tensor] = []
     for owner, tensor in zip(owners, tensors, strict=True):
         result = mine if owner == here and mine is not None else first.to_local().new_empty(tensor.shape)
         # Along one axis after the other: first to the owner's row, then from that row to all others.
         for axis in reversed(range(mesh.ndim)):
             if mesh.size(axis) > 1:
                 dist.broadcast(result, group=mesh.get_group(axis), group_src=owner[axis])
-        found.append(DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False))
-    return found
-
-
-def _coordinate(place: int, mesh: DeviceMesh) -> tuple[int, ...]:
-    """Where on the mesh the rank of this number is, counted along the last axis first."""
-    coordinate: list[int] = []
-    for size in reversed(mesh.shape):
-        place, along = divmod(place, size)
-        coordinate.insert(0, along)
-    return tuple(coordinate)
+        yield DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False)

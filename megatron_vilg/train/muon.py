@@ -68,15 +68,13 @@ class Muon(TorchMuon):
         return parameter.grad.lerp(average, momentum)
 
 
-def orthogonal(
-    matrix: Tensor, *, coefficients: tuple[float, float, float] = COEFFICIENTS, steps: int = STEPS, eps: float = _EPS
-) -> Tensor:
+def orthogonal(matrix: Tensor) -> Tensor:
     """Bring the singular values of a matrix [m, n] near 1, from 0.7 to 1.2, by Newton-Schulz steps in its own dtype."""
-    linear, cubic, quintic = coefficients
+    linear, cubic, quintic = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
+    x = x / x.norm().clamp(min=_EPS)
+    for _ in range(STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
     return x.T if is_tall else x

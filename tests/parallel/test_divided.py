@@ -52,7 +52,7 @@ def test_every_rank_has_every_result_and_did_its_share() -> None:
 def test_plain_tensors_are_worked_on_where_they_are() -> None:
     tensors = whole_tensors()
     assert [len(portion) for portion in portions(tensors)] == [1] * len(tensors)
-    torch.testing.assert_close(divided(work, tensors[:1]), [work(tensors[0])], rtol=0, atol=0)
+    torch.testing.assert_close(list(divided(work, tensors[:1])), [work(tensors[0])], rtol=0, atol=0)
 
 
 def test_large_ones_come_first() -> None:
