@@ -92,13 +92,15 @@ class Flops:
     """Floating-point operations of the forward pass of one pair (both directions, padding not counted)."""
 
     linear: int
-    """Matrix products of all blocks."""
+    """Matrix products of all blocks; behind the last attention only positions that predict a token are needed."""
     attention_kept: int
     """Scores and weighted sums of the pairs of positions that the rules allow."""
     attention_dense: int
     """The same if every position looked at every position."""
     heads: int
     """Predictions: image tokens over the image vocabulary, text tokens over the text vocabulary."""
+    unread: int
+    """Matrix products behind the last attention at all other positions, where those are computed too."""
 
     @property
     def kept(self) -> int:
@@ -115,7 +117,10 @@ class Flops:
 def forward_flops(config: ModelConfig) -> Flops:
     """FLOPs of one pair's forward pass; the backward pass takes twice as many."""
     spec, width = config.spec, config.width
-    matrices = sum(prod(shape) for _, shape in _block_shapes(config) if len(shape) == 2)
+    matrices = {name: prod(shape) for name, shape in _block_shapes(config) if len(shape) == 2}
+    behind = sum(size for name, size in matrices.items() if name.startswith(("attention.out", "mlp")))
+    positions, predicted = len(Direction) * spec.num_used, spec.num_image_tokens + spec.num_text_slots + 1
+    unread = 2 * (positions - predicted) * behind
     per_score = 4 * width  # a multiply and an add, for the score and for the weighted sum
     kept = sum(
         kept_scores(config, pattern, direction)
@@ -123,12 +128,13 @@ def forward_flops(config: ModelConfig) -> Flops:
         for direction in Direction
     )
     return Flops(
-        linear=len(Direction) * spec.num_used * 2 * matrices * config.num_layers,
+        linear=2 * positions * config.num_layers * sum(matrices.values()) - unread,
         attention_kept=kept * per_score,
         attention_dense=len(Direction) * spec.num_used**2 * config.num_layers * per_score,
         heads=2
         * width
         * (spec.num_image_tokens * config.image_vocab_size + (spec.num_text_slots + 1) * config.text_vocab_size),
+        unread=unread,
     )
 
 
@@ -212,17 +218,8 @@ def block_bytes_per_row(config: ModelConfig, sizes: Sizes, *, scores: bool, atte
         attention_inside: False if queries, keys, values and scores are computed again in the backward pass.
     """
     length, width, split = config.spec.length, config.width, sizes.split
-    norms = 4 if config.sandwich_norm else 2
-    copies = 4 if sizes.autocast else 2
-    per_position = 2 * sizes.residual * width / split  # inputs of both norms
-    per_position += copies * sizes.compute * width  # their results, whole rows on each holder
-    per_position += norms * 2 * STATISTIC_BYTES / split
+    per_position = _norm_bytes(config, sizes) + _behind_bytes(config, sizes)
     per_position += sizes.compute * width / split  # input of the output projection
-    per_position += 2 * config.mlp_ratio * sizes.compute * width / split  # around the GELU
-    if config.sandwich_norm:
-        per_position += 2 * sizes.compute * width / split
-    if config.dropout:
-        per_position += 2 * width / split  # masks, one byte each
     per_position += 3 * sizes.compute * width / split  # queries, keys, values
     if config.qk_norm:
         per_position += 2 * sizes.compute * width / split + 4 * STATISTIC_BYTES * config.num_heads / split
@@ -231,6 +228,31 @@ def block_bytes_per_row(config: ModelConfig, sizes: Sizes, *, scores: bool, atte
         if scores:
             per_position += sizes.compute * config.num_heads * length / split
     return length * per_position
+
+
+def left_out_bytes_per_row(config: ModelConfig, sizes: Sizes) -> float:
+    """What the last block keeps less than others, because behind attention it computes predicted positions alone."""
+    predicted = (config.spec.num_image_tokens + config.spec.num_text_slots + 1) / len(Direction)
+    return (config.spec.length - predicted) * _behind_bytes(config, sizes)
+
+
+def _norm_bytes(config: ModelConfig, sizes: Sizes) -> float:
+    """Kept for one position of the norm of a residual branch: its input, its result (whole rows), statistics."""
+    copies = 2 if sizes.autocast else 1
+    split = sizes.split
+    return config.width * (sizes.residual / split + copies * sizes.compute) + 2 * STATISTIC_BYTES / split
+
+
+def _behind_bytes(config: ModelConfig, sizes: Sizes) -> float:
+    """Kept for one position behind the output projection of attention: feed-forward, dropout, norms of the sandwich."""
+    width, split = config.width, sizes.split
+    kept = _norm_bytes(config, sizes)
+    kept += 2 * config.mlp_ratio * sizes.compute * width / split  # around the GELU
+    if config.sandwich_norm:
+        kept += 2 * (sizes.compute * width + 2 * STATISTIC_BYTES) / split
+    if config.dropout:
+        kept += 2 * width / split  # masks, one byte each
+    return kept
 
 
 def backward_bytes_per_row(config: ModelConfig, sizes: Sizes) -> float:

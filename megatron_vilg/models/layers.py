@@ -15,6 +15,9 @@ from megatron_vilg.ops.attention import Prepared, attend
 from megatron_vilg.ops.dropout import dropout
 from megatron_vilg.ops.linear import linear
 
+Rows = Callable[[Tensor], Tensor]
+"""Takes some positions out of [B, T, E]: [R, E]."""
+
 
 class Linear(nn.Linear):
     """torch's layer; on a CPU in fp32 oneDNN computes it."""
@@ -72,9 +75,10 @@ class SelfAttention(nn.Module):
             return cast(Tensor, checkpoint(attend, q, k, v, prepared, use_reentrant=False)).flatten(-2)
         return attend(q, k, v, prepared).flatten(-2)
 
-    def forward(self, x: Tensor, prepared: Prepared) -> Tensor:
-        """Hidden [B, T, D] -> [B, T, D] under the layer's attention rule."""
-        return self.out(self.mix(*self.project_alike(x), prepared))
+    def forward(self, x: Tensor, prepared: Prepared, rows: Rows | None = None) -> Tensor:
+        """Hidden [B, T, D] -> [B, T, D] under the layer's attention rule, or [R, D] at the positions ``rows`` takes."""
+        mixed = self.mix(*self.project_alike(x), prepared)
+        return self.out(mixed if rows is None else rows(mixed))
 
 
 class FeedForward(nn.Module):
@@ -127,19 +131,25 @@ class Block(nn.Module):
         """Feed-forward and its residual sum."""
         return x + self.dropout(self.post_norm2(self.mlp(self.norm2(x))))
 
-    def forward(self, x: Tensor, prepared: Prepared) -> Tensor:
-        """Hidden [B, T, D] -> [B, T, D]."""
-        if self.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._forward, x, prepared, use_reentrant=False))
-        return self._forward(x, prepared)
+    def forward(self, x: Tensor, prepared: Prepared, rows: Rows | None = None) -> Tensor:
+        """Hidden [B, T, D] -> [B, T, D].
 
-    def _forward(self, x: Tensor, prepared: Prepared) -> Tensor:
+        With ``rows`` the result is [R, D], that of the positions it takes: behind attention every position is on its
+        own, so in a last block none is computed there that nobody reads.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._forward, x, prepared, rows, use_reentrant=False))
+        return self._forward(x, prepared, rows)
+
+    def _forward(self, x: Tensor, prepared: Prepared, rows: Rows | None) -> Tensor:
         before, behind = self._before_attention, self._behind_attention
         # Compiled pieces would pass by whoever looks into the attention layer (``train.state_watch``); and measuring,
         # with other sizes and a dropout that is off, would be compiled for a few calls.
         if before is None or behind is None or not self.training or self.attention._forward_pre_hooks:
-            return self.add_mlp(self.add_attention(x, self.attention(self.norm1(x), prepared)))
-        return behind(x, self.attention.mix(*before(x), prepared))
+            update = self.attention(self.norm1(x), prepared, rows=rows)
+            return self.add_mlp(self.add_attention(x if rows is None else rows(x), update))
+        mixed = self.attention.mix(*before(x), prepared)
+        return behind(x, mixed) if rows is None else behind(rows(x), rows(mixed))
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.project_alike(self.norm1(x))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vilg.config.schema import LossConfig, ModelConfig
-from megatron_vilg.models.layers import Block, Linear
+from megatron_vilg.models.layers import Block, Linear, Rows
 from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.ops.attention import Implementation, Prepared, prepare
 from megatron_vilg.ops.cross_entropy import IGNORE, linear_cross_entropy
@@ -143,6 +143,8 @@ class ViLG(nn.Module):
         self.implementation = implementation
         self.reconstructor: Reconstructor | None = None
         """Attached by end-to-end runs (``models.reconstructor``); lives on the last pipeline stage."""
+        self.computes_all = False
+        """Whether the last block computes positions that nothing reads too: where ranks share the positions."""
         self.embed: StreamEmbed | None = StreamEmbed(config)
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.num_layers)})
         self.norm: nn.LayerNorm | None = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -168,8 +170,10 @@ class ViLG(nn.Module):
         for block in self.blocks.values():
             cast(Block, block).compile_around_attention()
 
-    def run_blocks(self, x: Tensor, text_len: Tensor, direction: Direction | None = None) -> Tensor:
-        """This stage's blocks on hidden [B, T, D]; ``direction`` None: rows alternate."""
+    def run_blocks(
+        self, x: Tensor, text_len: Tensor, direction: Direction | None = None, rows: Rows | None = None
+    ) -> Tensor:
+        """This stage's blocks on hidden [B, T, D]; ``direction`` None: rows alternate. ``rows`` is for the last one."""
         ready: dict[Pattern, Prepared] = {}
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -177,7 +181,8 @@ class ViLG(nn.Module):
             pattern = self.patterns[int(name)]
             if pattern not in ready:
                 ready[pattern] = prepare(self.rule(pattern), text_len, self.implementation, direction, dtype)
-            x = block(x, ready[pattern])
+            is_last = int(name) == self.config.num_layers - 1
+            x = block(x, ready[pattern], rows if is_last else None)
         return x
 
     def hidden(self, text_ids: Tensor, image_ids: Tensor, text_len: Tensor, direction: Direction) -> Tensor:
@@ -221,12 +226,11 @@ class ViLG(nn.Module):
             assert image_ids is not None, "the first stage embeds codes"
             rows = [self.embed(x[d::2], image_ids[d::2], d) for d in _DIRECTIONS]
             x = torch.stack(rows, dim=1).flatten(0, 1)
-        x = self.run_blocks(x, text_len)
+        only_predicted = pixels is None and not self.computes_all  # a reconstructor reads other states too
+        x = self.run_blocks(x, text_len, rows=self.predicted if only_predicted else None)
         if self.norm is None or self.heads is None:
             return x
-        # Only predicted positions pass the last norm and the heads.
-        image = self.norm(x[0::2, self.spec.target_slice(Direction.TEXT_TO_IMAGE)])
-        text = self.norm(x[1::2, self.spec.target_slice(Direction.IMAGE_TO_TEXT)])
+        image, text = self._by_direction(x if only_predicted else self.predicted(x), len(text_len) // 2)
         if targets is None:
             return self.heads["image"](image), self.heads["text"](text)
         split = self.spec.num_image_tokens
@@ -238,6 +242,16 @@ class ViLG(nn.Module):
         ids = targets[:, :split]
         figures = self.reconstructor(self.image_states(x[0::2]), pixels, ids.clamp(min=0))
         return image_sums, text_sums, figures * (ids[:, :1] != IGNORE)  # pairs without labels only fill a batch
+
+    def predicted(self, x: Tensor) -> Tensor:
+        """The positions of rows [2P, T, E] that predict a token, text-to-image first: [P * N + P * (L + 1), E]."""
+        return torch.cat([x[d::2, self.spec.target_slice(d)].flatten(0, 1) for d in _DIRECTIONS])
+
+    def _by_direction(self, x: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
+        """``predicted`` states, normed: [P, N, D] and [P, L + 1, D]."""
+        assert self.norm is not None
+        image, text = self.norm(x).tensor_split([num_pairs * self.spec.num_image_tokens])
+        return image.unflatten(0, (num_pairs, -1)), text.unflatten(0, (num_pairs, -1))
 
     def image_states(self, x: Tensor) -> Tensor:
         """The last block's outputs of text-to-image rows [P, T, D] that belong to the image tokens: [P, N, D].

@@ -19,6 +19,7 @@ from megatron_vilg.models.cost import (
     forward_flops,
     input_bytes_per_row,
     is_hidden_matrix,
+    left_out_bytes_per_row,
     mask_bytes_per_row,
     num_parameters,
     num_stack_parameters,
@@ -95,7 +96,7 @@ class Estimate:
     flops_dense: float
     """The same with attention from everywhere to everywhere."""
     flops_executed: float
-    """``flops_kept`` and what is computed again."""
+    """``flops_kept``, what is computed again, and with tensor parallelism or a reconstructor the last block whole."""
 
     @property
     def fullest(self) -> RankCost:
@@ -112,7 +113,8 @@ def estimate(run: RunConfig, world_size: int) -> Estimate:
     """Costs of a resolved configuration that ``config.check`` has nothing against, for ``world_size`` processes."""
     layout = Layout.of(run.parallel, world_size)
     flops, pairs = forward_flops(run.model), run.train.batch_size
-    again = {"none": 0, "selective": flops.attention_kept, "block": flops.linear + flops.attention_kept}
+    unread = flops.unread if _computes_all(run, layout) else 0
+    again = {"none": 0, "selective": flops.attention_kept, "block": flops.linear + unread + flops.attention_kept}
     ranks = tuple(_rank_cost(run, layout, rank) for rank in range(layout.pipeline))
     return Estimate(
         layout=layout,
@@ -122,7 +124,7 @@ def estimate(run: RunConfig, world_size: int) -> Estimate:
         bubble=bubble(layout),
         flops_kept=3.0 * pairs * flops.kept,
         flops_dense=3.0 * pairs * flops.dense,
-        flops_executed=pairs * (3.0 * flops.kept + again[run.parallel.recompute]),
+        flops_executed=pairs * (3.0 * (flops.kept + unread) + again[run.parallel.recompute]),
     )
 
 
@@ -214,7 +216,7 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
         "block": rows * input_bytes_per_row(model, sizes),
     }[parallel.recompute]
     recomputed = block_whole - block_kept
-    kept = layout.micro_batches_in_flight(rank) * part.layers * block_kept
+    kept = layout.micro_batches_in_flight(rank) * (part.layers * block_kept - _left_out(run, layout, part, sizes, rows))
     passing = rows * backward_bytes_per_row(model, sizes)
     masks = rows * mask_bytes_per_row(model, sizes) if run.ops.attention in ("dense", "sdpa") else 0.0
     weights, optimizer = MASTER_BYTES * part.sharded, OPTIMIZER_BYTES[run.optim.name] * part.sharded
@@ -241,6 +243,18 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
     # Autocast's copies of weights go as the backward pass goes.
     at_end = sizes.compute * part.block if sizes.autocast else gathered
     return memory, weights + optimizer + masks + max(gathered + turning, at_end + end, at_end + gradients)
+
+
+def _computes_all(run: RunConfig, layout: Layout) -> bool:
+    """Whether the last block computes positions that predict nothing too: see ``ViLG.forward``."""
+    return layout.tensor > 1 or run.reconstructor.enabled
+
+
+def _left_out(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rows: int) -> float:
+    """What the last block keeps less of a micro-batch than others; its input is kept whole."""
+    if not part.has_heads or _computes_all(run, layout) or run.parallel.recompute == "block":
+        return 0.0
+    return rows * left_out_bytes_per_row(run.model, sizes)
 
 
 def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[float, float]:

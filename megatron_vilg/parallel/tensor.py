@@ -52,6 +52,7 @@ def apply_tensor_parallel(model: ViLG, tp: DeviceMesh, rules: Sequence[Rule] = R
     if model.norm is not None:
         last = list(model.blocks)[-1]
         plan[f"blocks.{last}"] = PrepareModuleOutput(output_layouts=POSITIONS, desired_output_layouts=Replicate())
+    model.computes_all = True  # a rank's share of the positions, which may have none that is predicted
     parallelize_module(model, tp, plan)
     check_cuts(model, rules)
 

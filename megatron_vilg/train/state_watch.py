@@ -31,7 +31,7 @@ class StateWatch:
         self._handles: list[Any] = []
         self._logits: dict[int, Tensor] = {}
         self._sums = torch.zeros(3, 2, device=mesh.device)
-        """Sum and number of squares in the last block's output, of log Z of images, and of texts."""
+        """Sum and number: squares of the last block's outputs that predict a token, log Z of images, and of texts."""
         self._text_len = torch.zeros(0)
         self._labels = torch.zeros(0)
         self._in_block: set[int] = set()
@@ -43,7 +43,7 @@ class StateWatch:
                 self._watch_block(part, int(name), cast(Block, block))
             if part.norm is not None and part.heads is not None:
                 *_, last = part.blocks.values()
-                self._handles.append(last.register_forward_hook(self._note_size))
+                self._handles.append(last.register_forward_hook(self._size_hook(part)))
                 for place, name in enumerate(_HEADS):
                     hook = self._log_z_hook(1 + place)
                     self._handles.append(part.heads[name].register_forward_pre_hook(hook))
@@ -97,12 +97,17 @@ class StateWatch:
             block.register_forward_hook(leave),
         ]
 
-    @torch.no_grad()
-    def _note_size(self, _: nn.Module, inputs: Any, hidden: Tensor) -> None:
-        """Outputs [2P, T, D] of the last block, padding included."""
-        counted = (self._labels[:, 0] != IGNORE).repeat_interleave(2)
-        squares = hidden.detach()[counted].float().square()
-        self._add(0, squares)
+    def _size_hook(self, part: ViLG) -> Callable[[nn.Module, Any, Tensor], None]:
+        """For outputs of the last block, [2P, T, D] or the predicted ones alone: those that have a label."""
+
+        @torch.no_grad()
+        def look(_: nn.Module, inputs: Any, hidden: Tensor) -> None:
+            predicted = hidden if hidden.ndim == 2 else part.predicted(hidden)
+            by_direction = self._labels.tensor_split([part.spec.num_image_tokens], dim=1)
+            labels = torch.cat([each.flatten() for each in by_direction])
+            self._add(0, predicted[labels != IGNORE].float().square())
+
+        return look
 
     def _log_z_hook(self, place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         @torch.no_grad()

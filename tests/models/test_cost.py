@@ -64,6 +64,11 @@ def test_kinds_of_layers_are_those_of_the_rules() -> None:
             assert layer_kinds(count, pattern) == layer_patterns(count, pattern)
 
 
+def _behind(name: str) -> bool:
+    """Whether a parameter of a block is of a product behind attention."""
+    return name in ("attention.out.weight", "mlp.up.weight", "mlp.down.weight")
+
+
 def test_flops_are_those_a_profiler_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,7 +86,9 @@ def test_flops_are_those_a_profiler_counts() -> None:
     flops = forward_flops(config)
     # The profiler counts padding too: positions in matrix products, their squares in attention.
     padded = spec.length / spec.num_used
-    expected = flops.linear * padded + flops.attention_dense * padded**2 + flops.heads
+    behind_last = sum(p.numel() for n, p in model.blocks[str(config.num_layers - 1)].named_parameters() if _behind(n))
+    predicted = 2 * behind_last * (spec.num_image_tokens + spec.num_text_slots + 1)
+    expected = (flops.linear - predicted) * padded + predicted + flops.attention_dense * padded**2 + flops.heads
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
     assert flops.attention_kept < flops.attention_dense
     assert flops.kept == flops.linear + flops.attention_kept + flops.heads

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.config.presets import PRESETS
+from megatron_vilg.data.batch import build_targets
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import Implementation
+from megatron_vilg.parallel.recompute import Recompute, apply_recompute
 from megatron_vilg.sequence import Direction
 from tests.tiny import tiny_batch, tiny_config, tiny_model
 
@@ -113,6 +115,26 @@ def test_mixed_rows_equal_each_direction_alone(model: ViLG) -> None:
     image_logits, text_logits = model(text, image, text_len=text_len)
     torch.testing.assert_close(image_logits, model.logits(text[0::2], image[0::2], text_len[0::2], T2I))
     torch.testing.assert_close(text_logits, model.logits(text[1::2], image[1::2], text_len[1::2], I2T))
+
+
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+@pytest.mark.parametrize("changes", [{}, {"sandwich_norm": True, "num_layers": 1}])
+def test_leaving_out_what_nothing_reads_changes_no_gradient(
+    model: ViLG, changes: dict[str, object], recompute: Recompute
+) -> None:
+    config = tiny_config(**changes)
+    text, image, text_len = tiny_batch(config).rows()
+    targets = build_targets(tiny_batch(config), config.spec)
+    found = []
+    for computes_all in (True, False):
+        net = tiny_model(config, model.implementation)
+        net.computes_all = computes_all
+        apply_recompute(net, recompute)
+        (image_loss, _), (text_loss, _) = net(text, image, text_len=text_len, targets=targets)
+        (image_loss + text_loss).backward()
+        found.append([image_loss, text_loss, *(p.grad for p in net.parameters())])
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

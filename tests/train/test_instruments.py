@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from megatron_vilg.config.schema import LossConfig, RunConfig
-from megatron_vilg.data.batch import PairBatch
+from megatron_vilg.data.batch import PairBatch, build_targets
+from megatron_vilg.ops.cross_entropy import IGNORE
+from megatron_vilg.sequence import Direction
 from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.engine import NativeEngine
 from megatron_vilg.train.instruments import Instruments
@@ -40,6 +42,24 @@ def test_metrics_of_a_joint_model() -> None:
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert before(engine, batch) == found, "the same numbers again"
+
+
+@pytest.mark.parametrize("computes_all", [False, True])
+def test_size_of_the_last_states_is_that_of_those_with_a_label(computes_all: bool) -> None:
+    run = tiny_run()
+    engine, batch = NativeEngine(run, "cpu"), tiny_batch(run.model)
+    engine.model.computes_all = computes_all
+    found = before(engine, batch)["hidden/last_rms"]
+    text, image, text_len = batch.rows()
+    targets = build_targets(batch, run.model.spec)
+    with torch.no_grad():
+        assert engine.model.embed is not None
+        rows = [engine.model.embed(text[d::2], image[d::2], d) for d in Direction]
+        states = engine.model.eval().run_blocks(torch.stack(rows, dim=1).flatten(0, 1), text_len)
+    spec = run.model.spec
+    labels = targets.split([spec.num_image_tokens, spec.num_text_slots + 1], dim=1)
+    counted = [states[d::2, spec.target_slice(d)][labels[d] != IGNORE] for d in Direction]
+    assert found == pytest.approx(float(torch.cat(counted).square().mean().sqrt()), rel=1e-5)
 
 
 def test_gradients_are_those_of_bare_terms_on_the_first_pairs() -> None:
