@@ -88,7 +88,7 @@ def sharded_steps(zero: int, compiled: bool) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 3])
 def test_sharded_blocks_can_be_compiled(zero: int) -> None:
-    plain, compiled = (run_distributed(sharded_steps, 2, zero, value)[0] for value in (False, True))
+    plain, compiled = (run_distributed(sharded_steps, 2, zero, value, timeout=300.0)[0] for value in (False, True))
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
