@@ -13,7 +13,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +27,7 @@ from benchmarks.run import describe, line, write_rows
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.config.check import require
 from megatron_vilg.config.load import RUN_FILE, load_run_config
+from megatron_vilg.config.schema import ParallelConfig
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import ConfigError, VilgError
 from megatron_vilg.train.engine import NativeEngine
@@ -87,11 +88,11 @@ def compare(
     every = max(1, steps // 16)
     shared = [f"train.num_steps={steps}", f"train.eval_every={every}", *settings]
     file = folder / RUN_FILE
-    contenders = {
-        name: load_run_config(file=file, overrides=[*shared, f"optim.name={name}"]) for name in (PEER, *names)
-    }
-    for contender in contenders.values():
-        require(contender)
+    contenders = {}
+    for name in (PEER, *names):
+        contender = load_run_config(file=file, overrides=[*shared, f"optim.name={name}"])
+        contenders[name] = replace(contender, parallel=ParallelConfig())  # whatever the run was: one process here
+        require(contenders[name])
     run = contenders[PEER]
     cache = TokenCache.open(folder / TOKENS)
     held_out = held_out_loaders(run, cache, None)

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.optimizers import DIRECTIONS, Course, main, rows
 from megatron_vilg.config.load import write_run_folder_config
+from megatron_vilg.config.schema import ParallelConfig
 from tests.tiny_run import write_tiny_run
 from tests.train.token_caches import SLOTS, write_cache
 
@@ -40,6 +41,7 @@ def test_a_run_folder_is_trained_by_both(tmp_path: Path, capsys: pytest.CaptureF
         run,
         model=dataclasses.replace(run.model, num_text_slots=SLOTS, text_vocab_size=vocabulary),
         text_tokenizer=dataclasses.replace(run.text_tokenizer, vocab_size=vocabulary),
+        parallel=ParallelConfig(replica=2),  # as `make demo` leaves it
     )
     write_run_folder_config(run, tmp_path / "run")
     command = ["optim.warmup_steps=2", "train.batch_size=4", "--run", str(tmp_path / "run"), "--steps", "8"]
