@@ -60,6 +60,11 @@ class StreamSpec:
         return self.image_side**2
 
     @property
+    def num_predicted(self) -> int:
+        """Positions of a pair that predict a token, both directions: N + L + 1."""
+        return self.num_image_tokens + self.num_text_slots + 1
+
+    @property
     def num_used(self) -> int:
         """Positions that carry a token: N + L + 3. The rest up to ``length`` is padding."""
         return self.num_image_tokens + self.num_text_slots + NUM_SPECIALS + 1

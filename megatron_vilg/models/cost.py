@@ -119,8 +119,8 @@ def forward_flops(config: ModelConfig) -> Flops:
     spec, width = config.spec, config.width
     matrices = {name: prod(shape) for name, shape in _block_shapes(config) if len(shape) == 2}
     behind = sum(size for name, size in matrices.items() if name.startswith(("attention.out", "mlp")))
-    positions, predicted = len(Direction) * spec.num_used, spec.num_image_tokens + spec.num_text_slots + 1
-    unread = 2 * (positions - predicted) * behind
+    positions = len(Direction) * spec.num_used
+    unread = 2 * (positions - spec.num_predicted) * behind
     per_score = 4 * width  # a multiply and an add, for the score and for the weighted sum
     kept = sum(
         kept_scores(config, pattern, direction)
@@ -232,8 +232,8 @@ def block_bytes_per_row(config: ModelConfig, sizes: Sizes, *, scores: bool, atte
 
 def left_out_bytes_per_row(config: ModelConfig, sizes: Sizes) -> float:
     """What the last block keeps less than others, because behind attention it computes predicted positions alone."""
-    predicted = (config.spec.num_image_tokens + config.spec.num_text_slots + 1) / len(Direction)
-    return (config.spec.length - predicted) * _behind_bytes(config, sizes)
+    unread = config.spec.length - config.spec.num_predicted / len(Direction)
+    return unread * _behind_bytes(config, sizes)
 
 
 def _norm_bytes(config: ModelConfig, sizes: Sizes) -> float:

@@ -319,7 +319,7 @@ def _sent(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int) -
     exchanges += 2 * part.has_embedding + part.has_heads
     per_micro = ring(layout.tensor) * exchanges * hidden
     if part.has_heads:
-        predicted = rows // 2 * (spec.num_image_tokens + spec.num_text_slots + 1)
+        predicted = rows // 2 * spec.num_predicted
         per_micro += 2 * ring(layout.tensor) * predicted * (model.width + 4) * MASTER_BYTES
     stages = stages_of_rank(layout.pipeline, layout.stages_per_rank, rank)
     borders = sum((stage > 0) + (stage < layout.num_stages - 1) for stage in stages)
