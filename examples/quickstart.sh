@@ -43,7 +43,9 @@ fi
 
 data_options=()
 train_options=("train.seed=$SEED" "image_tokenizer_train.seed=$SEED")
-((WORKERS > 1)) && train_options+=("parallel.replica=$WORKERS") # a small model is quickest whole on each process
+((WORKERS > 1)) && train_options+=(
+  "parallel.replica=$WORKERS" parallel.zero=1 # a small model is quickest whole on each process, all the time
+)
 choice_options=()
 if [[ "${SMOKE:-0}" == 1 ]]; then
   data_options+=(--concepts 12 --held-out-concepts 2)
@@ -90,7 +92,7 @@ $VILG caption --load "$OUT" "$examples"/*/*.png
 
 say "5/5 measure: $OUT/report.json"
 # Four drawings of each prompt, as the picture shows: one of 58 prompts leaves a share uncertain by more.
-$VILG evaluate --load "$OUT" --data "$DATA" --out "$OUT" --samples-per-prompt 4 "${choice_options[@]}"
+"${launch[@]}" evaluate --load "$OUT" --data "$DATA" --out "$OUT" --samples-per-prompt 4 "${choice_options[@]}"
 
 say "done"
 "$PYTHON" examples/show_report.py "$OUT/report.json"

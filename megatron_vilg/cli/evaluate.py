@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.outputs import require_json_place, require_writable, write_json
+from megatron_vilg.cli.tensor import WAIT_SECONDS
+from megatron_vilg.config.world import read_world
 from megatron_vilg.errors import ConfigError, DataError
 from megatron_vilg.log import get_logger
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_vilg.config.schema import RunConfig
     from megatron_vilg.evaluate.pairs import EvalSet
     from megatron_vilg.evaluate.subject import Subject
     from megatron_vilg.generate.pipeline import Pipeline
+    from megatron_vilg.parallel.replicas import Replicas
 
 _log = get_logger(__name__)
 _CAPTIONS = "captions"
@@ -102,6 +107,21 @@ def _score_captions(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     started = time.perf_counter()
+    from megatron_vilg.parallel.launch import device_of, joined
+    from megatron_vilg.parallel.replicas import Replicas
+
+    world = read_world()
+    changed = _drawing_settings(args.words)
+    _require_places(args)
+    device = device_of(world, chosen_device(args.device))
+    with joined(world, device, WAIT_SECONDS):
+        _measure(args, changed, device, Replicas.of_group(), started)
+
+
+def _measure(
+    args: argparse.Namespace, changed: dict[str, Any], device: torch.device, replicas: Replicas, started: float
+) -> None:
+    """Measure together with other processes; the main one writes the report."""
     from megatron_vilg.evaluate.curves import instrument_plots, read_metrics
     from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK, make_report, write_report
     from megatron_vilg.evaluate.pairs import read_eval_set, require_unseen
@@ -110,9 +130,7 @@ def _report(args: argparse.Namespace) -> None:
     from megatron_vilg.models.features import load_feature_network
     from megatron_vilg.train.stages import TOKENS
 
-    changed = _drawing_settings(args.words)
-    _require_places(args)
-    pipeline = Pipeline.load(args.load[0], device=chosen_device(args.device))
+    pipeline = Pipeline.load(args.load[0], device=device)
     config = _with_settings(pipeline.config, changed)
     pairs, scenes = read_eval_set(
         args.data,
@@ -129,7 +147,7 @@ def _report(args: argparse.Namespace) -> None:
     )
     network = load_feature_network(FEATURE_NETWORK) if pairs.labelled(range(len(pairs))) else None
     report = make_report(
-        _subject(pipeline, config),
+        _subject(pipeline, config, replicas),
         pairs,
         network,
         settings,
@@ -139,8 +157,9 @@ def _report(args: argparse.Namespace) -> None:
         credits=_credits(pairs),
         plots=instrument_plots(read_metrics(args.load[0])),
     )
-    write_report(report, args.out)
-    _log.info("report: %s", args.out / "report.png")
+    if replicas.is_main:
+        write_report(report, args.out)
+        _log.info("report: %s", args.out / "report.png")
 
 
 def _table7(args: argparse.Namespace) -> None:
@@ -210,11 +229,12 @@ def _with_settings(config: RunConfig, changed: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
 
 
-def _subject(pipeline: Pipeline, config: RunConfig) -> Subject:
+def _subject(pipeline: Pipeline, config: RunConfig, replicas: Replicas) -> Subject:
     import torch
     from torch import Tensor
 
     from megatron_vilg.data.batch import PairBatch
+    from megatron_vilg.evaluate.divided import DividedPipeline
     from megatron_vilg.evaluate.subject import Subject
 
     @torch.no_grad()
@@ -223,7 +243,8 @@ def _subject(pipeline: Pipeline, config: RunConfig) -> Subject:
         image_logits, text_logits = pipeline.model(text_ids, image_ids, text_len=text_len)
         return image_logits.cpu(), text_logits.cpu()
 
-    return Subject(pipeline, pipeline.image_tokenizer, pipeline.text_tokenizer, forward, config)
+    divided = DividedPipeline(pipeline, replicas)
+    return Subject(divided, pipeline.image_tokenizer, pipeline.text_tokenizer, forward, config)
 
 
 def _seconds(run_dir: Path) -> dict[str, float]:

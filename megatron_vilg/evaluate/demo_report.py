@@ -223,7 +223,7 @@ def _group(measurement: Measurement, kind: Kind) -> Group:
 
 def _drawn_prompts(measurement: Measurement, kind: Kind, numbers: list[int]) -> tuple[DrawnPrompt, ...]:
     each, pairs = measurement.settings.shown_samples, measurement.pairs
-    drawn = measurement.draw(numbers, each, measurement.settings.seed + 1)
+    drawn, _ = measurement.draw(numbers, each, measurement.settings.seed + 1)
     verdicts: list[tuple[bool | None, bool | None]] = [(None, None)] * len(drawn)
     if kind in measurement.galleries and len(pairs.labelled(numbers)) == len(numbers):
         asked = [label for label in pairs.labels(numbers) for _ in range(each)]

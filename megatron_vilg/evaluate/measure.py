@@ -17,6 +17,7 @@ from megatron_vilg.evaluate.retrieval import FEW_CONCEPTS, Activations, Gallery,
 from megatron_vilg.evaluate.statistics import sample_indices, wilson_interval
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
 from megatron_vilg.log import get_logger
+from megatron_vilg.ops.sampling import keep_best
 
 log = get_logger(__name__)
 _MIN_PAIRS = 2
@@ -84,19 +85,21 @@ class Measurement:
             return pipeline.caption_of_candidates(self.codes[numbers], candidates, seed=self.settings.seed)
         return pipeline.caption(self.codes[numbers])
 
-    def draw(self, numbers: list[int], num_images: int, seed: int, *, rerank: bool = True) -> Tensor:
-        """Pictures [len(numbers) * num_images, 3, S, S] in [-1, 1] drawn from the pairs' captions.
+    def draw(self, numbers: list[int], num_images: int, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Draw the pairs' captions: ``num_images`` of each, the best of several as the run's ``sample`` says.
 
-        Args:
-            rerank: keep the best of several as the run's ``sample`` says; False: keep the first.
+        Returns:
+            Pictures [len(numbers) * num_images, 3, S, S] in [-1, 1]; and if they were chosen as many that were not, but
+            drawn first.
         """
-        pipeline, settings = self.subject.pipeline, self.subject.config.sample
-        if not rerank:
-            settings = dataclasses.replace(settings, rerank=0)
-        ids, _ = pipeline.draw_best_ids(
-            self.pairs.captions(numbers), num_images=num_images, settings=settings, seed=seed
+        ids, scores = self.subject.pipeline.draw_candidates(
+            self.pairs.captions(numbers), num_images=num_images, settings=self.subject.config.sample, seed=seed
         )
-        return pipeline.decode(ids.flatten(0, 1)).float().cpu()
+        chosen = self._decode(keep_best(ids, scores, num_images)[0])
+        return chosen, None if scores is None else self._decode(ids[:, :num_images])
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        return self.subject.pipeline.decode(ids.flatten(0, 1)).float().cpu()
 
     def judge(self, kind: Kind, pictures: Tensor, asked: list[Label]) -> Hits:
         """Whether drawn pictures [Q, 3, S, S] show the asked concepts and styles."""
@@ -114,12 +117,12 @@ class Measurement:
             asked = self.pairs.labels(numbers)
             each = self.settings.samples_per_prompt
             labels = [label for label in asked for _ in range(each)]
-            hits = self.judge(kind, self.draw(numbers, each, self.settings.seed), labels)
+            chosen, first = self.draw(numbers, each, self.settings.seed)
+            hits = self.judge(kind, chosen, labels)
             for name, right in _by_figure(hits).items():
                 found[name][kind.value] = _share(right, len(numbers))
             found["retrieval"][kind.value] |= self._among_few(self.galleries[kind], hits.rivals, "r_at_1")
-            if self.subject.config.sample.rerank:
-                first = self.draw(numbers, each, self.settings.seed, rerank=False)
+            if first is not None:
                 for name, right in _by_figure(self.judge(kind, first, labels)).items():
                     found[name][kind.value]["not_reranked"] = right.float().mean().item()
             if kind != Kind.NEW_CONCEPT:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.data.scenes import check_scene
 from megatron_vilg.evaluate.pairs import EvalSet, Kind
 from megatron_vilg.evaluate.reconstruction import reconstruct
 from megatron_vilg.evaluate.statistics import derangement, sample_indices, wilson_interval
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
+from megatron_vilg.ops.sampling import keep_best
 
 _SHUFFLES = 8
 """Times that every real scene is held against another one's caption, to find what chance gives."""
@@ -54,14 +53,15 @@ def measure_scenes(subject: Subject, scenes: EvalSet, settings: EvaluationSettin
 def _drawn(subject: Subject, scenes: EvalSet, numbers: Sequence[int], seed: int) -> dict[str, dict[str, Any]]:
     specs = [scenes.pairs[number].scene for number in numbers]
 
-    def answers(sample: SampleConfig) -> list[dict[str, bool]]:
-        ids, _ = subject.pipeline.draw_best_ids(scenes.captions(numbers), num_images=1, settings=sample, seed=seed)
-        return _checked(subject.pipeline.decode(ids.flatten(0, 1)).float().cpu(), specs)
+    def answers(ids: Tensor) -> list[dict[str, bool]]:
+        return _checked(subject.pipeline.decode(ids[:, 0]).float().cpu(), specs)
 
-    sample = subject.config.sample
-    shares = _shares(answers(sample))
-    if sample.rerank:
-        for name, share in _plain(answers(dataclasses.replace(sample, rerank=0))).items():
+    ids, scores = subject.pipeline.draw_candidates(
+        scenes.captions(numbers), num_images=1, settings=subject.config.sample, seed=seed
+    )
+    shares = _shares(answers(keep_best(ids, scores, 1)[0]))
+    if scores is not None:
+        for name, share in _plain(answers(ids)).items():
             shares[name]["not_reranked"] = share
     return shares
 

@@ -32,11 +32,11 @@ class Captions(Protocol):
 class Pipeline(Protocol):
     """Draws and captions (``generate.pipeline.Pipeline``)."""
 
-    def draw_best_ids(
-        self, prompts: Sequence[str], *, num_images: int, settings: SampleConfig, seed: int
+    def draw_candidates(
+        self, prompts: Sequence[str], *, num_images: int, settings: SampleConfig, seed: int, first_prompt: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Prompts to codes int64 [len(prompts), num_images, N], the best of ``settings.rerank`` pictures of each, and
-        their scores if there is a choice."""
+        """Prompts to codes int64 [len(prompts), n, N], n the larger of ``settings.rerank`` and ``num_images``, and
+        their scores [.., n] if there is a choice. What is drawn depends on seed and number of the prompt."""
         ...
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ class Pipeline(Protocol):
         """Codes [B, N] to B captions, greedily."""
         ...
 
-    def caption_of_candidates(self, images: Tensor, candidates: int, *, seed: int) -> list[str]:
-        """Codes [B, N] to B captions, the best of several sampled ones."""
+    def caption_of_candidates(self, images: Tensor, candidates: int, *, seed: int, first_picture: int = 0) -> list[str]:
+        """Codes [B, N] to B captions, the best of several sampled ones, by seed and number of the picture."""
         ...
 
 

@@ -27,6 +27,7 @@ def caption_ids(
     length_penalty: float = 1.0,
     seed: int = 0,
     max_batch: int | None = None,
+    first_picture: int = 0,
 ) -> list[list[int]]:
     """One caption for each picture, of text ids without any special token.
 
@@ -35,8 +36,9 @@ def caption_ids(
         settings: how to sample when ``beam`` is 1; the default is greedy. Guidance has no meaning here.
         beam: from 2 on: beam search, which looks at log-likelihoods only (``settings`` is not used).
         length_penalty: beam search picks the largest ``log P(tokens, EOS) / (number of tokens + 1) ** length_penalty``.
-        seed: of the random streams; picture ``i`` depends on the seed and on ``i`` alone.
+        seed: of the random streams; picture ``i`` depends on the seed and on its number alone.
         max_batch: pictures captioned at a time; None: all.
+        first_picture: number of the first picture, when a longer list is captioned in parts.
 
     Returns:
         Per picture at most L ids; fewer where the model ended the caption.
@@ -49,7 +51,7 @@ def caption_ids(
             if beam > 1:
                 captions += beam_search(model, part, beam, length_penalty)
             else:
-                streams = [(first + i, 0) for i in range(len(part))]
+                streams = [(first_picture + first + i, 0) for i in range(len(part))]
                 uniforms = sample_uniforms(seed, streams, slots).to(part.device)
                 captions += _draw(model, part, settings, uniforms)
     return captions

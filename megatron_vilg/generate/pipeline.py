@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.generate import rerank
 from megatron_vilg.generate.behind import WorkBehind
+from megatron_vilg.generate.candidates import caption_of_candidates
 from megatron_vilg.generate.caption import GREEDY, caption_ids
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.load import load_parts
@@ -27,7 +28,7 @@ from megatron_vilg.generate.weights import use_int8
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.sampling import part_weights
+from megatron_vilg.ops.sampling import keep_best, part_weights
 from megatron_vilg.parallel.mesh import Mesh
 
 log = get_logger(__name__)
@@ -278,6 +279,7 @@ class Pipeline:
         length_penalty: float = 1.0,
         seed: int = 0,
         max_batch: int | None = None,
+        first_picture: int = 0,
     ) -> list[list[int]]:
         """One caption for each picture (or row of codes [B, N]), as ids. See ``caption.caption_ids``."""
         ids = images.to(self.device) if isinstance(images, Tensor) else self.encode_images(images)
@@ -290,6 +292,7 @@ class Pipeline:
                 length_penalty=length_penalty,
                 seed=seed,
                 max_batch=max_batch,
+                first_picture=first_picture,
             )
 
     def caption(
@@ -301,11 +304,13 @@ class Pipeline:
         length_penalty: float = 1.0,
         seed: int = 0,
         max_batch: int | None = None,
+        first_picture: int = 0,
     ) -> list[str]:
         """One caption for each picture (or row of codes [B, N])."""
         found = self.caption_ids(
-            images, settings=settings, beam=beam, length_penalty=length_penalty, seed=seed, max_batch=max_batch
-        )
+            images, settings=settings, beam=beam, length_penalty=length_penalty,
+            seed=seed, max_batch=max_batch, first_picture=first_picture,
+        )  # fmt: skip
         # On one line: byte tokens can spell a line break, which no caption that was encoded ever holds.
         return [" ".join(self.text_tokenizer.decode(ids).split()) for ids in found]
 
@@ -334,31 +339,22 @@ class Pipeline:
             ).view(ids.shape[:2])
 
     def caption_of_candidates(
-        self, images: Sequence[Picture] | Tensor, candidates: int, *, seed: int = 0, max_batch: int | None = None
+        self,
+        images: Sequence[Picture] | Tensor,
+        candidates: int,
+        *,
+        seed: int = 0,
+        max_batch: int | None = None,
+        first_picture: int = 0,
     ) -> list[str]:
-        """One caption for each picture (or row of codes [B, N]): of some sampled ones and the greedy one, the best.
-
-        Best is the largest ``log P(caption | picture) + log P(picture | caption)``: the direction that draws checks
-        what the direction that captions says.
-
-        Args:
-            candidates: captions sampled of each picture, at temperature 1.
-            seed: of the samples; picture ``i`` depends on the seed and on ``i`` alone.
-        """
+        """One caption for each picture (or row of codes [B, N]). See ``candidates.caption_of_candidates``."""
         ids = images.to(self.device) if isinstance(images, Tensor) else self.encode_images(images)
-        said = [[text] for text in self.caption(ids, max_batch=max_batch)]
-        repeated = ids.repeat_interleave(candidates, dim=0)
-        drawn = self.caption(repeated, settings=SampleConfig(), seed=seed, max_batch=max_batch or _SCORE_BATCH)
-        for number, texts in enumerate(said):
-            texts += drawn[number * candidates : (number + 1) * candidates]
-        options = [list(dict.fromkeys(text for text in texts if text)) or [""] for texts in said]
-        rows = [number for number, texts in enumerate(options) for _ in texts]
-        flat = [text for texts in options for text in texts]
-        scores = self.score(ids[rows][:, None], flat, drawing_weight=1.0, max_batch=max_batch)[:, 0]
-        best = [scores_of.argmax().item() for scores_of in scores.cpu().split([len(texts) for texts in options])]
-        return [texts[int(place)] for texts, place in zip(options, best, strict=True)]
+        return caption_of_candidates(
+            self, ids, candidates, seed=seed, max_batch=max_batch, score_batch=max_batch or _SCORE_BATCH,
+            first_picture=first_picture,
+        )  # fmt: skip
 
-    def draw_best_ids(
+    def draw_candidates(
         self,
         prompts: Sequence[str],
         *,
@@ -370,10 +366,11 @@ class Pipeline:
         first_prompt: int = 0,
         progress: Progress | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw, and where ``settings.rerank`` asks for more pictures than are kept, keep the best, best first.
+        """Draw all pictures from which ``num_images`` are to be kept, as ``settings.rerank`` says.
 
         Returns:
-            Codes int64 [B, num_images, N], and their ``score`` [B, num_images] or None where all drawn are kept.
+            Codes int64 [B, n, N] in the order drawn, n = max(settings.rerank, num_images), and their ``score`` [B, n]
+            or None where all are kept; for ``ops.sampling.keep_best``.
         """
         settings = settings or self.config.sample
         ids = self.draw_ids(
@@ -388,9 +385,11 @@ class Pipeline:
         )
         if not settings.rerank or not prompts:
             return ids, None
-        scores = self.score(ids, prompts, drawing_weight=settings.rerank_drawing_weight, max_batch=max_batch)
-        best = rerank.best_of(scores, num_images)
-        return ids.gather(1, best[:, :, None].expand(-1, -1, ids.shape[2])), scores.gather(1, best)
+        return ids, self.score(ids, prompts, drawing_weight=settings.rerank_drawing_weight, max_batch=max_batch)
+
+    def draw_best_ids(self, prompts: Sequence[str], *, num_images: int, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """``draw_candidates`` with its options, of which the best ``num_images`` are kept, best first."""
+        return keep_best(*self.draw_candidates(prompts, num_images=num_images, **options), num_images)
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:

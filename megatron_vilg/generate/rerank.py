@@ -87,8 +87,3 @@ def _caption_score(model: ViLG, image_ids: Tensor, text_ids: Tensor, text_len: T
     targets = torch.nn.functional.pad(text_ids, (0, 1)).masked_fill(position == text_len[:, None], TextToken.EOS)
     each = logits.float().log_softmax(dim=-1).gather(2, targets[:, :, None]).squeeze(2)
     return each.masked_fill(position > text_len[:, None], 0.0).sum(dim=1)
-
-
-def best_of(scores: Tensor, keep: int) -> Tensor:
-    """Numbers of the ``keep`` best of each row, best first: scores [B, n] to int64 [B, keep]; ties keep their order."""
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]

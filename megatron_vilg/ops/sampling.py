@@ -110,3 +110,19 @@ def sample(logits: Tensor, settings: SampleConfig, uniform: Tensor) -> Tensor:
     target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)
     return (index if order is None else order.gather(1, index)).squeeze(1)
+
+
+def keep_best(ids: Tensor, scores: Tensor | None, keep: int) -> tuple[Tensor, Tensor | None]:
+    """The ``keep`` best of several drawings of each prompt, best first; ties keep their order.
+
+    Args:
+        ids: [B, n, N].
+        scores: [B, n]; None: there is no choice, the first ones are kept.
+
+    Returns:
+        [B, keep, N], and their scores [B, keep] if there are any.
+    """
+    if scores is None:
+        return ids[:, :keep], None
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
+    return ids.gather(1, best[:, :, None].expand(-1, -1, ids.shape[2])), scores.gather(1, best)

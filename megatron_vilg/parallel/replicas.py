@@ -69,6 +69,14 @@ class Replicas:
             return
         average_together([parameter.grad for parameter in parameters if parameter.grad is not None], self.mean)
 
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every process, by rank, on all processes."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def from_main(self, value: Any) -> Any:
         """The main process's picklable value on all processes."""
         if self.size == 1:

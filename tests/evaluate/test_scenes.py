@@ -52,11 +52,14 @@ class OneColour:
     def __init__(self, scenes: EvalSet) -> None:
         self.counts = {pair.caption: int((pair.scene or {})["count"]) for pair in scenes.pairs}
 
-    def draw_best_ids(
-        self, prompts: list[str], *, num_images: int, settings: SampleConfig, seed: int
+    def draw_candidates(
+        self, prompts: list[str], *, num_images: int, settings: SampleConfig, seed: int, first_prompt: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        counts = [self.counts[prompt] if settings.rerank else 1 for prompt in prompts]
-        return torch.tensor(counts)[:, None, None], None
+        right = torch.tensor([self.counts[prompt] for prompt in prompts])
+        if not settings.rerank:
+            return torch.ones_like(right)[:, None, None], None
+        ids = torch.stack([torch.ones_like(right), right], dim=1)
+        return ids[:, :, None], torch.tensor([[0.0, 1.0]]).expand(len(prompts), -1)
 
     def decode(self, ids: Tensor) -> Tensor:
         return torch.stack([scene("红色", int(count)) for count in ids.flatten()])

@@ -66,8 +66,8 @@ class Memory:
         chosen = [min(self.codes) if prompt in self.forgets else prompt for prompt in prompts]
         return torch.stack([self.codes[prompt].expand(num_images, -1) for prompt in chosen])
 
-    def draw_best_ids(
-        self, prompts: Sequence[str], *, num_images: int, settings: object, seed: int
+    def draw_candidates(
+        self, prompts: Sequence[str], *, num_images: int, settings: object, seed: int, first_prompt: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         return self.draw_ids(prompts, num_images=num_images, settings=settings, seed=seed), None
 
@@ -80,7 +80,7 @@ class Memory:
         said = [names[int((known == ids).sum(dim=1).argmax())] for ids in images]
         return ["" if name in self.forgets else name for name in said]
 
-    def caption_of_candidates(self, images: Tensor, candidates: int, *, seed: int) -> list[str]:
+    def caption_of_candidates(self, images: Tensor, candidates: int, *, seed: int, first_picture: int = 0) -> list[str]:
         return self.caption(images)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vilg.config.schema import SampleConfig
 from megatron_vilg.generate.caption import beam_search, caption_ids
 from megatron_vilg.generate.decode import inference
-from megatron_vilg.generate.rerank import best_of, caption_log_likelihood, drawing_log_likelihood, pair_score
+from megatron_vilg.generate.rerank import caption_log_likelihood, drawing_log_likelihood, pair_score
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.sequence import Direction, TextToken
 from tests.tiny import tiny_batch, tiny_config, tiny_model
@@ -127,7 +127,3 @@ def test_pair_score_adds_the_direction_that_draws() -> None:
     both = pair_score(model, codes, text, lengths, drawing_weight=0.1)
     torch.testing.assert_close(both, captions + 0.1 * drawing, atol=1e-3, rtol=0)
     torch.testing.assert_close(pair_score(model, codes, text, lengths, drawing_weight=0.0), captions)
-
-
-def test_best_of() -> None:
-    assert best_of(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 6.0]]), 2).tolist() == [[1, 2], [2, 0]]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vilg.config.schema import SampleConfig
-from megatron_vilg.ops.sampling import guidance_scales, guidance_weights, mixed, sample, sample_uniforms
+from megatron_vilg.ops.sampling import guidance_scales, guidance_weights, keep_best, mixed, sample, sample_uniforms
 
 
 def expected_distribution(logits: torch.Tensor, settings: SampleConfig) -> torch.Tensor:
@@ -100,3 +100,12 @@ def test_guidance_grows_from_one_to_its_scale() -> None:
     assert scales("linear") == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert scales("cosine") == pytest.approx([1.0, 2 - 2**0.5 / 2, 2.0, 2 + 2**0.5 / 2, 3.0])
     assert scales("linear", 1) == [3.0]
+
+
+def test_the_best_are_kept_in_their_order() -> None:
+    ids = torch.arange(12).view(2, 3, 2)
+    best, scores = keep_best(ids, torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 6.0]]), 2)
+    assert best.tolist() == [[[2, 3], [4, 5]], [[10, 11], [6, 7]]]
+    assert scores is not None and scores.tolist() == [[3.0, 2.0], [6.0, 5.0]]
+    first, none = keep_best(ids, None, 1)
+    assert first.tolist() == [[[0, 1]], [[6, 7]]] and none is None

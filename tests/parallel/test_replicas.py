@@ -12,6 +12,7 @@ def test_one_process_changes_nothing() -> None:
     assert alone.part(value) is not None and torch.equal(alone.part(value), value)
     assert alone.whole(value) is value and alone.mean(value) is value
     assert alone.any(True) and not alone.any(False) and alone.from_main("x") == "x"
+    assert alone.gather("x") == ["x"]
 
 
 def _meet() -> dict[str, object]:
@@ -31,6 +32,7 @@ def _meet() -> dict[str, object]:
         "any": replicas.any(replicas.rank == 1),
         "none": replicas.any(False),
         "from_main": replicas.from_main(f"rank {replicas.rank}"),
+        "gather": replicas.gather("abc"[: replicas.rank]),
         "is_main": replicas.is_main,
     }
 
@@ -44,4 +46,5 @@ def test_three_processes_see_parts_and_know_the_whole() -> None:
         assert torch.equal(seen["gradient"], torch.full((2, 2), 1.0)) and seen["unused"] is None
         assert seen["means"] == {"a": 1.0, "b": 5.0}
         assert seen["any"] and not seen["none"] and seen["from_main"] == "rank 0"
+        assert seen["gather"] == ["", "a", "ab"]
         assert seen["is_main"] == (rank == 0)
