@@ -5,6 +5,7 @@
 #   OUT=runs/demo     run folder: checkpoints, pictures, report (FULL=1: runs/demo-full; SMOKE=1: -smoke behind it)
 #   DATA=data/demo    where the pairs are kept, named likewise
 #   SEED=0            same seed, same machine: same report, but for the seconds
+#   CHOICE_SEED=0     which concepts are taken, and which pairs are held out
 #   FULL=1            all emoji in eight styles and composed scenes instead of 120 concepts in six: hours instead of minutes
 #   SMOKE=1           two minutes instead of ten: few pairs, few steps; shows that it works, not that it learns
 #   WORKERS=2         processes that train together; without it one per core up to 4, and one where there is a GPU
@@ -21,6 +22,7 @@ folder="$name"
 OUT="${OUT:-runs/$folder}"
 DATA="${DATA:-data/$folder}"
 SEED="${SEED:-0}"
+CHOICE_SEED="${CHOICE_SEED:-0}"
 VILG="${VILG:-vilg}"
 PYTHON="${PYTHON:-python3}"
 
@@ -41,7 +43,7 @@ if ((WORKERS > 1)); then
   launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$WORKERS" -m megatron_vilg)
 fi
 
-data_options=()
+data_options=(--choice-seed "$CHOICE_SEED")
 train_options=("train.seed=$SEED" "image_tokenizer_train.seed=$SEED")
 ((WORKERS > 1)) && train_options+=(
   "parallel.replica=$WORKERS" parallel.zero=1 # a small model is quickest whole on each process, all the time
