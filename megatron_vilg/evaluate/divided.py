@@ -1,4 +1,4 @@
-"""Drawing and captioning divided among processes: nearly all of an evaluation's time goes there."""
+"""Drawing and captioning divided among processes: that is where most of an evaluation's time goes."""
 
 from __future__ import annotations
 
