@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from PIL import Image
+
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.image_tokenizer import save_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
@@ -25,6 +27,16 @@ from megatron_vilg.parallel.init import init_weights
 from tests.tiny import tiny_config
 
 CAPTIONS = ["水彩画的红苹果", "扁平风格的猫", "线描的树，白底", "立体的蓝色汽车", "a red apple"]
+
+
+def write_tiny_pairs(folder: Path) -> Path:
+    """Six pairs to train on and four held out, every caption twice; returns the folder."""
+    for number, caption in enumerate(CAPTIONS * 2):
+        part = folder / ("train" if number < 6 else "val")
+        part.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), (25 * number, 250 - 20 * number, 90)).save(part / f"{number}.png")
+        (part / f"{number}.txt").write_text(caption, encoding="utf-8")
+    return folder
 
 
 def write_tiny_run(

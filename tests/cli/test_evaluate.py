@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from megatron_vilg.cli.main import EXIT_ERROR, main
 from tests.evaluate.test_curves import metric_line
-from tests.tiny_run import CAPTIONS, write_tiny_run
+from tests.tiny_run import write_tiny_pairs, write_tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +21,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for number, caption in enumerate(CAPTIONS * 2):
-        part = folder / ("train" if number < 6 else "val")
-        part.mkdir(exist_ok=True)
-        Image.new("RGB", (20, 20), (25 * number, 250 - 20 * number, 90)).save(part / f"{number}.png")
-        (part / f"{number}.txt").write_text(caption, encoding="utf-8")
-    return folder
+    return write_tiny_pairs(tmp_path_factory.mktemp("data"))
 
 
 def test_a_run_is_evaluated(run_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from megatron_vilg.cli.main import main
 from megatron_vilg.config.schema import SampleConfig
@@ -17,7 +16,7 @@ from megatron_vilg.generate.pipeline import Pipeline
 from megatron_vilg.parallel.replicas import Replicas
 from tests.cli.test_tensor import commands
 from tests.helpers import run_distributed
-from tests.tiny_run import CAPTIONS, write_tiny_run
+from tests.tiny_run import CAPTIONS, write_tiny_pairs, write_tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +28,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for number, caption in enumerate(CAPTIONS * 2):
-        part = folder / ("train" if number < 6 else "val")
-        part.mkdir(exist_ok=True)
-        Image.new("RGB", (20, 20), (25 * number, 250 - 20 * number, 90)).save(part / f"{number}.png")
-        (part / f"{number}.txt").write_text(caption, encoding="utf-8")
-    return folder
+    return write_tiny_pairs(tmp_path_factory.mktemp("data"))
 
 
 def _draw_and_say(run_folder: Path, count: int) -> list[Any]:
@@ -68,7 +61,6 @@ def test_numbers_of_prompts_and_pictures_decide(run_folder: Path) -> None:
     part, _ = pipeline.draw_candidates(CAPTIONS[1:3], first_prompt=1, **options)
     assert torch.equal(whole[1:], part)
     codes = whole[:, 0]
-    # Twelve samples of each: what they are shows in which of them is best, for one picture of three at least.
     said = pipeline.caption(codes, settings=SampleConfig(), seed=1)
     assert said[1:] == pipeline.caption(codes[1:], settings=SampleConfig(), seed=1, first_picture=1)
     assert said[1:] != pipeline.caption(codes[1:], settings=SampleConfig(), seed=1)

@@ -19,7 +19,7 @@ from megatron_vilg.evaluate.reconstruction import structural_similarity
 from megatron_vilg.evaluate.statistics import mean_interval
 from megatron_vilg.evaluate.table7 import DIFFERENCES, ROWS
 from tests.evaluate.test_curves import metric_line
-from tests.tiny_run import CAPTIONS, write_tiny_run
+from tests.tiny_run import write_tiny_pairs, write_tiny_run
 
 
 def draws(count: int, mean: float, scale: float, seed: int, size: int = 4) -> np.ndarray:
@@ -76,13 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for number, caption in enumerate(CAPTIONS * 2):
-        part = folder / ("train" if number < 6 else "val")
-        part.mkdir(exist_ok=True)
-        Image.new("RGB", (20, 20), (25 * number, 250 - 20 * number, 90)).save(part / f"{number}.png")
-        (part / f"{number}.txt").write_text(caption, encoding="utf-8")
-    return folder
+    return write_tiny_pairs(tmp_path_factory.mktemp("data"))
 
 
 def test_table_of_tiny_runs(runs: list[Path], data: Path, tmp_path: Path) -> None:
