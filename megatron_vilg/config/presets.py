@@ -30,7 +30,7 @@ def demo() -> RunConfig:
     """
     return RunConfig(
         preset="demo",
-        model=ModelConfig(num_layers=4, width=256, num_heads=4, num_text_slots=13, codebook_dim=16, dropout=0.05),
+        model=ModelConfig(num_layers=4, width=256, num_heads=4, num_text_slots=13, codebook_dim=16),
         text_tokenizer=TextTokenizerConfig(vocab_size=1200),
         image_tokenizer=ImageTokenizerConfig(
             image_size=48,
@@ -44,21 +44,21 @@ def demo() -> RunConfig:
             codebook_dim=16,
         ),
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            num_steps=2000,
+            num_steps=1400,
             batch_size=16,
-            lr=2e-3,
+            lr=2.5e-3,
             warmup_steps=30,
             continuous_fraction=0.12,
             perceptual_weight=0.5,
-            picture_every=500,
-            checkpoint_every=500,
+            picture_every=700,
+            checkpoint_every=350,
         ),
         data=DataConfig(
             num_views=16,
             view_shift_pixels=4.0,
             view_zoom=0.15,
             view_flip=True,
-            target_view_probability=0.6,
+            target_view_probability=0.3,
             target_view_fall=1.0,
             caption_dropout=0.08,
             alternate_caption_probability=0.25,
@@ -68,11 +68,11 @@ def demo() -> RunConfig:
         # A caption has 4 tokens and a picture 64: the mean over captions is noisy, and at equal weight its noise sets
         # Adam's step size for everything.
         loss=LossConfig(image_to_text_weight=0.35),
-        optim=OptimConfig(name="muon", lr=3.5e-3, betas=(0.9, 0.97), weight_decay=0.2, warmup_steps=120),
-        train=TrainConfig(num_steps=800, batch_size=48, eval_every=200, sample_every=400),
+        optim=OptimConfig(name="muon", lr=4e-3, betas=(0.9, 0.97), weight_decay=0.2, warmup_steps=110),
+        train=TrainConfig(num_steps=750, batch_size=32, eval_every=200, sample_every=300),
         checkpoint=CheckpointConfig(every=250),
         sample=SampleConfig(
-            temperature=0.8, top_k=16, guidance=1.25, manner_guidance=1.0, rerank=16, caption_candidates=32
+            temperature=0.8, top_k=16, guidance=1.5, manner_guidance=0.75, rerank=16, caption_candidates=32
         ),
     )
 
@@ -89,11 +89,16 @@ def demo_full() -> RunConfig:
     return replace(
         quick,
         preset="demo-full",
-        model=replace(quick.model, num_layers=6, width=320, num_heads=5, num_text_slots=16),
+        model=replace(quick.model, num_layers=6, width=320, num_heads=5, num_text_slots=16, dropout=0.05),
         text_tokenizer=TextTokenizerConfig(vocab_size=4800),
         image_tokenizer=replace(quick.image_tokenizer, channels=96, codebook_size=1024),
         image_tokenizer_train=replace(
-            quick.image_tokenizer_train, num_steps=10_000, warmup_steps=100, picture_every=2000
+            quick.image_tokenizer_train,
+            num_steps=10_000,
+            lr=2e-3,
+            warmup_steps=100,
+            picture_every=2000,
+            checkpoint_every=500,
         ),
         data=replace(
             quick.data,
@@ -106,7 +111,7 @@ def demo_full() -> RunConfig:
         ),
         optim=replace(quick.optim, name="muon", lr=3e-3, weight_decay=0.1, warmup_steps=300),
         train=replace(quick.train, num_steps=9000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
-        sample=replace(quick.sample, manner_guidance=0.5, caption_candidates=96),
+        sample=replace(quick.sample, guidance=1.25, manner_guidance=0.5, caption_candidates=96),
     )
 
 
