@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import importlib
 import itertools
@@ -63,6 +64,29 @@ VERBS: tuple[Verb, ...] = (
 """All verbs, in the order of the help page."""
 
 
+def command() -> int:
+    """What ``vilg`` and ``python -m megatron_vilg`` call: ``main``, and an end that the libraries cannot spoil.
+
+    PyTorch keeps process groups in its caches beyond ``destroy_process_group`` (DTensor's sharding rules do, and so do
+    default arguments of ``torch.distributed.nn``). A thread of gloo that lets go of its last tensor while Python
+    is already being taken down aborts the process ("terminate called without an active exception", SIGABRT), and the
+    launcher calls a complete run failed. So one process among several leaves when its exit handlers have run.
+    """
+    code = 1  # of an exception that nobody explains
+
+    def leave() -> None:
+        if read_world().size > 1:
+            _leave_at_once(code)
+
+    atexit.register(leave)  # the first one registered is called last
+    try:
+        code = main()
+    except SystemExit as end:  # argparse's
+        code = end.code if isinstance(end.code, int) else 0
+        raise
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 only on full success, 2 on any error a message explains."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -98,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_at_once(code: int) -> int:
-    """End without the usual tidying: the process group's would wait for the rank that is lost."""
+    """End without taking Python and the process group down: the latter would wait for a rank that is lost."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,47 @@ def test_python_dash_m_is_the_same_command() -> None:
     command = [sys.executable, "-m", "megatron_vilg", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"megatron_vilg {megatron_vilg.__version__}\n"
+
+
+ENDING = """
+import atexit, os, sys, threading, time, types
+from megatron_vilg.cli import main as cli
+
+class Witness:
+    def __del__(self):
+        os.write(1, b"taken down ")
+
+def run(args):
+    atexit.register(print, "handlers", end=" ")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("threads", end=" "))).start()
+    sys.modules["probe"].witness = Witness()
+    {ends}
+
+probe = types.ModuleType("probe")
+probe.add_parser = lambda subparsers: subparsers.add_parser("probe").set_defaults(run=run)
+sys.modules["probe"] = probe
+cli.VERBS = (cli.Verb("probe", "probe", "a test"),)
+sys.argv = ["vilg", "probe"]
+sys.exit(cli.command())
+"""
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("ends", "code"), [("return 0", 0), ("return 75", 75), ("raise SystemExit(2)", 2), ("raise ZeroDivisionError", 1)]
+)
+def test_one_process_among_several_is_not_taken_down(size: int, ends: str, code: int) -> None:
+    """Threads of gloo abort a process that Python takes down, now and then; everything else happens as usual."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING.format(ends=ends)],
+        env=os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (code, ["threads", "handlers"] + ["taken", "down"] * (size == 1))
+    assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
