@@ -78,11 +78,11 @@ def command() -> int:
         if read_world().size > 1:
             _leave_at_once(code)
 
-    atexit.register(leave)  # the first one registered is called last
+    atexit.register(leave)  # called behind those of everything that is imported from here on
     try:
         code = main()
-    except SystemExit as end:  # argparse's
-        code = end.code if isinstance(end.code, int) else 0
+    except SystemExit as end:  # argparse's; Python counts None as success and any other word as failure
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     return code
 
