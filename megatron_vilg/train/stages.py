@@ -248,7 +248,10 @@ def _token_cache(
 
 @contextmanager
 def timed(out: Path, stage: str) -> Iterator[None]:
-    """Add the wall seconds of a stage to ``seconds.json``; a stage that was resumed counts all its parts."""
+    """Add the wall seconds of a stage to ``seconds.json``.
+
+    A stage that was resumed counts all its parts, but for one that ended by SIGKILL: nobody noted that.
+    """
     start = time.perf_counter()
     try:
         yield

@@ -113,6 +113,15 @@ RULES = [
         "(image_tokenizer.image_size). Works: 0.",
     ),
     (
+        [
+            "image_tokenizer_train.critic_weight=0.5",
+            "image_tokenizer_train.critic_start_step=5",
+            "image_tokenizer.kind=dvae",
+        ],
+        "image_tokenizer_train.critic_weight=0.5: a dVAE is trained by its likelihood, without a critic "
+        "(image_tokenizer.kind=dvae). Works: 0, or image_tokenizer.kind=vqgan.",
+    ),
+    (
         ["image_tokenizer_train.betas=[0.9, 1]"],
         "image_tokenizer_train.betas=[0.9, 1.0]: a decay of 1 never forgets. Works: two numbers from 0 to below 1.",
     ),
