@@ -105,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _settings_first(verb, arguments)
     args = parser.parse_args(arguments)
     try:
-        return args.run(args) or 0
+        code: int = args.run(args) or 0
+        sys.stdout.flush()  # here, where a reader that has left can still be dealt with
+        return code
     except LostRankError as error:
         print(f"vilg {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
         return _leave_at_once(EXIT_ERROR)

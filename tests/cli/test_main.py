@@ -199,9 +199,10 @@ def test_one_process_among_several_is_not_taken_down(size: int, ends: str, code:
     assert ("why" in done.stderr, "ZeroDivisionError" in done.stderr) == ("why" in ends, "Zero" in ends)
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+@pytest.mark.parametrize("line", ["config | head -n 1", "plan --preset demo | true"])  # a plan waits for the last flush
+def test_a_reader_that_leaves_early_is_no_error(line: str) -> None:
     done = subprocess.run(
-        f"{sys.executable} -m megatron_vilg config | head -n 1; exit ${{PIPESTATUS[0]}}",
+        f"env -u PYTHONUNBUFFERED {sys.executable} -m megatron_vilg {line}; exit ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         capture_output=True,
