@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         code: int = args.run(args) or 0
-        sys.stdout.flush()  # here, where a reader that has left can still be dealt with
+        # Here, where a reader that has left can still be dealt with; print, because without a stdout there is no flush.
+        print(end="", flush=True)
         return code
     except LostRankError as error:
         print(f"vilg {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)

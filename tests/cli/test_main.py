@@ -199,7 +199,7 @@ def test_one_process_among_several_is_not_taken_down(size: int, ends: str, code:
     assert ("why" in done.stderr, "ZeroDivisionError" in done.stderr) == ("why" in ends, "Zero" in ends)
 
 
-@pytest.mark.parametrize("line", ["config | head -n 1", "plan --preset demo | true"])  # a plan waits for the last flush
+@pytest.mark.parametrize("line", ["config | head -n 1", "plan --preset demo | true", "plan --preset demo >&-"])
 def test_a_reader_that_leaves_early_is_no_error(line: str) -> None:
     done = subprocess.run(
         f"env -u PYTHONUNBUFFERED {sys.executable} -m megatron_vilg {line}; exit ${{PIPESTATUS[0]}}",
