@@ -1,4 +1,4 @@
-# Each target makes the environment it needs; `make demo` and `make test` work on a fresh clone.
+# Each target makes the environment it needs; `make demo` and `make test` work on a fresh clone. The demo needs no EXTRAS.
 #   PYTHON=python3.12 make test     another interpreter for the environment
 #   EXTRAS=dev,deepspeed make setup more optional packages
 
@@ -8,6 +8,7 @@ PYTHON ?= python3
 EXTRAS ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
+BASE_STAMP := $(VENV)/.installed-base
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
@@ -17,13 +18,17 @@ setup: $(STAMP)
 
 # Without an NVIDIA GPU torch is pinned: where the package index serves a CPU build under this version pip takes it,
 # while an unpinned torch is the newest one, with gigabytes of CUDA libraries that such a machine cannot use.
-$(STAMP): pyproject.toml setup.py
+$(BASE_STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Works: PYTHON=python3.12 make ..." >&2; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; \
 	  then $(BIN)/python -m pip install --quiet 'torch>=2.11'; \
 	  else $(BIN)/python -m pip install --quiet 'torch==2.13.0'; fi
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(STAMP): $(BASE_STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
 	touch $@
 
@@ -32,10 +37,10 @@ $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps 'dalle-pytorch==1.6.6'
 	touch $@
 
-demo: $(STAMP)
+demo: $(BASE_STAMP)
 	VILG=$(BIN)/vilg PYTHON=$(BIN)/python examples/quickstart.sh
 
-demo-full: $(STAMP)
+demo-full: $(BASE_STAMP)
 	VILG=$(BIN)/vilg PYTHON=$(BIN)/python FULL=1 examples/quickstart.sh
 
 test: $(STAMP)

@@ -7,6 +7,8 @@ from megatron_vilg.config.load import load_run_config
 from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.errors import ConfigError
 
+FOUR_LAYERS = "model.num_layers=4"
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_run(name: str) -> None:
@@ -252,7 +254,7 @@ def test_full_attention_has_no_kernel_to_check() -> None:
     ],
 )
 def test_layout_rules(overrides: list[str], world_size: int, message: str) -> None:
-    assert message in check(load_run_config("demo", overrides=overrides), world_size)
+    assert message in check(load_run_config("demo", overrides=[FOUR_LAYERS, *overrides]), world_size)
 
 
 def test_require_reports_every_problem_in_one_error() -> None:
@@ -279,4 +281,4 @@ def test_require_reports_every_problem_in_one_error() -> None:
     ],
 )
 def test_layouts_that_can_run(overrides: list[str], world_size: int) -> None:
-    assert check(load_run_config("demo", overrides=overrides), world_size) == []
+    assert check(load_run_config("demo", overrides=[FOUR_LAYERS, *overrides]), world_size) == []
