@@ -29,6 +29,7 @@ CLAIMS = {
     "C16": "Starting",
     "C17": "Muon's update against torch's",
     "O1": "Pairs that Muon needs beside AdamW",
+    "O2": "Steps that an image tokenizer needs with Muon beside AdamW",
     "K1": "Merging and sharding a checkpoint against a plain copy and other converters",
     "G0": "What the GPU does at best",
     "G1": "One attention layer on a GPU",

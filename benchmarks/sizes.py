@@ -19,8 +19,12 @@ FIRST_PIECE = max(TextToken) + 1
 
 
 def demo_size(precision: Precision) -> RunConfig:
-    """The transformer of ``make demo`` (4 layers x 256, 8 x 8 codes): 12 pairs a step, AdamW as in the plain loops."""
-    run = PRESETS["demo"]().resolve(text_vocab_size=1200)
+    """The transformer of ``make demo`` and one layer more (4 x 256, 8 x 8 codes), 12 pairs a step.
+
+    AdamW, as in the plain loops.
+    """
+    run = PRESETS["demo"]()
+    run = replace(run, model=replace(run.model, num_layers=4)).resolve(text_vocab_size=1200)
     train = replace(run.train, precision=precision, batch_size=12)
     return replace(run, optim=replace(run.optim, name="adamw"), train=train)
 

@@ -30,7 +30,7 @@ def demo() -> RunConfig:
     """
     return RunConfig(
         preset="demo",
-        model=ModelConfig(num_layers=4, width=256, num_heads=4, num_text_slots=13, codebook_dim=16),
+        model=ModelConfig(num_layers=3, width=256, num_heads=4, num_text_slots=13, codebook_dim=16),
         text_tokenizer=TextTokenizerConfig(vocab_size=1200),
         image_tokenizer=ImageTokenizerConfig(
             image_size=48,
@@ -44,14 +44,15 @@ def demo() -> RunConfig:
             codebook_dim=16,
         ),
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            num_steps=1400,
+            num_steps=900,
             batch_size=16,
+            optimizer="muon",
             lr=2.5e-3,
             warmup_steps=30,
             continuous_fraction=0.12,
             perceptual_weight=0.5,
-            picture_every=700,
-            checkpoint_every=350,
+            picture_every=450,
+            checkpoint_every=300,
         ),
         data=DataConfig(
             num_views=16,
@@ -68,11 +69,11 @@ def demo() -> RunConfig:
         # A caption has 4 tokens and a picture 64: the mean over captions is noisy, and at equal weight its noise sets
         # Adam's step size for everything.
         loss=LossConfig(image_to_text_weight=0.35),
-        optim=OptimConfig(name="muon", lr=4e-3, betas=(0.9, 0.97), weight_decay=0.2, warmup_steps=110),
-        train=TrainConfig(num_steps=750, batch_size=32, eval_every=200, sample_every=300),
+        optim=OptimConfig(name="muon", lr=4e-3, betas=(0.9, 0.97), weight_decay=0.2, warmup_steps=60),
+        train=TrainConfig(num_steps=740, batch_size=32, eval_every=200, sample_every=300),
         checkpoint=CheckpointConfig(every=250),
         sample=SampleConfig(
-            temperature=0.8, top_k=16, guidance=1.4, manner_guidance=1.0, rerank=16, caption_candidates=32
+            temperature=0.8, top_k=16, guidance=1.5, manner_guidance=0.75, rerank=8, caption_candidates=32
         ),
     )
 
@@ -95,6 +96,7 @@ def demo_full() -> RunConfig:
         image_tokenizer_train=replace(
             quick.image_tokenizer_train,
             num_steps=10_000,
+            optimizer="adamw",
             lr=2e-3,
             warmup_steps=100,
             picture_every=2000,
@@ -111,7 +113,7 @@ def demo_full() -> RunConfig:
         ),
         optim=replace(quick.optim, name="muon", lr=3e-3, weight_decay=0.1, warmup_steps=300),
         train=replace(quick.train, num_steps=9000, batch_size=96, eval_every=2000, eval_pairs=512, sample_every=2000),
-        sample=replace(quick.sample, guidance=1.25, manner_guidance=0.5, caption_candidates=96),
+        sample=replace(quick.sample, guidance=1.25, manner_guidance=0.5, rerank=16, caption_candidates=96),
     )
 
 

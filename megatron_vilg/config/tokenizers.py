@@ -89,6 +89,9 @@ class ImageTokenizerTrainConfig:
     """Optimizer steps."""
     batch_size: PositiveInt = 64
     """Pictures per step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: for the kernels between the first and the last convolution of encoder and decoder, AdamW for the rest.
+    The critic has AdamW."""
     lr: Positive = 1e-4
     """Peak learning rate of encoder, decoder and codebook."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)

@@ -32,8 +32,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_hidden_matrix(name: str, ndim: int) -> bool:
-    """Whether a parameter is a matrix inside a block: neither a vector, nor an embedding, nor a head."""
-    return ndim == 2 and name.split(".")[0] == "blocks"
+    """Whether a parameter is a matrix inside a block, or a kernel inside an image tokenizer.
+
+    Neither a vector, nor an embedding or a head, nor the first or last convolution of an encoder or decoder.
+    """
+    path = name.split(".")
+    if path[0] in ("encoder", "decoder"):
+        return ndim == 4 and len(path) > 3
+    return ndim == 2 and path[0] == "blocks"
 
 
 def num_parameters(config: ModelConfig) -> int:

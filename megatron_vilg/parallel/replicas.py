@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from megatron_vilg.parallel.divided import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,10 @@ class Replicas:
     def is_main(self) -> bool:
         """Whether this process reports and writes for all."""
         return self.rank == 0
+
+    def ranks(self, device: torch.device) -> Ranks | None:
+        """All of them as a mesh of one axis; None for one process alone. All processes must call this together."""
+        return init_device_mesh(device.type, (self.size,)) if self.size > 1 else None
 
     def part(self, batch: Tensor) -> Tensor:
         """Every ``size``-th row of a batch [B, ...], from the own rank on: [B / size, ...].

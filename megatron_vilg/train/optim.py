@@ -16,6 +16,7 @@ from megatron_vilg.config.schema import OptimConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.cost import is_hidden_matrix
+from megatron_vilg.parallel.divided import Ranks
 from megatron_vilg.train.apex_optim import apex_fused_adam
 from megatron_vilg.train.lean_optim import lean_adamw, open_moment
 from megatron_vilg.train.muon import MuonAdamW
@@ -39,6 +40,7 @@ def build_optimizer(
     shapes: Mapping[str, torch.Size] | None = None,
     *,
     in_bf16: bool = False,
+    ranks: Ranks | None = None,
 ) -> Optimizer:
     """The optimizer that ``optim.name`` names, with decay on matrices only.
 
@@ -48,6 +50,7 @@ def build_optimizer(
         device: where the parameters are.
         shapes: whole shapes by name, where the parameters themselves do not show them because they are cut.
         in_bf16: whether the run computes its products in bfloat16; Muon's then are, too.
+        ranks: those that all hold these parameters whole, as plain tensors, and among whom Muon's work is divided.
 
     Raises:
         MissingPackageError: a package that the optimizer needs is missing, or is another one of the same name.
@@ -66,12 +69,12 @@ def build_optimizer(
 
     fused = torch.device(device).type in _FUSED_DEVICES
     hidden = [name for name in decayed if is_hidden_matrix(name, len(whole[name]))]
-    if config.name == "muon" and hidden:  # a critic or an image tokenizer has none
-        logger.info("muon: of those, %d values in the matrices of blocks", sum(whole[n].numel() for n in hidden))
+    if config.name == "muon" and hidden:  # a critic or a reconstructor has none
+        logger.info("muon: of those, %d values in hidden matrices", sum(whole[n].numel() for n in hidden))
         rest = [name for name in decayed if name not in set(hidden)]
         matrices = groups_of((hidden, config.weight_decay))
         other_groups = groups_of((rest, config.weight_decay), (others, 0.0))
-        return MuonAdamW(matrices, other_groups, rates, fused=fused, in_bf16=in_bf16)
+        return MuonAdamW(matrices, other_groups, rates, fused=fused, in_bf16=in_bf16, ranks=ranks)
     groups = groups_of((decayed, config.weight_decay), (others, 0.0))
     if config.name in LEAN:
         return lean_adamw(groups, config.name, rates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,8 +62,12 @@ class TokenizerEngine(ABC):
         self.average = (
             WeightAverage(self.model, self.options.weights_ema_decay) if self.options.weights_ema_decay else None
         )
-        self._rates = rates_of(self.options, self.options.lr)
-        self.optimizer = build_optimizer(self.model.named_parameters(), self._rates, self.device)
+        self._rates = dataclasses.replace(rates_of(self.options, self.options.lr), name=self.options.optimizer)
+        ranks = self.replicas.ranks(self.device)
+        in_bf16 = self.options.precision == "bf16"
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(), self._rates, self.device, in_bf16=in_bf16, ranks=ranks
+        )
         self.code_counts = torch.zeros(run.image_tokenizer.codebook_size, dtype=torch.int64, device=self.device)
         """How often each code was used since the last log line."""
         self.revived = torch.zeros((), dtype=torch.int64, device=self.device)

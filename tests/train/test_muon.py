@@ -21,7 +21,7 @@ from megatron_vilg.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_vilg.parallel.estimate import estimate
 from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.engine import NativeEngine
-from megatron_vilg.train.muon import MOMENTUM, Muon, orthogonal
+from megatron_vilg.train.muon import MOMENTUM, STEPS, Muon, orthogonal
 from megatron_vilg.train.optim import build_optimizer
 from tests.helpers import run_distributed
 from tests.tiny import tiny_batch, tiny_config, tiny_run
@@ -103,6 +103,46 @@ def test_newton_schulz_in_fp32_equals_it_in_fp64(shape: tuple[int, int]) -> None
     exact = orthogonal(matrix)
     assert torch.linalg.svdvals(exact).sub(1).abs().max() < 0.35
     torch.testing.assert_close(orthogonal(matrix.float()).double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
+@pytest.mark.parametrize(
+    ("dtype", "small", "atol"),
+    [(torch.float32, 1.0, 1e-5), (torch.float64, 1e-4, 1e-10)],
+    ids=["fp32", "three large singular values, fp64"],
+)
+def test_steps_on_the_gram_matrix_are_those_on_the_matrix(
+    shape: tuple[int, int], dtype: torch.dtype, small: float, atol: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    large = torch.randn(shape[0], 3, generator=generator) @ torch.randn(3, shape[1], generator=generator)
+    matrix = (large + small * torch.randn(shape, generator=generator)).to(dtype)
+    with Calls() as on_gram:
+        found = orthogonal(matrix)
+    monkeypatch.setattr("megatron_vilg.train.muon.GRAM_ASPECT", math.inf)
+    with Calls() as on_matrix:
+        expected = orthogonal(matrix)
+    assert on_gram.found != on_matrix.found
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def test_bf16_takes_its_steps_on_the_matrix() -> None:
+    matrix = torch.randn(16, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    with Calls() as calls:
+        orthogonal(matrix)
+    assert calls.found[torch.ops.aten.addmm.default] == 2 * STEPS
+
+
+def test_a_kernel_is_updated_as_the_matrix_of_its_output_channels() -> None:
+    generator = torch.Generator().manual_seed(4)
+    start, gradient = torch.randn(2, 6, 4, 3, 3, generator=generator).unbind()
+    kernel = torch.nn.Parameter(start.clone().contiguous(memory_format=torch.channels_last))
+    matrix = torch.nn.Parameter(start.flatten(1).clone())
+    kernel.grad = gradient.contiguous(memory_format=torch.channels_last)
+    matrix.grad = gradient.flatten(1)
+    Muon([{"params": [kernel, matrix], "weight_decay": 0.3}], 0.02, torch.float32).step()
+    torch.testing.assert_close(kernel.detach().flatten(1), matrix.detach(), rtol=0, atol=1e-6)
+    assert not torch.equal(matrix.detach(), start.flatten(1))
 
 
 class Calls(TorchDispatchMode):
@@ -195,7 +235,8 @@ def products_of_a_step(run: RunConfig) -> int:
 @pytest.mark.parametrize("parallel", [{"shard": 2}, {"replica": 2, "shard": 1}, {"tensor": 2, "shard": 1}], ids=str)
 def test_ranks_divide_the_matrices_among_them(parallel: dict[str, int]) -> None:
     alone = products_of_a_step(run_of())
-    assert alone == 6 * 3 * 5 * run_of().model.num_layers
+    square, oblong = 3 * STEPS, 1 + 5 + 4 + 2 * 4 + 1  # four of attention and two of the MLP, on their Gram matrices
+    assert alone == (4 * square + 2 * oblong) * run_of().model.num_layers
     assert run_distributed(products_of_a_step, 2, run_of(**parallel)) == [alone // 2, alone // 2]
 
 

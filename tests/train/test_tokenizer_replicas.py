@@ -32,6 +32,7 @@ CASES = {
     "gradient codebook, averaged weights": with_tokenizer(
         tiny_run(precision="fp32", weights_ema_decay=0.9), codebook_update="gradient"
     ),
+    "muon": tiny_run(precision="fp32", optimizer="muon"),
     "dvae": with_tokenizer(tiny_run(precision="fp32"), kind="dvae"),
 }
 

@@ -50,9 +50,11 @@ def lines(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize(("kind", "critic"), [("vqgan", 0.0), ("vqgan", 0.2), ("dvae", 0.0)])
-def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, kind: str, critic: float) -> None:
-    run = tiny_run(critic_weight=critic, critic_start_step=3, weights_ema_decay=0.9)
+@pytest.mark.parametrize(
+    ("kind", "critic", "optimizer"), [("vqgan", 0.0, "muon"), ("vqgan", 0.2, "adamw"), ("dvae", 0.0, "adamw")]
+)
+def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, kind: str, critic: float, optimizer: str) -> None:
+    run = tiny_run(critic_weight=critic, critic_start_step=3, weights_ema_decay=0.9, optimizer=optimizer)
     run = dataclasses.replace(run, image_tokenizer=dataclasses.replace(run.image_tokenizer, kind=kind))
     straight = train_image_tokenizer(run, discs(), HELD_OUT, tmp_path / "a" / "image_tokenizer")
     for death in (2, 7, 9):

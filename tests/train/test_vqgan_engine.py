@@ -8,6 +8,7 @@ import torch
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.models.pixel_losses import edge_error, perceptual_distance
 from megatron_vilg.train.pixel_source import PixelsInMemory
+from megatron_vilg.train.vqgan import build_tokenizer_engine
 from megatron_vilg.train.vqgan_engine import Phase, VQGANEngine, phase_of
 from tests.train.vqgan_case import discs, tiny_run
 
@@ -55,9 +56,9 @@ def test_codebook_is_untouched_until_kmeans_and_when_frozen() -> None:
     assert engine.code_counts.sum() == 2 * 4 * 16
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_training_lowers_the_error(update: str) -> None:
-    run = tiny_run(num_steps=40, precision="fp32")
+@pytest.mark.parametrize(("update", "optimizer"), [("ema", "adamw"), ("gradient", "adamw"), ("ema", "muon")])
+def test_training_lowers_the_error(update: str, optimizer: str) -> None:
+    run = tiny_run(num_steps=40, precision="fp32", optimizer=optimizer)
     run = dataclasses.replace(run, image_tokenizer=dataclasses.replace(run.image_tokenizer, codebook_update=update))
     source = PixelsInMemory(discs(), run)
     engine = VQGANEngine(run)
@@ -67,6 +68,21 @@ def test_training_lowers_the_error(update: str) -> None:
             engine.start_codebook(source)
         errors.append(float(engine.train_step(step, source.batch(step)).losses["loss/pixel(l1)"]))
     assert sum(errors[-5:]) < 0.5 * sum(errors[:5])
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "dvae"])
+def test_muon_updates_what_lies_between_the_first_and_the_last_convolution(kind: str) -> None:
+    run = tiny_run(optimizer="muon", critic_weight=0.1)
+    run = dataclasses.replace(run, image_tokenizer=dataclasses.replace(run.image_tokenizer, kind=kind))
+    engine = build_tokenizer_engine(run)
+    state = engine.state_dict()
+    kernels = {name for name, p in engine.model.named_parameters() if p.ndim == 4}
+    ends = {name for name in kernels if name.split(".")[2] == "weight"}
+    assert len(ends) == (4 if kind == "vqgan" else 3)  # a dVAE's decoder begins with a block
+    assert state["optimizer"]["momentum_buffer"].keys() == kernels - ends
+    assert ends < state["optimizer"]["exp_avg"].keys()
+    if kind == "vqgan":
+        assert "momentum_buffer" not in state["critic_optimizer"]
 
 
 def test_step_that_is_not_finite_changes_nothing_but_the_counter() -> None:
