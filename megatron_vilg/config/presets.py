@@ -73,7 +73,7 @@ def demo() -> RunConfig:
         train=TrainConfig(num_steps=740, batch_size=32, eval_every=200, sample_every=300),
         checkpoint=CheckpointConfig(every=250),
         sample=SampleConfig(
-            temperature=0.8, top_k=16, guidance=1.5, manner_guidance=0.75, rerank=8, caption_candidates=32
+            temperature=0.8, top_k=16, guidance=1.25, manner_guidance=1.0, rerank=8, caption_candidates=32
         ),
     )
 
