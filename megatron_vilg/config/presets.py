@@ -23,7 +23,7 @@ from megatron_vilg.config.schema import (
 
 
 def demo() -> RunConfig:
-    """Emoji in six styles, 48 px, 8 x 8 tokens: 25 minutes on two CPU cores with AVX2, less with bfloat16 instructions.
+    """Emoji in six styles, 48 px, 8 x 8 tokens: 20 minutes on two CPU cores with AVX2, less with bfloat16 instructions.
 
     At first a third of what text-to-image draws are shifted copies, which cannot be learnt by heart; fewer and fewer to
     the end, so that trained pictures are known then.
