@@ -6,6 +6,7 @@ of that page, between its markers.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -115,10 +116,11 @@ def section(record: dict[str, Any], pictures: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None, page: Path = PAGE, pictures: Path = PICTURES) -> int:
     """Write the page; several files (of ``run.py --json``) follow each other."""
-    paths = [Path(name) for name in (sys.argv[1:] if arguments is None else arguments)]
-    if not paths:
-        print("usage: python benchmarks/report.py benchmarks/results/cpu.json [MORE.json]", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", metavar="F.json", help="what run.py --json wrote")
+    paths: list[Path] = parser.parse_args(arguments).files
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
     sections = [section(json.loads(path.read_text(encoding="utf-8")), pictures) for path in paths]
     text = page.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)

@@ -39,6 +39,10 @@ def test_page_keeps_what_is_outside_the_markers(tmp_path: Path) -> None:
     assert (tmp_path / "performance-C1.svg").read_text(encoding="utf-8").count("a rate / peer") == 1
 
 
-def test_without_a_file_it_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "usage" in capsys.readouterr().err
+@pytest.mark.parametrize(("arguments", "message"), [([], "usage"), (["none.json"], "no such file: none.json")])
+def test_without_a_file_it_says_what_it_needs(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
