@@ -10,6 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE_STAMP := $(VENV)/.installed-base
 STAMP := $(VENV)/.installed
+# Compiled at its first import, by whoever needs it, and kept: half of what pip would compile of torch never is. Where
+# Python may not keep it (PYTHONDONTWRITEBYTECODE), pip does so once.
+PIP := $(BIN)/python -m pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 BENCH_STAMP := $(VENV)/.installed-bench
 
 .PHONY: setup demo demo-full test check check-slow check-slurm bench clean
@@ -23,18 +26,18 @@ $(BASE_STAMP): pyproject.toml setup.py
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Works: PYTHON=python3.12 make ..." >&2; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; \
-	  then $(BIN)/python -m pip install --quiet 'torch>=2.11'; \
-	  else $(BIN)/python -m pip install --quiet 'torch==2.13.0'; fi
-	$(BIN)/python -m pip install --quiet -e .
+	  then $(PIP) 'torch>=2.11'; \
+	  else $(PIP) 'torch==2.13.0'; fi
+	$(PIP) -e .
 	touch $@
 
 $(STAMP): $(BASE_STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
 
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	$(BIN)/python -m pip install --quiet --no-deps 'dalle-pytorch==1.6.6'
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps 'dalle-pytorch==1.6.6'
 	touch $@
 
 demo: $(BASE_STAMP)
