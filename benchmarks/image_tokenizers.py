@@ -8,13 +8,11 @@ which matters: after how many steps is the other's last error reached?
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.courses import Course, row_of_seconds, rows_of_curve, show
 from benchmarks.measure import Bench, Row
-from benchmarks.run import describe, line, write_rows
 from megatron_vilg.config.check import require
 from megatron_vilg.config.load import load_run_config
 from megatron_vilg.config.schema import RunConfig
@@ -38,17 +36,8 @@ from megatron_vilg.train.vqgan import EVALUATION_BATCH, measure_reconstruction
 from megatron_vilg.train.vqgan_engine import VQGANEngine, first_quantised_step
 
 PEER, OURS = "adamw", "muon"
-MEASURED = ("pixel error", "perceptual distance")
-"""Held-out errors: of pixels from 0 to 1, and in the features that the loss reads."""
-
-
-@dataclass(slots=True)
-class Course:
-    """What one optimizer did: CPU seconds of each step, held-out errors by steps done, and PSNR in dB at the end."""
-
-    seconds: list[float] = field(default_factory=list)
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: {name: [] for name in MEASURED})
-    psnr: float = math.nan
+PIXELS, FEATURES, PSNR = "pixel error", "perceptual distance", "PSNR"
+"""Held-out figures: error of pixels from 0 to 1, in the features that the loss reads, and dB."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,12 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VilgError as error:
         print(f"benchmarks/image_tokenizers.py: {error}", file=sys.stderr)
         return 2
-    header = describe(bench.device, shlex.join(["python", "benchmarks/image_tokenizers.py", *words]))
-    found = list(rows(courses))
-    for row in found:
-        print(line(row))
-    if options.json is not None:
-        write_rows(options.json, header, found)
+    show(bench, shlex.join(["python", "benchmarks/image_tokenizers.py", *words]), list(rows(courses)), options.json)
     return 0
 
 
@@ -125,27 +109,18 @@ def note(course: Course, step: int, engine: VQGANEngine, network: FeatureNetwork
         target = part.float() / 127.5 - 1.0
         output = engine.model.decode(engine.model.lookup(engine.model.encode(target)))
         distances.append(perceptual_distance(network, output, target))
-    for name, value in zip(MEASURED, (quality.l1, float(torch.cat(distances).mean())), strict=True):
-        course.curves[name].append((step, value))
-    course.psnr = quality.psnr
+    course.note(PIXELS, step, quality.l1)
+    course.note(FEATURES, step, float(torch.cat(distances).mean()))
+    course.note(PSNR, step, quality.psnr)
 
 
 def rows(courses: Mapping[str, Course]) -> Iterator[Row]:
     """Steps to the peer's last errors and the last ones, PSNR, and seconds per step."""
-    course, peer = courses[OURS], courses[PEER]
-    for name in MEASURED:
-        end, bound = peer.curves[name][-1]
-        reached = next((step for step, value in course.curves[name] if value <= bound), None)
-        if reached is not None:  # otherwise there is no ratio, and the next row says by how much it was missed
-            yield Row(
-                "O2", f"steps to {PEER}'s last {name}, held out", reached, "steps", PEER, end, less_is_better=True
-            )
-        metric = f"{name} after {end} steps, held out"
-        yield Row("O2", metric, course.curves[name][-1][1], "1", PEER, bound, less_is_better=True)
-    yield Row("O2", "PSNR then", course.psnr, "dB", PEER, peer.psnr)
-    both = {OURS: course.seconds, PEER: peer.seconds}
-    ours, theirs = (statistics.median(seconds) for seconds in both.values())
-    yield Row("O2", "training step", ours, "CPU-seconds", PEER, theirs, less_is_better=True, rounds=both)
+    course, peer = courses[OURS], (PEER, courses[PEER])
+    for name in (PIXELS, FEATURES):
+        yield from rows_of_curve("O2", name, "1", course, peer, "")
+    yield Row("O2", "PSNR then", course.curves[PSNR][-1][1], "dB", PEER, courses[PEER].curves[PSNR][-1][1])
+    yield row_of_seconds("O2", OURS, course, peer, "")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.courses import Course, row_of_seconds, rows_of_curve, show
 from benchmarks.measure import Bench, Row
-from benchmarks.run import describe, line, write_rows
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.config.check import require
 from megatron_vilg.config.load import RUN_FILE, load_run_config
@@ -38,14 +37,6 @@ PEER = "adamw"
 DIRECTIONS = ("text_to_image", "image_to_text")
 
 
-@dataclass(slots=True)
-class Course:
-    """What one optimizer did: CPU seconds of each step, held-out cross-entropies (nats per token) by steps done."""
-
-    seconds: list[float] = field(default_factory=list)
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: {name: [] for name in DIRECTIONS})
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train all contenders and print rows; 2 if the run folder or an option does not fit."""
     words = sys.argv[1:] if arguments is None else list(arguments)
@@ -57,12 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VilgError as error:
         print(f"benchmarks/optimizers.py: {error}", file=sys.stderr)
         return 2
-    header = describe(bench.device, shlex.join(["python", "benchmarks/optimizers.py", *words]))
-    found = list(rows(courses))
-    for row in found:
-        print(line(row))
-    if options.json is not None:
-        write_rows(options.json, header, found)
+    show(bench, shlex.join(["python", "benchmarks/optimizers.py", *words]), list(rows(courses)), options.json)
     return 0
 
 
@@ -113,27 +99,19 @@ def compare(
             if step % every == 0:
                 result = engine.eval_step(measured)
                 for direction, value in zip(DIRECTIONS, (result.image_ce, result.text_ce), strict=True):
-                    courses[name].curves[direction].append((step, float(value)))
+                    courses[name].note(direction, step, float(value))
     return courses
 
 
 def rows(courses: Mapping[str, Course]) -> Iterator[Row]:
     """Per contender: steps to the peer's last cross-entropy and the last ones, both directions; seconds per step."""
-    peer = courses[PEER]
+    peer = (PEER, courses[PEER])
     for name, course in courses.items():
         if name == PEER:
             continue
         for direction in DIRECTIONS:
-            end, bound = peer.curves[direction][-1]
-            reached = next((step for step, value in course.curves[direction] if value <= bound), None)
-            if reached is not None:  # otherwise there is no ratio, and the next row says by how much it was missed
-                metric = f"{name}: steps to {PEER}'s last {direction}, held out"
-                yield Row("O1", metric, reached, "steps", PEER, end, less_is_better=True)
-            metric = f"{name}: {direction} after {end} steps, held out"
-            yield Row("O1", metric, course.curves[direction][-1][1], "nats/token", PEER, bound, less_is_better=True)
-        both = {name: course.seconds, PEER: peer.seconds}
-        ours, theirs = (statistics.median(seconds) for seconds in both.values())
-        yield Row("O1", f"{name}: training step", ours, "CPU-seconds", PEER, theirs, less_is_better=True, rounds=both)
+            yield from rows_of_curve("O1", direction, "nats/token", course, peer, f"{name}: ")
+        yield row_of_seconds("O1", name, course, peer, f"{name}: ")
 
 
 if __name__ == "__main__":

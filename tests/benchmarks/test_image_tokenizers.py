@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.image_tokenizers import MEASURED, Course, main, rows
+from benchmarks.courses import Course
+from benchmarks.image_tokenizers import FEATURES, PIXELS, PSNR, main, rows
 from tests.train.vqgan_case import discs
 
 
 def course(values: list[float], seconds: float, psnr: float) -> Course:
     curve = list(enumerate(values, 1))
-    return Course([seconds] * len(values), {name: list(curve) for name in MEASURED}, psnr)
+    return Course([seconds] * len(values), {PIXELS: curve, FEATURES: curve, PSNR: [(len(values), psnr)]})
 
 
 def test_rows_count_steps_to_the_peers_end() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.optimizers import DIRECTIONS, Course, main, rows
+from benchmarks.courses import Course
+from benchmarks.optimizers import DIRECTIONS, main, rows
 from megatron_vilg.config.load import write_run_folder_config
 from megatron_vilg.config.schema import ParallelConfig
 from tests.tiny_run import write_tiny_run
