@@ -13,7 +13,7 @@ from benchmarks.run import describe, line, write_rows
 
 @dataclass(slots=True)
 class Course:
-    """CPU seconds of each step, and by name of a held-out figure (less is better) its values with the steps done."""
+    """CPU seconds of each step, and by name of a held-out figure its values with the steps done."""
 
     seconds: list[float] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class Course:
 
 
 def rows_of_curve(id: str, name: str, unit: str, ours: Course, peer: tuple[str, Course], prefix: str) -> Iterator[Row]:
-    """Steps to the peer's last value, and the last ones."""
+    """Steps to the last value of the peer, and the last ones; less is better."""
     peer_name, theirs = peer
     end, bound = theirs.curves[name][-1]
     reached = next((step for step, value in ours.curves[name] if value <= bound), None)
