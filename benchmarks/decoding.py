@@ -71,8 +71,7 @@ def samples_of_one_prompt(bench: Bench) -> Iterator[Row]:
 def _uncached(bench: Bench, model: ModelConfig, ours: float) -> Row:
     """dalle-pytorch as it comes: axial layers without a cache, so a token costs more the more stand before it.
 
-    A few tokens, each in the middle of an equal stretch of the picture, stand for all. The committed figure (302 times)
-    is older: it was measured on the last four, the dearest.
+    A few tokens, each in the middle of an equal stretch of the picture, stand for all.
     """
     generator = peers.dalle(model, axial=True).to(bench.device)
     pairs = random_pairs(model, NUM_PROMPTS, seed=3)

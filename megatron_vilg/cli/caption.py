@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--load", metavar="RUN_OR_FOLDER", type=Path, required=True, help="run or exported folder")
     parser.add_argument("--beam", metavar="N", type=int, default=1, help="captions kept in mind at a time (default: 1)")
     parser.add_argument(
-        "--length-penalty", metavar="X", type=float, default=1.0, help="beam search: higher favours longer captions"
+        "--length-penalty", metavar="X", type=float, help="beam search: higher favours longer captions (default: 1)"
     )
     parser.add_argument(
         "--candidates",
@@ -84,7 +85,7 @@ def _captions(args: argparse.Namespace, pipeline: Pipeline) -> list[str]:
         args.images,
         settings=sampling_from_args(args, GREEDY),
         beam=args.beam,
-        length_penalty=args.length_penalty,
+        length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
         seed=args.seed,
         max_batch=args.max_batch,
     )
@@ -118,6 +119,10 @@ def _check(args: argparse.Namespace, world: World) -> None:
     for flag, value in (("--beam", args.beam), ("--max-batch", args.max_batch)):
         if value < 1:
             problems.append(f"{flag}={value}: must be at least 1")
+    if args.length_penalty is not None and not math.isfinite(args.length_penalty):
+        problems.append(f"--length-penalty={args.length_penalty}: must be a finite number, such as 1")
+    if args.length_penalty is not None and args.beam <= 1:
+        problems.append(f"--length-penalty={args.length_penalty}: is of beam search. Works: beside --beam 5")
     names = ", ".join(_sampled(args))
     if args.beam > 1 and names:
         problems.append(f"--beam={args.beam}: beam search draws nothing at random, so it has no use for {names}")

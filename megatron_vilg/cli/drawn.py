@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vilg.cli.outputs import require_writable
-from megatron_vilg.cli.shares import Share, begin_share, finish_share
+from megatron_vilg.cli.shares import GRID_PROMPTS, Share, begin_share, finish_share
 from megatron_vilg.data.images import to_image
 from megatron_vilg.errors import ConfigError, MissingPackageError
 from megatron_vilg.evaluate.canvas import Canvas, font_file
@@ -79,8 +79,8 @@ class PictureFolder:
         with self._writing(record):  # also of a worker that had no prompts
             if self.share.count > 1:
                 return finish_share(self.out, self.share, self.prompts, self.entries, record, ids_sha256)
-            _save(grid_of_files(self.out, self.entries), self.out / GRID_FILE)
             write_record(self.out / RECORD_FILE, record | {"ids_sha256": ids_sha256, "prompts": self.entries})
+            _save(grid_of_files(self.out, self.entries[:GRID_PROMPTS]), self.out / GRID_FILE)
             return True
 
     @contextmanager

@@ -29,6 +29,16 @@ _log = get_logger(__name__)
 _CAPTIONS = "captions"
 _TABLE7 = "table7"
 _SECTION = "sample."
+_MEANT = {
+    _CAPTIONS: ("references", "candidates", "json"),
+    _TABLE7: ("load", "data", "out", "json", "max_prompts", "max_batch"),
+    "": ("load", "data", "out", "samples_per_prompt", "max_prompts", "seed", "max_batch"),
+}
+"""The options that each task reads; ``--device`` aside."""
+_DRAWS_ONE = ("rerank", "rerank_drawing_weight", "caption_candidates")
+"""Settings without meaning where one picture is drawn of each prompt and nothing captioned."""
+_KV_BYTES = 2**31
+"""Keys and values that may be kept at a time while drawing: the default of ``--max-batch``."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,9 +63,13 @@ def add_parser(subparsers: Any) -> None:
     )
     run_options.add_argument("--data", metavar="D", type=Path, help="the pairs that it was trained on")
     run_options.add_argument("--out", metavar="E", type=Path, help="folder for the report")
-    run_options.add_argument("--samples-per-prompt", metavar="N", type=_positive, default=1, help="judged; default 1")
+    run_options.add_argument("--samples-per-prompt", metavar="N", type=_positive, help="judged; default 1")
+    run_options.add_argument("--max-prompts", metavar="N", type=_positive, help="of each kind; default 160")
     run_options.add_argument(
-        "--max-prompts", metavar="N", type=_positive, default=160, help="of each kind; default 160"
+        "--max-batch",
+        metavar="N",
+        type=_positive,
+        help="pictures drawn or captioned at a time; default: those whose keys and values fit 2 GiB",
     )
     run_options.add_argument("--seed", metavar="S", type=int, help="what is looked at and drawn; default: train.seed")
     add_device_option(run_options)
@@ -68,10 +82,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Dispatch on the first word."""
-    if args.words[:1] == [_CAPTIONS]:
+    task = args.words[0] if args.words and args.words[0] in _MEANT else ""
+    _refuse_unused(args, task)
+    if task == _CAPTIONS:
         _need(args, f"evaluate {_CAPTIONS}", "references", "candidates")
         _score_captions(args)
-    elif args.words[:1] == [_TABLE7]:
+    elif task == _TABLE7:
         _need(args, f"evaluate {_TABLE7}", "load", "data", "json")
         _table7(args)
     else:
@@ -79,6 +95,19 @@ def run(args: argparse.Namespace) -> None:
         if len(args.load) > 1:
             raise ConfigError([f"--load: {len(args.load)} runs; only table7 takes several. Works: one run"])
         _report(args)
+
+
+def _refuse_unused(args: argparse.Namespace, task: str) -> None:
+    """Refuse what the task would not read."""
+    what = f"`vilg evaluate {task}`".replace(" `", "`")
+    works = ", ".join("--" + name.replace("_", "-") for name in _MEANT[task])
+    options = {name for names in _MEANT.values() for name in names} - set(_MEANT[task])
+    given = [name for name in sorted(options) if getattr(args, name) is not None]
+    problems = [f"--{name.replace('_', '-')}: {what} has no use for it. Works: {works}" for name in given]
+    if task == _CAPTIONS:
+        problems += [f"{word}: {what} reads two files and draws nothing; leave it out" for word in args.words[1:]]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _need(args: argparse.Namespace, what: str, *names: str) -> None:
@@ -132,6 +161,7 @@ def _measure(
 
     pipeline = Pipeline.load(args.load[0], device=device)
     config = _with_settings(pipeline.config, changed)
+    pipeline.max_batch = _max_batch(args, config)
     pairs, scenes = read_eval_set(
         args.data,
         config.image_tokenizer.image_size,
@@ -140,10 +170,9 @@ def _measure(
     )
     if (tokens := args.load[0] / TOKENS).is_dir():
         require_unseen(pairs, args.data, tokens, config.data.max_bad_share)
+    asked = {name: getattr(args, name) for name in ("seed", "samples_per_prompt", "max_prompts")}
     settings = EvaluationSettings(
-        seed=config.train.seed if args.seed is None else args.seed,
-        samples_per_prompt=args.samples_per_prompt,
-        max_prompts=args.max_prompts,
+        **{"seed": config.train.seed} | {name: value for name, value in asked.items() if value is not None}
     )
     network = load_feature_network(FEATURE_NETWORK) if pairs.labelled(range(len(pairs))) else None
     report = make_report(
@@ -167,13 +196,15 @@ def _table7(args: argparse.Namespace) -> None:
     from megatron_vilg.evaluate.curves import instrument_plots, read_metrics
     from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK
     from megatron_vilg.evaluate.frechet import FEATURE_SIDE
-    from megatron_vilg.evaluate.pairs import read_eval_set
+    from megatron_vilg.evaluate.pairs import read_eval_set, require_unseen
+    from megatron_vilg.evaluate.subject import EvaluationSettings
     from megatron_vilg.evaluate.table7 import measure_table7, role_of
     from megatron_vilg.evaluate.table7_report import write_table7, write_table7_page
     from megatron_vilg.generate.pipeline import Pipeline
     from megatron_vilg.models.features import load_feature_network
+    from megatron_vilg.train.stages import TOKENS
 
-    changed = _drawing_settings(args.words[1:])
+    changed = _drawing_settings(args.words[1:], without=_DRAWS_ONE)
     _require_places(args)
     runs = [Pipeline.load(path, device=chosen_device(args.device)) for path in args.load]
     config = _with_settings(runs[0].config, changed)
@@ -183,8 +214,13 @@ def _table7(args: argparse.Namespace) -> None:
         max_bad_share=config.data.max_bad_share,
         val_share=config.data.val_share,
     )
+    for path, run in zip(args.load, runs, strict=True):
+        run.max_batch = _max_batch(args, run.config)
+        if (tokens := path / TOKENS).is_dir():
+            require_unseen(pairs, args.data, tokens, config.data.max_bad_share)
     network = load_feature_network(FEATURE_NETWORK)
-    table = measure_table7(runs, pairs, network, max_pairs=args.max_prompts, settings=config.sample)
+    max_pairs = args.max_prompts or EvaluationSettings().max_prompts
+    table = measure_table7(runs, pairs, network, max_pairs=max_pairs, settings=config.sample)
     table.figures |= {
         "network": f"{FEATURE_NETWORK}, last layer, mean over positions (1280 numbers), pictures at {FEATURE_SIDE} px",
         "drawing_settings": dataclasses.asdict(config.sample),
@@ -204,21 +240,41 @@ def _table7(args: argparse.Namespace) -> None:
     _log.info("table 7: %s", args.json)
 
 
+def _max_batch(args: argparse.Namespace, config: RunConfig) -> int:
+    """Pictures at a time: as asked for, or what fits with the run's guidance."""
+    from megatron_vilg.generate.cache import pictures_within
+    from megatron_vilg.ops.sampling import part_weights
+
+    rows = 2 + sum(1 for weight in part_weights(config.sample) if weight)
+    return int(args.max_batch or pictures_within(config.model, _KV_BYTES, rows=rows))
+
+
 def _require_places(args: argparse.Namespace) -> None:
     require_json_place(args.json)
     if args.out is not None:
         require_writable(args.out, f"--out={args.out}")
 
 
-def _drawing_settings(words: list[str]) -> dict[str, Any]:
-    """Fields of ``SampleConfig`` that ``sample.option=value`` give; other words are refused."""
+def _drawing_settings(words: list[str], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Fields of ``SampleConfig`` that ``sample.option=value`` give; other words and those ``without`` are refused."""
     from megatron_vilg.config.load import load_run_config
     from megatron_vilg.config.options import all_options
 
-    known = ", ".join(name for name in all_options() if name.startswith(_SECTION))
-    wrong = [word for word in words if not word.startswith(_SECTION)]
+    can = [name for name in all_options() if name.startswith(_SECTION) and name.removeprefix(_SECTION) not in without]
+    known = ", ".join(can)
+    unused = {_SECTION + name for name in without}
+    wrong = [
+        f"{word}: of a trained run only drawing can be changed. Works: {known}."
+        for word in words
+        if not word.startswith(_SECTION)
+    ]
+    wrong += [
+        f"{word}: here one picture is drawn of each prompt and none captioned, so it has no effect. Works: {known}."
+        for word in words
+        if word.partition("=")[0] in unused
+    ]
     if wrong:
-        raise ConfigError([f"{word}: of a trained run only drawing can be changed. Works: {known}." for word in wrong])
+        raise ConfigError(wrong)
     given = load_run_config(overrides=words).sample
     names = {word.removeprefix(_SECTION).partition("=")[0] for word in words}
     return {name: getattr(given, name) for name in names}

@@ -17,7 +17,7 @@ from megatron_vilg.cli.sampling import (
     require_none,
     sampling_from_args,
 )
-from megatron_vilg.cli.shares import Share, chosen_share
+from megatron_vilg.cli.shares import GRID_PROMPTS, Share, chosen_share
 from megatron_vilg.cli.tensor import add_tensor_option, generator_ranks, problems_of_tensor
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
@@ -42,7 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "generate",
         help="draw pictures from text",
         description="Draw pictures from text. Writes one PNG per picture, with --max-batch after every few batches, "
-        "and at the end grid.png with all of them and generate.json with everything that is needed to draw them again.",
+        "and at the end generate.json with everything that is needed to draw them again, and grid.png with the first "
+        f"{GRID_PROMPTS} prompts.",
         epilog='example: vilg generate --load runs/demo --prompt "水彩画的红苹果" -n 4 --out drawn',
     )
     parser.add_argument("--load", metavar="RUN_OR_FOLDER", type=Path, required=True, help="run or exported folder")
@@ -123,7 +124,8 @@ def _run_share(args: argparse.Namespace, prompts: list[str], share: Share, mesh:
     complete = folder.finish(record, digest.hexdigest())
     done = f"{len(own) * args.num_images} pictures in {args.out}"
     if share.count == 1:
-        print(f"{done}, all of them in {args.out / 'grid.png'}")
+        shown = "all of them" if len(prompts) <= GRID_PROMPTS else f"those of the first {GRID_PROMPTS} prompts"
+        print(f"{done}, {shown} in {args.out / 'grid.png'}")
     else:
         rest = "complete" if complete else "other workers are not done"
         print(f"worker {share.index} of {share.count}: {done}; {rest}")
@@ -134,7 +136,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompt_file is not None:
         try:
-            lines = args.prompt_file.read_text(encoding="utf-8-sig").splitlines()
+            lines = args.prompt_file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([f"--prompt-file={args.prompt_file}: cannot be read as UTF-8 text ({error})"]) from error
         prompts += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -21,7 +21,7 @@ PARTS = "parts"
 EARLIER = f"{PARTS}/earlier.json"
 """Where the record of an earlier call waits until the pictures of this one are complete."""
 GRID_PROMPTS = 64
-"""The grid of a shared call shows this many prompts."""
+"""A grid shows this many prompts at most: it is one picture, and has to fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +142,8 @@ def _join(out: Path, count: int, settings: dict[str, Any]) -> bool:
         if not path.name.endswith(f"-of-{count:05d}.json"):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
-    grid_of_files(out, entries[:GRID_PROMPTS]).save(out / f"{GRID_FILE}.{os.getpid()}.partial", "PNG")
-    os.replace(out / f"{GRID_FILE}.{os.getpid()}.partial", out / GRID_FILE)
     whole = settings | {"ids_sha256": [part["ids_sha256"] for part in parts], "prompts": entries}
     write_record(out / RECORD_FILE, whole)
+    grid_of_files(out, entries[:GRID_PROMPTS]).save(out / f"{GRID_FILE}.{os.getpid()}.partial", "PNG")
+    os.replace(out / f"{GRID_FILE}.{os.getpid()}.partial", out / GRID_FILE)
     return True

@@ -105,11 +105,17 @@ def _check_image_tokenizer(tokenizer: ImageTokenizerConfig) -> Iterable[str]:
         near = [size for size in (below, below + tokenizer.downsample) if size]
         rule = f"must be a multiple of {tokenizer.downsample}, the pixels per token of patch and channel_multipliers"
         yield _problem("image_tokenizer.image_size", tokenizer.image_size, rule, near)
-    widths = sorted({tokenizer.channels * m for m in tokenizer.channel_multipliers})
+    multipliers = tokenizer.channel_multipliers
+    # With channels between networks and codes the first convolution has a width of its own, as in taming-transformers.
+    first = {tokenizer.channels} if tokenizer.latent_channels else set()
+    widths = sorted(first | {tokenizer.channels * m for m in multipliers})
+    if not multipliers:
+        yield _problem("image_tokenizer.channel_multipliers", [], "there must be a level", "1,2, or any whole numbers")
+        return
     if tokenizer.kind == "vqgan" and any(width % tokenizer.norm_groups for width in widths):
         rule = f"must divide the channels of every level, {widths}"
         yield _problem("image_tokenizer.norm_groups", tokenizer.norm_groups, rule, _divisors(math.gcd(*widths)))
-    levels = len(tokenizer.channel_multipliers)
+    levels = len(multipliers)
     if max(tokenizer.attention_levels, default=0) >= levels:
         rule = f"there are {levels} levels, as many as image_tokenizer.channel_multipliers"
         yield _problem(
@@ -144,6 +150,10 @@ def _check_image_tokenizer_training(run: RunConfig) -> Iterable[str]:
     if training.critic_weight and run.image_tokenizer.image_size < CRITIC_PIXELS:
         rule = f"the critic needs pictures of at least {CRITIC_PIXELS} pixels (image_tokenizer.image_size)"
         yield _problem(f"{section}.critic_weight", training.critic_weight, rule, [0])
+    if training.perceptual_weight and not round(training.perceptual_share * training.batch_size):
+        rule = f"is not one picture of {section}.batch_size={training.batch_size}"
+        works = f"{1 / training.batch_size:.3g} to 1, or {section}.perceptual_weight=0"
+        yield _problem(f"{section}.perceptual_share", training.perceptual_share, rule, works)
     yield from _decays(f"{section}.betas", training.betas)
     yield from _below_one(f"{section}.weights_ema_decay", training.weights_ema_decay)
 
@@ -163,6 +173,9 @@ def _check_training(run: RunConfig) -> Iterable[str]:
     if run.data.target_view_fall and not run.data.target_view_probability:
         rule = "there is nothing to fall from with data.target_view_probability=0"
         yield _problem("data.target_view_fall", run.data.target_view_fall, rule, "0, or a probability above 0")
+    if 0 < run.train.rollback_factor <= 1:
+        rule = "losses at their own mean would already be above it"
+        yield _problem("train.rollback_factor", run.train.rollback_factor, rule, "0 (off), or above 1, such as 1.5")
     if not run.sample.top_p:
         yield _problem("sample.top_p", run.sample.top_p, "would keep no token at all", "above 0, up to 1")
 

@@ -23,8 +23,8 @@ class TextTokenizerConfig:
 class ImageTokenizerConfig:
     """Architecture of the image tokenizer (VQGAN: taming-transformers, with LlamaGen's l2-normalised codes).
 
-    A dVAE reads neither ``bottom_attention``, ``norm_groups``, ``l2_normalise``, ``codebook_update`` nor
-    ``commitment_weight``.
+    A dVAE reads neither ``bottom_attention``, ``attention_levels``, ``latent_channels``, ``norm_groups``,
+    ``l2_normalise``, ``codebook_update`` nor ``commitment_weight``.
     """
 
     kind: Literal["vqgan", "dvae"] = "vqgan"

@@ -58,7 +58,8 @@ class TextTokenizer:
             model = (folder / MODEL_FILE).read_bytes()
         except (OSError, ValueError) as error:
             raise DataError(
-                f"no text tokenizer at {str(folder)!r} ({error}). Train one: vilg data text-tokenizer DATA --out FOLDER"
+                f"no text tokenizer at {str(folder)!r} ({error}). "
+                "Train one: vilg data text-tokenizer --data DATA --out FOLDER"
             ) from error
         actual = hashlib.sha256(model).hexdigest()
         if actual != manifest.get("sha256"):

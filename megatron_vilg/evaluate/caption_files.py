@@ -103,11 +103,11 @@ def _import(module: str) -> Any:
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); needs a JSON object per line") from error
     entries = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # other line separators may stand in a JSON string
         if not line.strip():
             continue
         try:

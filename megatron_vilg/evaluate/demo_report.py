@@ -229,13 +229,14 @@ def _drawn_prompts(measurement: Measurement, kind: Kind, numbers: list[int]) -> 
         asked = [label for label in pairs.labels(numbers) for _ in range(each)]
         hits = measurement.judge(kind, drawn, asked)
         verdicts = list(zip(hits.concept.tolist(), hits.style.tolist(), strict=True))
+    rebuilt = measurement.rebuilt(numbers)
     samples = [Sample(to_image(picture), *verdict) for picture, verdict in zip(drawn, verdicts, strict=True)]
     return tuple(
         DrawnPrompt(
             prompt=pairs.pairs[number].caption,
             note=pairs.pairs[number].note,
             real=pairs.picture(number),
-            reconstruction=to_image(measurement.rebuilt[number]),
+            reconstruction=to_image(rebuilt[row]),
             samples=tuple(samples[row * each : (row + 1) * each]),
         )
         for row, number in enumerate(numbers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_vilg.evaluate.captions import CaptionScore, chance_score, longest_named, normalise, score_captions
 from megatron_vilg.evaluate.cross_entropy import TokenFrequencies, condition_test, count_tokens
 from megatron_vilg.evaluate.pairs import EvalPair, EvalSet, Kind
-from megatron_vilg.evaluate.reconstruction import codebook_use, reconstruct, score_reconstruction
+from megatron_vilg.evaluate.reconstruction import codebook_use, decode, encode, mean_score, score_reconstruction
 from megatron_vilg.evaluate.retrieval import FEW_CONCEPTS, Activations, Gallery, Hits, Label, picture_features
 from megatron_vilg.evaluate.statistics import sample_indices, wilson_interval
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
@@ -22,6 +22,8 @@ from megatron_vilg.ops.sampling import keep_best
 log = get_logger(__name__)
 _MIN_PAIRS = 2
 """Fewer pairs of a kind cannot trade conditions; the kind is left out."""
+_BLOCK = 512
+"""Pictures that are floating-point numbers at a time; a data set's are kept as bytes."""
 
 
 class Measurement:
@@ -36,8 +38,9 @@ class Measurement:
             network: features that training never used; None leaves out concept and style.
         """
         self.subject, self.pairs, self.network, self.settings = subject, pairs, network, settings
-        every = list(range(len(pairs)))
-        self.codes, self.rebuilt = reconstruct(subject.image_tokenizer, pairs.pixels(every))
+        self.codes = torch.cat(
+            [encode(subject.image_tokenizer, pairs.pixels(part)) for part in _blocks(range(len(pairs)))]
+        )
         self.kinds = [kind for kind in Kind if len(pairs.of_kind(kind)) >= _MIN_PAIRS]
         self.chosen = {
             kind: sample_indices(pairs.of_kind(kind), settings.max_prompts, settings.seed) for kind in self.kinds
@@ -85,6 +88,10 @@ class Measurement:
             return pipeline.caption_of_candidates(self.codes[numbers], candidates, seed=self.settings.seed)
         return pipeline.caption(self.codes[numbers])
 
+    def rebuilt(self, numbers: list[int]) -> Tensor:
+        """Pictures of pairs, sent through the image tokenizer: float32 [len(numbers), 3, S, S] in [-1, 1]."""
+        return decode(self.subject.image_tokenizer, self.codes[numbers])
+
     def draw(self, numbers: list[int], num_images: int, seed: int) -> tuple[Tensor, Tensor | None]:
         """Draw the pairs' captions: ``num_images`` of each, the best of several as the run's ``sample`` says.
 
@@ -127,7 +134,7 @@ class Measurement:
                     found[name][kind.value]["not_reranked"] = right.float().mean().item()
             if kind != Kind.NEW_CONCEPT:
                 chances.append((len(asked), *self.galleries[kind].chance(asked)))
-                real = self.judge(kind, self.rebuilt[numbers], asked)
+                real = self.judge(kind, self.rebuilt(numbers), asked)
                 ceilings.append(torch.stack([real.concept, real.style]).float())
             log.info("drawings, %s: %s", kind.value, _short({name: part[kind.value] for name, part in found.items()}))
         weight = sum(count for count, _, _ in chances)
@@ -142,9 +149,11 @@ class Measurement:
         """Errors of the image tokenizer on trained pictures, and by kind on the others."""
         scores = {}
         for kind in self.kinds:
-            numbers = self.pairs.of_kind(kind)
-            score = score_reconstruction(self.pairs.pixels(numbers), self.rebuilt[numbers])
-            scores[kind] = dataclasses.asdict(score)
+            parts = [
+                score_reconstruction(self.pairs.pixels(part), self.rebuilt(part))
+                for part in _blocks(self.pairs.of_kind(kind))
+            ]
+            scores[kind] = dataclasses.asdict(mean_score(parts))
         trained = scores.pop(Kind.TRAINED)
         return trained | {kind.value: score for kind, score in scores.items()}
 
@@ -159,7 +168,8 @@ class Measurement:
         kinds = [kind for kind in self.kinds if len(self.pairs.labelled(self.chosen[kind])) >= _MIN_PAIRS]
         if Kind.TRAINED not in kinds:
             return {}
-        features = picture_features(network, self.pairs.pixels(labelled))
+        parts = [picture_features(network, self.pairs.pixels(part)) for part in _blocks(labelled)]
+        features = [torch.cat(blocks) for blocks in zip(*parts, strict=True)]
         known = [place for place, n in enumerate(labelled) if self.pairs.pairs[n].kind != Kind.NEW_CONCEPT]
         common = Gallery([part[known] for part in features], self.pairs.labels([labelled[place] for place in known]))
         galleries: dict[Kind, Gallery] = {kind: common for kind in kinds if kind != Kind.NEW_CONCEPT}
@@ -206,6 +216,12 @@ class Measurement:
             return sum(hits) / len(hits)
 
         return {"concept": share(lambda pair: pair.concept_name), "style": share(lambda pair: pair.style_name)}
+
+
+def _blocks(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """``numbers`` in order, ``_BLOCK`` at a time."""
+    for first in range(0, len(numbers), _BLOCK):
+        yield list(numbers[first : first + _BLOCK])
 
 
 def _by_figure(hits: Hits) -> dict[str, Tensor]:

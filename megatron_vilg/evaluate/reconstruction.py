@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
+
+_PICTURES_AT_A_TIME = 64
+"""Through the networks of the image tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +27,39 @@ class ReconstructionScore:
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: ImageTokenizer, pixels: Tensor, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Send pictures through the codes and back.
+def encode(tokenizer: ImageTokenizer, pixels: Tensor) -> Tensor:
+    """Codes of pictures, a few at a time.
 
     Args:
         pixels: float32 [B, 3, S, S] in [-1, 1].
 
     Returns:
-        ids int64 [B, N], and pixels float32 [B, 3, S, S] clamped to [-1, 1]; both on the CPU, wherever the
-        tokenizer is.
+        int64 [B, N] on the CPU, wherever the tokenizer is.
     """
-    ids, pictures = [], []
-    for block in pixels.split(batch_size):
-        codes = tokenizer.encode(block.to(tokenizer.codebook.device))
-        ids.append(codes.cpu())
-        pictures.append(tokenizer.decode(tokenizer.lookup(codes)).float().clamp(-1.0, 1.0).cpu())
-    return torch.cat(ids), torch.cat(pictures)
+    return torch.cat(
+        [tokenizer.encode(block.to(tokenizer.codebook.device)).cpu() for block in pixels.split(_PICTURES_AT_A_TIME)]
+    )
+
+
+@torch.no_grad()
+def decode(tokenizer: ImageTokenizer, ids: Tensor) -> Tensor:
+    """Pictures of codes [B, N], a few at a time: float32 [B, 3, S, S] clamped to [-1, 1], on the CPU."""
+    return torch.cat(
+        [
+            tokenizer.decode(tokenizer.lookup(block.to(tokenizer.codebook.device))).float().clamp(-1.0, 1.0).cpu()
+            for block in ids.split(_PICTURES_AT_A_TIME)
+        ]
+    )
+
+
+def mean_score(scores: Sequence[ReconstructionScore]) -> ReconstructionScore:
+    """The score of all pictures from those of some parts of them."""
+    count = sum(score.count for score in scores)
+    return ReconstructionScore(
+        l1=sum(score.l1 * score.count for score in scores) / count,
+        psnr=sum(score.psnr * score.count for score in scores) / count,
+        count=count,
+    )
 
 
 def score_reconstruction(pixels: Tensor, reconstructed: Tensor) -> ReconstructionScore:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vilg.data.scenes import check_scene
 from megatron_vilg.evaluate.pairs import EvalSet, Kind
-from megatron_vilg.evaluate.reconstruction import reconstruct
+from megatron_vilg.evaluate.reconstruction import decode, encode
 from megatron_vilg.evaluate.statistics import derangement, sample_indices, wilson_interval
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
 from megatron_vilg.ops.sampling import keep_best
@@ -40,7 +40,8 @@ def measure_scenes(subject: Subject, scenes: EvalSet, settings: EvaluationSettin
             found[kind.value] = _drawn(subject, scenes, numbers, settings.seed)
             chosen += numbers
     specs, real = [scenes.pairs[number].scene for number in chosen], scenes.pixels(chosen)
-    found["ceiling"] = _plain(_checked(reconstruct(subject.image_tokenizer, real)[1], specs))
+    rebuilt = decode(subject.image_tokenizer, encode(subject.image_tokenizer, real))
+    found["ceiling"] = _plain(_checked(rebuilt, specs))
     shuffled: list[dict[str, bool]] = []
     if len(chosen) > 1:
         for shuffle in range(_SHUFFLES):

@@ -17,7 +17,7 @@ from megatron_vilg.config.schema import RunConfig, SampleConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.evaluate.frechet import Gaussian, features_of, frechet_distance
 from megatron_vilg.evaluate.pairs import EvalSet, Kind
-from megatron_vilg.evaluate.reconstruction import reconstruct, score_reconstruction, structural_similarity
+from megatron_vilg.evaluate.reconstruction import encode, score_reconstruction, structural_similarity
 from megatron_vilg.evaluate.statistics import mean_interval, sample_indices
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.features import FeatureNetwork
@@ -184,7 +184,7 @@ def _decoded(
     codes = {
         role: run.draw_ids(prompts, num_images=1, settings=settings, seed=seed).cpu() for role, run in part.items()
     }
-    codes["gold"] = reconstruct(part[JOINT].image_tokenizer, real)[0][:, None]
+    codes["gold"] = encode(part[JOINT].image_tokenizer, real)[:, None]
     found = {}
     for row in ROWS:
         ids = codes[row.codes]

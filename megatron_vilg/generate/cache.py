@@ -154,6 +154,15 @@ def kv_elements_stored(config: ModelConfig, *, num_targets: int = 1, kind: Cache
     return 2 * config.width * slots
 
 
+def pictures_within(config: ModelConfig, num_bytes: int, *, rows: int = 1) -> int:
+    """How many pictures, of prompts of their own and in fp32, keep their keys and values in ``num_bytes``: at least 1.
+
+    Args:
+        rows: what is drawn with guidance has one for each condition, and one without.
+    """
+    return max(1, num_bytes // (4 * rows * kv_elements_stored(config)))
+
+
 def _layouts(config: ModelConfig, kind: CacheKind) -> list[CacheLayout]:
     """Of every layer, for pictures."""
     rules = (

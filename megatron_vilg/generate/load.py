@@ -23,7 +23,7 @@ from megatron_vilg.log import get_logger
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.attention import choose_implementation
+from megatron_vilg.ops.attention import Implementation, choose_implementation
 from megatron_vilg.parallel.decoding import cut_for_decoding
 from megatron_vilg.parallel.mesh import Mesh
 
@@ -160,7 +160,7 @@ def _check_ranks(model: ModelConfig, ranks: int) -> None:
 
 
 def _load_model(source: Path, config: RunConfig, device: torch.device, mesh: Mesh, in_bf16: bool) -> ViLG:
-    implementation, reason = choose_implementation(config.ops.attention, config.model.image_side, device)
+    implementation, reason = _implementation(config, device)
     log.info("attention over whole rows: %s (%s); decoding: one cache per pattern", implementation, reason)
     with torch.device("meta"):
         model = ViLG(config.model, implementation)
@@ -181,6 +181,16 @@ def _load_model(source: Path, config: RunConfig, device: torch.device, mesh: Mes
         except RuntimeError as error:
             raise CheckpointError(f"{source}: weights do not fit the configuration beside them: {error}") from error
     return model.requires_grad_(False).eval()
+
+
+def _implementation(config: RunConfig, device: torch.device) -> tuple[Implementation, str]:
+    """What the run was trained with, or where that does not run, what ``auto`` takes: results are the same."""
+    side = config.model.image_side
+    try:
+        return choose_implementation(config.ops.attention, side, device)
+    except ConfigError as error:
+        implementation, reason = choose_implementation("auto", side, device)
+        return implementation, f"{reason}; the run's {str(error).splitlines()[-1].strip()}"
 
 
 def _load_share(source: Path, model: ViLG, mesh: Mesh) -> None:

@@ -42,7 +42,7 @@ NO_RECONSTRUCTOR = (
 _DECODE_BATCH = 64
 """Pictures that pass the image tokenizer at a time."""
 _SCORE_BATCH = 128
-"""Pairs scored at a time where the caller names no limit: logits of all codes are kept for that many."""
+"""Most pairs scored at a time: logits of all codes are kept for that many."""
 
 
 class Pipeline:
@@ -56,6 +56,8 @@ class Pipeline:
         step: optimizer steps behind the weights.
         precision: arithmetic of the generator's matrix products; ``load`` makes weights ready for it.
         mesh: the ranks that share the generator along ``tp``, which make the same calls; None: this process has it all.
+        max_batch: pictures drawn or captioned at a time where a call names no number; None: all. It changes nothing but
+            memory.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Pipeline:
         step: int = 0,
         precision: Precision = "fp32",
         mesh: Mesh | None = None,
+        max_batch: int | None = None,
     ) -> None:
         self.model = model
         self.text_tokenizer = text_tokenizer
@@ -77,6 +80,7 @@ class Pipeline:
         self.precision = precision
         self.device = next(model.parameters()).device
         self.mesh = mesh or Mesh(self.device)
+        self.max_batch = max_batch
 
     @classmethod
     def load(
@@ -149,16 +153,10 @@ class Pipeline:
         settings = settings or self.config.sample
         with self._arithmetic():
             return draw_ids(
-                self.model,
-                self.encode_with_parts(prompts, settings),
-                settings,
-                num_images=num_images,
-                seed=seed,
-                max_batch=max_batch,
-                image_prefix=image_prefix,
-                first_prompt=first_prompt,
-                progress=progress,
-            )
+                self.model, self.encode_with_parts(prompts, settings), settings,
+                num_images=num_images, seed=seed, max_batch=max_batch or self.max_batch,
+                image_prefix=image_prefix, first_prompt=first_prompt, progress=progress,
+            )  # fmt: skip
 
     def draw_pixels(
         self,
@@ -183,7 +181,9 @@ class Pipeline:
         pixels = torch.empty(len(prompts), num_images, 3, size, size)
         done, total = 0, len(prompts) * num_images * codes
         decoding = WorkBehind(self.device)
-        for batch in batches(len(prompts), num_images, max_batch or max(1, len(prompts) * num_images)):
+        for batch in batches(
+            len(prompts), num_images, max_batch or self.max_batch or max(1, len(prompts) * num_images)
+        ):
 
             def count(pictures: int = len(batch.pictures)) -> None:
                 nonlocal done
@@ -291,7 +291,7 @@ class Pipeline:
                 beam=beam,
                 length_penalty=length_penalty,
                 seed=seed,
-                max_batch=max_batch,
+                max_batch=max_batch or self.max_batch,
                 first_picture=first_picture,
             )
 
@@ -319,7 +319,7 @@ class Pipeline:
         text_ids, text_len = self.encode_prompts(prompts, warn=False)
         with self._arithmetic():
             return rerank.caption_log_likelihood(
-                self.model, ids.to(self.device), text_ids, text_len, max_batch=max_batch
+                self.model, ids.to(self.device), text_ids, text_len, max_batch=max_batch or self.max_batch
             )
 
     def score(
@@ -335,7 +335,7 @@ class Pipeline:
                 text_ids.repeat_interleave(each, dim=0),
                 text_len.repeat_interleave(each, dim=0),
                 drawing_weight=drawing_weight,
-                max_batch=max_batch or _SCORE_BATCH,
+                max_batch=self._score_batch(max_batch),
             ).view(ids.shape[:2])
 
     def caption_of_candidates(
@@ -350,9 +350,14 @@ class Pipeline:
         """One caption for each picture (or row of codes [B, N]). See ``candidates.caption_of_candidates``."""
         ids = images.to(self.device) if isinstance(images, Tensor) else self.encode_images(images)
         return caption_of_candidates(
-            self, ids, candidates, seed=seed, max_batch=max_batch, score_batch=max_batch or _SCORE_BATCH,
+            self,
+            ids,
+            candidates,
+            seed=seed,
+            max_batch=max_batch,
+            score_batch=self._score_batch(max_batch),
             first_picture=first_picture,
-        )  # fmt: skip
+        )
 
     def draw_candidates(
         self,
@@ -374,15 +379,9 @@ class Pipeline:
         """
         settings = settings or self.config.sample
         ids = self.draw_ids(
-            prompts,
-            num_images=max(settings.rerank, num_images),
-            settings=settings,
-            seed=seed,
-            max_batch=max_batch,
-            image_prefix=image_prefix,
-            first_prompt=first_prompt,
-            progress=progress,
-        )
+            prompts, num_images=max(settings.rerank, num_images), settings=settings, seed=seed,
+            max_batch=max_batch, image_prefix=image_prefix, first_prompt=first_prompt, progress=progress,
+        )  # fmt: skip
         if not settings.rerank or not prompts:
             return ids, None
         return ids, self.score(ids, prompts, drawing_weight=settings.rerank_drawing_weight, max_batch=max_batch)
@@ -390,6 +389,9 @@ class Pipeline:
     def draw_best_ids(self, prompts: Sequence[str], *, num_images: int, **options: Any) -> tuple[Tensor, Tensor | None]:
         """``draw_candidates`` with its options, of which the best ``num_images`` are kept, best first."""
         return keep_best(*self.draw_candidates(prompts, num_images=num_images, **options), num_images)
+
+    def _score_batch(self, max_batch: int | None) -> int:
+        return min(max_batch or self.max_batch or _SCORE_BATCH, _SCORE_BATCH)
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:

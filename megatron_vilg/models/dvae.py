@@ -107,8 +107,8 @@ class DVAE(nn.Module):
     """The tokenizer of the paper's end-to-end ablation (section 5) behind :class:`ImageTokenizer`.
 
     S = image_size, N = grid_side ** 2, K codes of size C. Of :class:`ImageTokenizerConfig` it does not use
-    ``bottom_attention``, ``norm_groups`` (it has no norms), ``l2_normalise``, ``codebook_update`` and
-    ``commitment_weight``.
+    ``bottom_attention``, ``attention_levels``, ``latent_channels``, ``norm_groups`` (it has no norms),
+    ``l2_normalise``, ``codebook_update`` and ``commitment_weight``.
     """
 
     use: Tensor

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from megatron_vilg.config.schema import SampleConfig
 
+_COLDEST = 1e-30
+"""A lower temperature is none: logits divided by it may overflow, and the likeliest token is certain long before."""
+
 
 def sample_uniforms(seed: int, streams: Sequence[tuple[int, int]], count: int) -> Tensor:
     """Random numbers in [0, 1) for samples named (prompt, sample): float32 [len(streams), count], on the CPU."""
@@ -82,13 +85,14 @@ def sample(logits: Tensor, settings: SampleConfig, uniform: Tensor) -> Tensor:
 
     Args:
         logits: [B, V].
-        settings: temperature 0 takes the likeliest token; ``guidance`` is not this function's business.
+        settings: temperature 0 (or one below 1e-30) takes the likeliest token; ``guidance`` is not this function's
+            business.
         uniform: float32 [B] in [0, 1).
 
     Returns:
         int64 [B].
     """
-    if settings.temperature == 0.0:
+    if settings.temperature < _COLDEST:
         return logits.argmax(dim=-1)
     scaled = logits.float() / settings.temperature
     order: Tensor | None = None

@@ -64,6 +64,8 @@ def test_sampling_follows_the_seed(run_folder: Path, pictures: list[str], capsys
     [
         (["--question", "什么颜色？"], "--question=什么颜色？: needs a generator trained on questions"),
         (["--beam", "0"], "--beam=0: must be at least 1"),
+        (["--beam", "2", "--length-penalty", "nan"], "--length-penalty=nan: must be a finite number, such as 1"),
+        (["--length-penalty", "2"], "--length-penalty=2.0: is of beam search. Works: beside --beam 5"),
         (["--candidates", "-1"], "--candidates=-1: must be at least 0, which is greedy decoding"),
         (
             ["--candidates", "4", "--beam", "2"],

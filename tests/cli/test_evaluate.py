@@ -44,6 +44,35 @@ def test_a_run_is_evaluated(run_folder: Path, data: Path, tmp_path: Path) -> Non
         assert all(value > 0 for value in report["ce"][direction].values())
 
 
+def test_how_much_is_drawn_at_a_time_changes_nothing(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "--load", str(run_folder), "--data", str(data), "--max-prompts", "3", "sample.rerank=2"]
+    assert main([*command, "--out", str(tmp_path / "all")]) == 0
+    assert main([*command, "--out", str(tmp_path / "one"), "--max-batch", "1"]) == 0
+    one, every = (json.loads((tmp_path / name / "report.json").read_text("utf-8")) for name in ("one", "all"))
+    assert one | {"seconds": 0} == every | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--json", "x.json"], "--json: `vilg evaluate` has no use for it. Works: --load, --data, --out"),
+        (["--references", "r", "--candidates", "c"], "--candidates: `vilg evaluate` has no use for it"),
+        (["table7", "--seed", "3"], "--seed: `vilg evaluate table7` has no use for it. Works: --load, --data"),
+        (["table7", "--samples-per-prompt", "3"], "--samples-per-prompt: `vilg evaluate table7` has no use for it"),
+        (["captions", "--out", "x"], "--out: `vilg evaluate captions` has no use for it. Works: --references"),
+        (["captions", "sample.top_k=2"], "sample.top_k=2: `vilg evaluate captions` reads two files and draws nothing"),
+        (
+            ["table7", "--load", "x", "--data", "x", "--json", "x", "sample.rerank=4"],
+            "sample.rerank=4: here one picture is drawn of each prompt and none captioned, so it has no effect. Works: "
+            "sample.temperature",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", *words]) == EXIT_ERROR
+    assert message in capsys.readouterr().err
+
+
 def test_only_drawing_can_be_changed(run_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", "--load", str(run_folder), "--data", str(data), "--out", "nowhere"]
     assert main([*command, "model.width=3"]) == EXIT_ERROR
@@ -72,8 +101,11 @@ def test_a_file_of_scores_that_cannot_be_written_is_named_first(
 ) -> None:
     (tmp_path / "file").write_text("")
     missing = str(tmp_path / "missing")
-    inputs = ["--references", missing, "--candidates", missing, "--load", missing, "--data", missing]
-    assert main(["evaluate", task, *inputs, "--json", str(tmp_path / "file" / "scores.json")]) == EXIT_ERROR
+    inputs = {
+        "captions": ["--references", missing, "--candidates", missing],
+        "table7": ["--load", missing, "--data", missing],
+    }
+    assert main(["evaluate", task, *inputs[task], "--json", str(tmp_path / "file" / "scores.json")]) == EXIT_ERROR
     assert "scores.json: cannot be written" in capsys.readouterr().err
 
 

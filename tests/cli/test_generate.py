@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vilg.checkpoint.export import save_model_folder
+from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.cli.main import main
+from megatron_vilg.config.load import dump_run_config, write_run_folder_config
 from megatron_vilg.config.schema import ReconstructorConfig, SampleConfig
 from megatron_vilg.evaluate import canvas
 from megatron_vilg.generate.pipeline import Pipeline
@@ -63,6 +67,40 @@ def test_pictures_grid_and_record(run_folder: Path, tmp_path: Path, capsys: pyte
     assert generate(run_folder, tmp_path / "drawn", "--prompt", "猫", "-n", "1") == 0
     left = sorted(path.name for path in (tmp_path / "drawn").iterdir())
     assert left == ["00000-00.png", "generate.json", "grid.png"]
+
+
+def test_a_grid_shows_the_first_prompts_only(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("drawn", "generate"):
+        monkeypatch.setattr(f"megatron_vilg.cli.{module}.GRID_PROMPTS", 2)
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:2]), encoding="utf-8")
+    assert generate(run_folder, tmp_path / "two", "--prompt-file", str(tmp_path / "prompts.txt"), "-n", "1") == 0
+    assert "all of them in" in capsys.readouterr().out
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:3]), encoding="utf-8")
+    assert generate(run_folder, tmp_path / "three", "--prompt-file", str(tmp_path / "prompts.txt"), "-n", "1") == 0
+    assert "those of the first 2 prompts in" in capsys.readouterr().out
+    assert len(record(tmp_path / "three")["prompts"]) == 3
+    assert np.array_equal(picture(tmp_path / "three" / "grid.png"), picture(tmp_path / "two" / "grid.png"))
+
+
+def test_a_run_of_another_kernel_can_be_drawn_from(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results do not depend on the kernel, so one that does not run here gives way to one that does."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    folder = tmp_path / "run"
+    run = write_tiny_run(folder, checkpoint=False)
+    trained = dataclasses.replace(run, ops=dataclasses.replace(run.ops, attention="triton"))
+    shutil.rmtree(folder / "export")
+    write_run_folder_config(trained, folder)
+    model = Pipeline.load(run_folder).model
+    manifest = Manifest(kind="pretrain", step=3, model=dataclasses.asdict(run.model))
+    extra = {name: folder / name for name in ("text_tokenizer", "image_tokenizer")}
+    save_model_folder(folder / "export", model.state_dict(), dump_run_config(trained), manifest, extra)
+    for source, out in ((folder, "triton"), (run_folder, "auto")):
+        assert generate(source, tmp_path / out, "--prompt", CAPTIONS[0], "-n", "1") == 0
+    assert record(tmp_path / "triton")["ids_sha256"] == record(tmp_path / "auto")["ids_sha256"]
 
 
 def test_grid_without_a_font_has_no_prompts(

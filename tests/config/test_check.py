@@ -150,6 +150,11 @@ RULES = [
         "data.target_view_fall=0.5: there is nothing to fall from with data.target_view_probability=0. "
         "Works: 0, or a probability above 0.",
     ),
+    (
+        ["train.rollback_factor=0.5"],
+        "train.rollback_factor=0.5: losses at their own mean would already be above it. Works: 0 (off), or above 1, "
+        "such as 1.5.",
+    ),
     (["sample.top_p=0"], "sample.top_p=0.0: would keep no token at all. Works: above 0, up to 1."),
     (
         ["train.batch_size=12", "parallel.num_microbatches=5"],

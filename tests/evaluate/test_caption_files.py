@@ -24,6 +24,13 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert read_candidates(candidates) == {"b": "猫", "1": "熊"}
 
 
+def test_marks_and_separators_of_other_programs_are_read(tmp_path: Path) -> None:
+    """A byte order mark before, lines that end as on Windows, and line separators inside a caption."""
+    line = json.dumps({"id": 1, "caption": "红\u2028苹果\u0085"}, ensure_ascii=False)
+    (tmp_path / "c.jsonl").write_bytes(f"\ufeff{line}\r\n".encode())
+    assert read_candidates(tmp_path / "c.jsonl") == {"1": "红\u2028苹果\u0085"}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.config.schema import ImageTokenizerConfig
-from megatron_vilg.evaluate.reconstruction import codebook_use, reconstruct, score_reconstruction
+from megatron_vilg.evaluate.reconstruction import codebook_use, decode, encode, mean_score, score_reconstruction
 
 
 class GreyLevels:
@@ -42,12 +42,22 @@ def test_psnr_is_the_mean_of_the_pictures_own_values() -> None:
     assert score_reconstruction(pixels, wrong).psnr == pytest.approx(30.0, abs=1e-3)
 
 
-def test_reconstruct_clamps_and_batches() -> None:
-    pixels = torch.linspace(-1, 1, 4)[:, None, None, None].expand(4, 3, 4, 4)
-    ids, pictures = reconstruct(GreyLevels(), pixels, batch_size=3)
-    assert ids.tolist() == [[level] * 16 for level in range(4)]
-    assert pictures.amax() == 1.0 and pictures.amin() == -1.0
+def test_decoded_pictures_are_clamped_and_come_in_batches() -> None:
+    pixels = torch.linspace(-1, 1, 4)[:, None, None, None].expand(4, 3, 4, 4).repeat(50, 1, 1, 1)
+    ids = encode(GreyLevels(), pixels)
+    pictures = decode(GreyLevels(), ids)
+    assert ids.tolist() == [[level] * 16 for level in range(4)] * 50
+    assert pictures.shape == pixels.shape and pictures.amax() == 1.0 and pictures.amin() == -1.0
     assert codebook_use(ids, 8) == 0.5
+
+
+def test_the_score_of_all_is_that_of_their_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels, wrong = (torch.rand(5, 3, 4, 4, generator=generator) * 2 - 1 for _ in range(2))
+    parts = [score_reconstruction(pixels[part], wrong[part]) for part in (slice(0, 3), slice(3, 5))]
+    whole, mean = score_reconstruction(pixels, wrong), mean_score(parts)
+    assert mean.count == 5
+    assert mean.l1 == pytest.approx(whole.l1, rel=1e-12) and mean.psnr == pytest.approx(whole.psnr, rel=1e-12)
 
 
 def test_shapes_must_agree() -> None:

@@ -47,6 +47,12 @@ def test_distribution_is_that_of_brute_force(
     torch.testing.assert_close(share.double(), expected_distribution(logits, config), atol=2.5 / steps, rtol=0)
 
 
+def test_no_temperature_is_too_low() -> None:
+    logits = torch.tensor([[1e4, 2e4, -3e4]])
+    for temperature in (1e-20, 1e-31, 1e-40):
+        assert sample(logits, SampleConfig(temperature=temperature), torch.tensor([0.5])).tolist() == [1]
+
+
 def test_zero_temperature_takes_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.0]])
     assert sample(logits, SampleConfig(temperature=0.0), torch.tensor([0.99, 0.99])).tolist() == [1, 0]
