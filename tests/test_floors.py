@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,3 +68,11 @@ def test_files_and_functions_stay_small(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_every_file_says_what_it_is_for(file: Path) -> None:
     assert ast.get_docstring(ast.parse(file.read_text()))
+
+
+def test_every_package_of_an_extra_is_used() -> None:
+    extras = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"deepspeed", "lean", "kernels", "eval"} <= extras.keys()
+    source = "\n".join(file.read_text() for file in FILES)
+    asked = [re.findall(r"^[\w-]+", need)[0] for name in extras.keys() - {"bench", "dev"} for need in extras[name]]
+    assert [package for package in asked if not re.search(rf"\b{package}\b", source)] == []
