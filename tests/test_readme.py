@@ -78,6 +78,15 @@ def test_every_option_and_file_named_exists(document: Path) -> None:
     assert missing == []
 
 
+def test_the_weights_of_z_loss_and_who_had_them_are_the_same_everywhere() -> None:
+    parity = (ROOT / "docs" / "paper-parity.md").read_text(encoding="utf-8")
+    row = r"`([\w-]+)`: `loss\.z_loss=(\S+)`, Chameleon's weight \(PaLM's is (\S+)\)"
+    ((preset, stated, palm),) = re.findall(row, parity)
+    assert load_run_config(preset).loss.z_loss == float(stated)
+    meaning = all_options()["loss.z_loss"].meaning
+    assert re.findall(r"(PaLM|Chameleon) (1e-\d)", meaning) == [("PaLM", palm), ("Chameleon", stated)]
+
+
 def test_the_quickstart_is_sound_shell() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "examples" / "quickstart.sh")], check=True)
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
