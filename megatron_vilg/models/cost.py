@@ -34,7 +34,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def is_hidden_matrix(name: str, ndim: int) -> bool:
     """Whether a parameter is a matrix inside a block, or a kernel inside an image tokenizer.
 
-    Neither a vector, nor an embedding or a head, nor the first or last convolution of an encoder or decoder.
+    Neither a vector, nor an embedding or a head, nor the first or last convolution of an encoder or decoder. The first
+    convolution of a dVAE's decoder is its codebook (``DVAEDecoder``), so its first block is hidden.
     """
     path = name.split(".")
     if path[0] in ("encoder", "decoder"):

@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from megatron_vilg.config.presets import PRESETS
+from megatron_vilg.config.schema import ImageTokenizerConfig
 from megatron_vilg.models.cost import (
     forward_flops,
+    is_hidden_matrix,
     kept_scores,
     layer_kinds,
     num_parameters,
     num_stack_parameters,
     parameter_shapes,
 )
+from megatron_vilg.models.tokenizers import build_image_tokenizer
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.linear import has_onednn
 from megatron_vilg.ops.rules import AttentionRule, full_length_mask, layer_patterns
@@ -56,6 +59,19 @@ def test_kept_scores_are_those_of_the_masks(side: int, direction: Direction, cha
         rule = AttentionRule(pattern, config.spec, config.conv_kernel, config.conv_wrap, config.image_to_text_row)
         mask = full_length_mask(rule, direction, torch.device("cpu"))[:used, :used]
         assert kept_scores(config, pattern, direction) == int(mask.sum())
+
+
+def test_hidden_kernels_of_a_tokenizer_are_all_but_the_first_and_the_last() -> None:
+    """The first of a dVAE's decoder is its codebook: ``decoder.0`` is a block, and its kernels are hidden ones."""
+    first = {"vqgan": {"encoder.1.weight", "decoder.0.weight"}, "dvae": {"encoder.1.weight", "code"}}
+    for kind, begins in first.items():
+        sizes = {"channels": 8, "channel_multipliers": (1, 2), "norm_groups": 2, "codebook_size": 16, "codebook_dim": 4}
+        with torch.device("meta"):
+            tokenizer = build_image_tokenizer(ImageTokenizerConfig(image_size=16, kind=kind, **sizes))
+        larger = {name: p.ndim for name, p in tokenizer.named_parameters() if p.ndim >= 2}
+        last = {f"encoder.{len(tokenizer.encoder) - 1}.weight", f"decoder.{len(tokenizer.decoder) - 2}.weight"}
+        assert {name for name, ndim in larger.items() if not is_hidden_matrix(name, ndim)} == begins | last
+        assert is_hidden_matrix("decoder.0.residual.1.weight", 4)
 
 
 def test_kinds_of_layers_are_those_of_the_rules() -> None:
