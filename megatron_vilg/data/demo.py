@@ -267,7 +267,8 @@ def _write_pairs(
 def _write_scenes(
     folder: Path, emoji: EmojiSet, pairs: Sequence[Pair], options: DemoOptions
 ) -> list[tuple[str, int, list[Path]]]:
-    held = {(pair.concept.hexcode, pair.style) for pair in pairs if pair.split != TRAIN}
+    held = {(pair.concept.hexcode, pair.style) for pair in pairs if pair.split == HELD_PAIRS}
+    held |= {(pair.concept.hexcode, style) for pair in pairs if pair.split == HELD_CONCEPTS for style in emoji.styles}
     writers = {"train": ShardWriter(folder, "train-scenes"), "val-scenes": ShardWriter(folder, "val-scenes")}
     scenes = draw_scenes(emoji, count=options.scenes, size=options.size, seed=options.seed, without=held)
     for number, scene in enumerate(tqdm(scenes, total=options.scenes, desc="scenes", unit="picture", disable=None)):
@@ -350,7 +351,7 @@ def _readme(manifest: dict[str, Any], options: DemoOptions) -> str:
         "train": "what a model may learn from",
         "val-pairs": "a concept and a style, each trained, but never together",
         "val-concepts": "concepts never trained, nor what looks like them by its name",
-        "val-scenes": "things in a number, size or place never trained together, on any ground",
+        "val-scenes": "things in a number, size or place never trained together, on any ground, named in any order",
     }
     counts = [f"| {split} | {count} | {kinds[split]} |" for split, count in manifest["pairs"].items()]
     return "\n".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,14 +114,15 @@ def draw_scenes(
 
     A scene whose own pixels do not confirm it (a white goose on white) is drawn again on another ground, so
     ``check_scene`` agrees with every scene that comes out. About a tenth of all combinations of things and number,
-    size or place is held out, whatever ground and style.
+    size or place is held out, whatever ground and style, and whichever of two things the caption names first.
 
     Args:
         emoji: sprites.
         count: how many scenes.
         size: side in pixels.
         seed: of the choices.
-        without: (hexcode, style) of the pictures that must not appear, because they are held out.
+        without: (hexcode, style) of the pictures that must not appear, because they are held out; nor do their
+            look-alikes, concepts of the same family, in that style.
 
     Raises:
         DataError: fewer than two countable emoji in a chosen style.
@@ -138,19 +139,30 @@ def draw_scenes(
         style: [n for n in nouns if emoji.has(n.concept, style) and (n.concept.hexcode, style) not in left_out]
         for style in emoji.styles
     }
-    poor = [style for style, pool in pools.items() if len(pool) < 2]
+    hidden = frozenset((by_hexcode[code].family, style) for code, style in left_out if code in by_hexcode)
+    shown = {style: [n for n in pool if (n.concept.family, style) not in hidden] for style, pool in pools.items()}
+    poor = [style for style, pool in shown.items() if len(pool) < 2]
     if poor:
         raise DataError(f"scenes: style {poor[0]} has fewer than two emoji that can be counted")
     for number in range(count):
-        yield _draw_scene(emoji, pools, size, random.Random(f"{seed}:{number}"))
+        yield _draw_scene(emoji, pools, hidden, size, random.Random(f"{seed}:{number}"))
 
 
-def _draw_scene(emoji: EmojiSet, pools: Mapping[str, list[_Noun]], size: int, rng: random.Random) -> Scene:
-    for _ in range(_TRIES):
+def _draw_scene(
+    emoji: EmojiSet, pools: Mapping[str, list[_Noun]], hidden: Container[tuple[str, str]], size: int, rng: random.Random
+) -> Scene:
+    """One scene of the nouns in ``pools`` whose (family, style) is not ``hidden``."""
+    tries = 0
+    while tries < _TRIES:
         style = rng.choice(emoji.styles)
         spec, text, sprites = _compose(pools[style], rng)
         spec["style"] = style
-        for background in rng.sample(list(BACKGROUNDS), len(BACKGROUNDS)):
+        grounds = rng.sample(list(BACKGROUNDS), len(BACKGROUNDS))
+        # Here and not by a shorter pool, which would change all other scenes of the style.
+        if any((concept.family, style) in hidden for concept, *_ in sprites):
+            continue
+        tries += 1
+        for background in grounds:
             spec["background"] = background
             image = Image.new("RGBA", (size, size), (*BACKGROUNDS[background], 255))
             for concept, left, top, share in sprites:
@@ -195,10 +207,7 @@ def _compose(
 def _finish(image: Image.Image, text: str, spec: dict[str, Any]) -> Scene:
     wordings = [w.format(scene=text, color=spec["background"]) for w in _GROUND_WORDINGS]
     styled = f"{wordings[0]}，{STYLES[spec['style']].zh}"
-    combination = repr(
-        [spec[name] for name in ("kind", "things", *(n for n in ("count", "size", "place") if n in spec))]
-    )
-    draw = int.from_bytes(hashlib.sha256(combination.encode()).digest()[:8], "big") / 2**64
+    draw = int.from_bytes(hashlib.sha256(_combination(spec).encode()).digest()[:8], "big") / 2**64
     return Scene(
         image=image,
         caption=wordings[0],
@@ -206,6 +215,18 @@ def _finish(image: Image.Image, text: str, spec: dict[str, Any]) -> Scene:
         spec=dict(spec),
         split="val-scenes" if draw < _HELD_SHARE else "train",
     )
+
+
+def _combination(spec: Mapping[str, Any]) -> str:
+    """What is held out as one: "B right of A" and "A left of B" are the same sprites in the same places."""
+    things, chosen = spec["things"], [spec[name] for name in ("count", "size") if name in spec]
+    if "place" in spec:
+        place, corners = spec["place"], _PLACES[spec["place"]]
+        if corners[0] > corners[1]:
+            things = things[::-1]
+            place = next(name for name, others in _PLACES.items() if others == corners[::-1])
+        chosen = [place]
+    return repr([spec["kind"], things, *chosen])
 
 
 def check_scene(pixels: Tensor, spec: Mapping[str, Any]) -> dict[str, bool]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,38 @@ def test_a_combination_is_in_one_split_whatever_its_ground(scenes: list[Scene]) 
     assert 0 < sum(scene.split == "val-scenes" for scene in scenes) < 40
 
 
+def placed(scene: Scene) -> tuple[str, ...]:
+    """The axis and the two things along it, from the left or from above."""
+    first, second = scene.spec["things"]
+    axis = "horizontal" if scene.spec["place"] in ("左边", "右边") else "vertical"
+    return (axis, first, second) if scene.spec["place"] in ("左边", "上方") else (axis, second, first)
+
+
+def test_the_same_picture_said_the_other_way_round_is_in_the_same_split(emoji: EmojiSet) -> None:
+    few = {"1f400", "1f402", "1f403", "1f404", "1f405", "1f407", "1f40c", "1f410"}
+    rest = {(concept.hexcode, style) for concept in emoji.concepts for style in emoji.styles} - {
+        (code, style) for code in few for style in emoji.styles
+    }
+    scenes = [s for s in draw_scenes(emoji, count=500, size=16, seed=0, without=rest) if "place" in s.spec]
+    found: dict[tuple[str, ...], set[tuple[str, str]]] = {}
+    for scene in scenes:
+        found.setdefault(placed(scene), set()).add((scene.spec["place"], scene.split))
+    both = [pairs for pairs in found.values() if len({place for place, _ in pairs}) == 2]
+    assert len(both) >= 20 and any(split == "val-scenes" for pairs in both for _, split in pairs)
+    assert all(len({split for _, split in pairs}) == 1 for pairs in found.values())
+
+
+def test_the_split_is_the_hash_of_what_stands_left_or_above(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        kind = scene.spec["kind"]
+        said = [kind, scene.spec["things"], scene.spec[kind]]
+        if kind == "place":
+            axis, *things = placed(scene)
+            said = [kind, things, "左边" if axis == "horizontal" else "上方"]
+        draw = int.from_bytes(hashlib.sha256(repr(said).encode()).digest()[:8], "big") / 2**64
+        assert scene.split == ("val-scenes" if draw < 0.1 else "train")
+
+
 def test_scenes_depend_on_seed_and_number(emoji: EmojiSet, scenes: list[Scene]) -> None:
     again = list(draw_scenes(emoji, count=5, size=48, seed=0))
     assert [s.spec for s in again] == [s.spec for s in scenes[:5]]
@@ -75,6 +108,20 @@ def test_held_out_pictures_are_left_out(emoji: EmojiSet) -> None:
     scenes = list(draw_scenes(emoji, count=60, size=32, seed=0, without={("1f402", "noto")}))
     used = {(thing, scene.spec["style"]) for scene in scenes for thing in scene.spec["things"]}
     assert ("1f402", "noto") not in used and ("1f402", "fluent-3d") in used
+
+
+def test_look_alikes_of_held_out_pictures_are_left_out_and_other_scenes_stay(emoji: EmojiSet) -> None:
+    def drawn(without: set[tuple[str, str]]) -> list[Scene]:
+        return list(draw_scenes(emoji, count=150, size=32, seed=0, without=without))
+
+    def shows(scene: Scene) -> bool:
+        return "1f405" in scene.spec["things"] and scene.spec["style"] == "noto"
+
+    before, after = drawn(set()), drawn({("1f42f", "noto")})  # the tiger's face; scenes know the tiger alone
+    assert any(map(shows, before)) and not any(map(shows, after))
+    assert any("1f405" in scene.spec["things"] for scene in after)
+    for one, other in zip(before, after, strict=True):
+        assert shows(one) or (one.spec, one.image.tobytes()) == (other.spec, other.image.tobytes())
 
 
 def test_an_empty_picture_has_a_ground_and_nothing_else() -> None:
@@ -103,7 +150,10 @@ def test_scenes_are_part_of_a_demo_set(tmp_path: Path) -> None:
         for split in ("val-concepts", "val-pairs")
         for r in read_records(tmp_path / "d", split)
     }
+    family = {concept.hexcode: concept.family for concept in EmojiSet(cache, options.styles).concepts}
+    look_alikes = {(family[code], style) for code, style in unseen}
     for record in train + held:
         spec = record.fields["scene"]
+        assert not look_alikes & {(family[thing], spec["style"]) for thing in spec["things"]}
         assert not unseen & {(thing, spec["style"]) for thing in spec["things"]}
         assert all(check_scene(to_tensor(record.decode()), spec).values())
