@@ -79,8 +79,8 @@ class OpsConfig:
 
     attention: Literal["auto", "dense", "sdpa", "fold", "flex", "triton"] = "auto"
     """``dense``: written-out scores; ``sdpa``: torch's fused kernel with a mask; ``fold``: blocks of image tokens with
-    their own few keys; ``flex``: FlexAttention (CPU: no training); ``triton``: our kernel (GPU). ``auto`` picks by
-    size and device."""
+    their own few keys (full layers: ``sdpa``); ``flex``: FlexAttention (CPU: no training); ``triton``: our kernel
+    (GPU). ``auto`` picks by size: ``dense`` below 16 x 16 tokens, else ``fold``."""
     compile: bool = False
     """Let torch's compiler fuse what is around attention in training. The first step then takes up to a minute."""
 

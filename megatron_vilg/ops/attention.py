@@ -17,23 +17,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vilg.errors import ConfigError
+from megatron_vilg.ops.attention_choice import Implementation, implementation_of
 from megatron_vilg.ops.fold import fold_attention, fold_bias
 from megatron_vilg.ops.fold_cpu import FoldRow, fold_attention_cpu, fold_rows
 from megatron_vilg.ops.fold_plan import fold_plan
 from megatron_vilg.ops.rules import AttentionRule, dense_mask, text_keys_used
 from megatron_vilg.sequence import Direction
-
-Implementation = Literal["dense", "sdpa", "fold", "flex", "triton"]
-
-FOLD_FROM_SIDE = 16
-"""Image side from which folding is faster than a dense mask (measured on CPU; see ``benchmarks/``)."""
 
 
 def choose_implementation(
@@ -49,17 +45,11 @@ def choose_implementation(
         ConfigError: what was asked for does not run on this device.
     """
     on_cpu = torch.device(device).type == "cpu"
-    if requested in get_args(Implementation):
-        if requested == "triton" and (problem := _triton_problem(on_cpu)):
-            raise ConfigError([f"ops.attention=triton: {problem}. Works here: fold"])
-        if requested == "flex" and on_cpu and training:
-            raise ConfigError(
-                ["ops.attention=flex: torch's FlexAttention has no backward pass on a CPU. Works here: fold"]
-            )
-        return cast(Implementation, requested), "asked for"
-    if image_side >= FOLD_FROM_SIDE:
-        return "fold", f"model.image_side={image_side} >= {FOLD_FROM_SIDE}"
-    return "dense", f"model.image_side={image_side} < {FOLD_FROM_SIDE}"
+    if requested == "triton" and (problem := _triton_problem(on_cpu)):
+        raise ConfigError([f"ops.attention=triton: {problem}. Works here: fold"])
+    if requested == "flex" and on_cpu and training:
+        raise ConfigError(["ops.attention=flex: torch's FlexAttention has no backward pass on a CPU. Works here: fold"])
+    return implementation_of(requested, image_side)
 
 
 def _triton_problem(on_cpu: bool) -> str:
