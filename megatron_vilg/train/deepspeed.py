@@ -154,7 +154,8 @@ class DeepSpeedEngine:
         targets = build_targets(batch, self.run.model.spec)
         counts = TokenCounts.of(targets, self.run.model.spec.num_image_tokens)
         totals = torch.zeros(3, device=self.mesh.device)
-        each = self.run.train.batch_size // self._size
+        # As many as in a micro-batch of training, so that measuring takes no more memory.
+        each = self.run.train.batch_size // (self._size * self.run.parallel.num_microbatches)
         for start in range(0, len(batch), each * self._size):
             # Every rank must take part in every round, so the last one is filled up with pairs that do not count.
             places = torch.arange(each, device=self.mesh.device) + start + each * self._rank

@@ -206,7 +206,7 @@ class NativeEngine:
 
     def _eval_rounds(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Which of ``count`` pairs this data rank takes in each round, as many as in training, and which of them are
-        no filling: int64 and bool [P]. One process takes all at once."""
+        no filling: int64 and bool [P]. One process has one round; each is cut into micro-batches (``Passes``)."""
         device, ranks = self.mesh.device, self.mesh.data_size
         size = self.run.train.batch_size // ranks if self.mesh.is_distributed else count
         for start in range(0, count, size * ranks):

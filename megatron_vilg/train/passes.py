@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class Passes:
-    """Runs this rank's parts of the model on a batch, cut into ``parallel.num_microbatches``.
+    """Runs this rank's parts of the model on pairs, cut into micro-batches of the size that training has.
+
+    Measurements are cut like training steps, so that they take no more memory.
 
     Args:
         run: resolved configuration; of it sizes of batches, precision, layout and the loss's options are read.
@@ -33,6 +35,7 @@ class Passes:
     def __init__(self, run: RunConfig, mesh: Mesh, parts: Sequence[ViLG], loss_of: LossOf, num_totals: int) -> None:
         self._run, self._mesh, self._parts = run, mesh, parts
         self._loss_of, self._num_totals = loss_of, num_totals
+        self._size = -(-run.train.batch_size // (mesh.data_size * run.parallel.num_microbatches))
         self._pipeline = self._build_pipeline() if run.parallel.pipeline > 1 else None
 
     def step(self, batch: PairBatch, targets: Tensor, more: Mapping[str, Tensor], *, backward: bool) -> Tensor:
@@ -50,9 +53,7 @@ class Passes:
             options = {"text_len": text_len, "targets": targets, **more}
             return self._pipeline.step((text_ids, image_ids), options, backward=backward)
         (model,) = self._parts
-        pieces = run.parallel.num_microbatches if backward else 1
-        size = -(-len(batch) // pieces)
-        totals = torch.zeros(self._num_totals, device=self._mesh.device)
+        size, totals = self._size, torch.zeros(self._num_totals, device=self._mesh.device)
         for start in range(0, len(batch), size):
             pairs, rows = slice(start, start + size), slice(2 * start, 2 * (start + size))
             if backward and self._mesh.is_distributed:

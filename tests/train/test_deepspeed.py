@@ -236,6 +236,17 @@ def test_the_whole_model_for_samples_is_the_trained_one() -> None:
     assert float(found) == pytest.approx(image_ce, abs=1e-5)
 
 
+def test_held_out_pairs_are_cut_like_a_training_step() -> None:
+    def passes(run: RunConfig) -> list[int]:
+        engine: Any = start(run)
+        pairs: list[int] = []
+        engine._engine.module.register_forward_pre_hook(lambda _, inputs: pairs.append(len(inputs[0]) // 2))
+        engine.eval_step(tiny_batch(run.model, BATCH + 1))
+        return pairs
+
+    assert run_distributed(passes, 2, run_of(parallel={"zero": 2, "num_microbatches": 2})) == [[2] * 3] * 2
+
+
 def test_attention_without_a_backward_pass_here_is_refused() -> None:
     run = run_of()
     with pytest.raises(AssertionError, match="ops.attention=flex: .*no backward pass on a CPU. Works here: fold"):
