@@ -200,16 +200,22 @@ class Checkpointer:
                 raise CheckpointError(f"rank {rank}: {failure}")
         return [result for _, result in answers]
 
-    def latest(self) -> Path | None:
+    def latest(self, until: int | None = None) -> Path | None:
         """The newest complete and undamaged checkpoint, or None if there is none at all.
 
-        It warns about each one that it passes over; ``save`` neither counts nor deletes those.
+        It warns about each one that it passes over; ``save`` neither counts nor deletes those. Ranks may see a shared
+        folder differently for a while: the main one looks, for all.
+
+        Args:
+            until: only of this step or one before it count; None: all.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be used. To start anew must be somebody's decision.
         """
         reasons = []
         for step in reversed(self._on_main(self._complete_steps)):
+            if until is not None and step > until:
+                continue
             path = self.path(step)
             try:
                 self._checked = (path, self._sound_manifest(path))

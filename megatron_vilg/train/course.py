@@ -87,21 +87,20 @@ class Course:
         """
         checkpointer.require_ours()
         checkpointer.finish()  # what is still being written counts
-        before = [step for step in checkpointer.steps() if step <= self.last_good]
-        if self.rollbacks >= self.options.max_rollbacks or not before:
-            why = "there is no checkpoint from before" if not before else f"after {self.rollbacks} rollbacks"
+        before = checkpointer.latest(self.last_good)
+        if self.rollbacks >= self.options.max_rollbacks or before is None:
+            why = "there is no checkpoint from before" if before is None else f"after {self.rollbacks} rollbacks"
             raise TrainingError(
                 f"train.rollback_factor={self.options.rollback_factor:g}: the losses rose above that multiple of their "
                 f"running mean after step {self.last_good}, {why}. Lower optim.lr, set model.qk_norm=true or "
                 "loss.z_loss=1e-5, look at log.instruments_every=20, or save checkpoints more often."
             )
-        later = [step for step in checkpointer.steps() if step > self.last_good]
-        mesh.any(False)  # all ranks have looked before one removes
         if mesh.is_main:
-            for step in later:
-                remove(checkpointer.path(step))
+            for step in checkpointer.steps():
+                if step > self.last_good:
+                    remove(checkpointer.path(step))
         mesh.any(False)
-        manifest = checkpointer.load(checkpointer.path(before[-1]), engine.state_dict(), expected=identity)
+        manifest = checkpointer.load(before, engine.state_dict(), expected=identity)
         self.skipped += engine.step - manifest.step
         self.rollbacks += 1
         log.warning(

@@ -105,9 +105,11 @@ def prepare(
         return _configuration(run, data, out, job.world)
 
     run, text = job.main_first("text", configured)
-    _train_image_tokenizer(run, data, out, device, job, require_ours)
-    if not (out / IMAGE_TOKENIZER).is_dir():  # a signal stopped its training
-        return None
+    everyone = Replicas.of_group()
+    if not _has_image_tokenizer(out, everyone):
+        _train_image_tokenizer(run, data, out, device, job, require_ours)
+        if not _has_image_tokenizer(out, everyone):  # a signal stopped its training
+            return None
     images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
 
     def encoded() -> Prepared:
@@ -157,14 +159,17 @@ def _pixels(run: RunConfig, data: Path, out: Path, cache: TokenCache, is_cache: 
         return write_pixel_cache(out / PIXELS, cache, records)
 
 
+def _has_image_tokenizer(out: Path, everyone: Replicas) -> bool:
+    """Whether ``out`` has a complete one. The main process looks for all: others may see a shared folder late."""
+    return bool(everyone.from_main(everyone.is_main and (out / IMAGE_TOKENIZER).is_dir()))
+
+
 def _train_image_tokenizer(
     run: RunConfig, data: Path, out: Path, device: torch.device | str, job: Job, require_ours: Callable[[], None]
 ) -> None:
-    """Nothing if it is there; else by all processes, or by the main one where its batches cannot be shared evenly."""
+    """By all processes, or by the main one where its batches cannot be shared evenly."""
 
     def train(replicas: Replicas) -> None:
-        if (out / IMAGE_TOKENIZER).is_dir():
-            return
         with timed(out, IMAGE_TOKENIZER) if job.world.is_main else nullcontext():
             pictures, held_out = read_train_and_held_out(
                 data,

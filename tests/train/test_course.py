@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import pytest
 import torch
 
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import read_manifest
-from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, RunConfig, TrainConfig
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
+from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import TrainingError
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel.mesh import Mesh, build_mesh
 from megatron_vilg.train.course import WATCHED, Course
 from megatron_vilg.train.metrics import MetricWriter
 from megatron_vilg.train.pretrain import pretrain
+from tests.helpers import run_distributed
 from tests.tiny import tiny_config, tiny_run
 from tests.train.token_caches import write_cache
 
@@ -134,3 +137,52 @@ def test_run_that_keeps_diverging_stops(tmp_path: Path, cache: TokenCache) -> No
         pretrain(run, cache, tmp_path / "a", on_sample=Poison(5, times=9))
     with pytest.raises(TrainingError, match="there is no checkpoint from before"):
         pretrain(run, cache, tmp_path / "b", on_sample=Poison(1))
+
+
+class Weights:
+    """An engine of three numbers."""
+
+    def __init__(self, step: int) -> None:
+        self.weights, self.step = torch.zeros(3), step
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"model": {"w": self.weights}}
+
+    def resume(self, step: int) -> None:
+        self.step = step
+
+
+def gone_back_late(folder: Path, saved: list[int]) -> tuple[int, float, int]:
+    """Step, weight and skipped batches of this rank after going back, where rank 1 does not see the newest folder."""
+    mesh = build_mesh(ParallelConfig(shard=2), "cpu")
+    checkpointer = Checkpointer(folder, CheckpointConfig(keep_last=9), mesh)
+    engine, course = Weights(9), Course(OPTIONS)
+    for step in saved:
+        engine.weights.fill_(step)
+        checkpointer.save(step, engine.state_dict(), Manifest(kind="test", step=step))
+    if not mesh.is_main:
+        seen = checkpointer.steps
+        checkpointer.steps = lambda: seen()[:-1]  # type: ignore[method-assign]
+    course.last_good = 6
+    course.go_back(engine, checkpointer, Manifest(kind="test"), mesh)  # type: ignore[arg-type]
+    return engine.step, float(engine.weights[0]), course.skipped
+
+
+@pytest.mark.parametrize("saved", [[2, 4], [4]])
+def test_ranks_that_see_a_shared_folder_late_go_back_to_the_same_step(tmp_path: Path, saved: list[int]) -> None:
+    assert run_distributed(gone_back_late, 2, tmp_path / "checkpoints", saved, timeout=60) == [(4, 4.0, 5)] * 2
+
+
+def test_a_damaged_checkpoint_is_no_place_to_go_back_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep_last=9))
+    engine, course = Weights(9), Course(OPTIONS)
+    for step in (2, 4, 8):
+        engine.weights.fill_(step)
+        checkpointer.save(step, engine.state_dict(), Manifest(kind="test", step=step))
+    (checkpointer.path(4) / ".metadata").unlink()
+    course.last_good = 6
+    with caplog.at_level(logging.WARNING, logger="megatron_vilg"):
+        course.go_back(engine, checkpointer, Manifest(kind="test"), Mesh(torch.device("cpu")))  # type: ignore[arg-type]
+    assert (engine.step, float(engine.weights[0]), course.skipped) == (2, 2.0, 7)
+    assert "step-00000004: damaged: .metadata is missing" in caplog.text
+    assert checkpointer.steps() == [2, 4], "what is later is gone, what is damaged is left to people"
