@@ -68,7 +68,7 @@ class Manifest:
     step: int = 0
     """Finished optimizer steps."""
     samples_seen: int = 0
-    """Samples consumed over all ranks; the loader resumes here."""
+    """Samples consumed over all ranks, those left behind by going back included; the loader resumes here."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """The model's configuration section."""
     stream: Mapping[str, Any] = field(default_factory=dict)

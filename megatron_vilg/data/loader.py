@@ -22,7 +22,8 @@ class PairLoader:
 
     Step ``s`` uses the samples ``s * batch_size`` to ``(s + 1) * batch_size`` of an endless sequence: every epoch is
     a permutation of all pairs, and batches run across the border of two epochs. So the step number is all the state
-    there is: ``samples_consumed`` and the epoch follow from it, and resuming is calling ``batch`` with the next step.
+    there is: ``samples_consumed`` and the epoch follow from it, and resuming is calling ``batch`` with the next step;
+    after :meth:`resume` where steps before had another batch size.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PairLoader:
         if len(self._tokens) == 0:
             raise DataError(f"token cache {str(cache.folder)!r}: split {split!r} is empty")
         self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._origin = 0
         self._own = slice(share[0] * batch_size // share[1], (share[0] + 1) * batch_size // share[1])
         self._num_codes = int(settings["codebook_size"])
         self._pixels = None if pixels is None else pixels.split(split)
@@ -73,9 +75,14 @@ class PairLoader:
         """Pairs in the split."""
         return len(self._tokens)
 
+    def resume(self, step: int, samples_consumed: int) -> None:
+        """Let ``step`` begin behind so many samples, and all later ones follow; what is changed at random stays that of
+        the step."""
+        self._origin = samples_consumed - step * self._batch_size
+
     def samples_consumed(self, step: int) -> int:
         """Samples drawn before ``step`` (0 for the first)."""
-        return step * self._batch_size
+        return self._origin + step * self._batch_size
 
     def epoch(self, step: int) -> float:
         """Passes over the split made before ``step``."""

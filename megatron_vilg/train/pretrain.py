@@ -36,7 +36,7 @@ from megatron_vilg.train.same_pairs import pairs_of, require_same_pairs
 from megatron_vilg.train.signals import StopSignals
 
 log = get_logger(__name__)
-_STEPS_SKIPPED = "steps_skipped"
+_STEPS_SKIPPED, _BATCH_SIZE = "steps_skipped", "batch_size"
 
 SampleHook = Callable[[ViLG, int, MetricWriter], None]
 """Called with the model, the finished steps and the writer every ``train.sample_every`` steps."""
@@ -56,7 +56,8 @@ def pretrain(
 ) -> bool:
     """Train until ``train.num_steps``, from the newest checkpoint in ``out`` if there is one.
 
-    Every step is a function of (seed, step) and of the weights before it, so a resumed run repeats a straight one.
+    Every step is a function of (seed, step) and of the weights before it, so a resumed run repeats a straight one. With
+    another ``train.batch_size`` it goes on with the next pair that was not drawn yet.
 
     Args:
         run: resolved configuration.
@@ -95,8 +96,15 @@ def _loop(
     """Resume, train until the end or a signal, save; whether the run is complete."""
     mesh = engine.mesh
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh, claim.require)
-    counters = resume_latest(engine, checkpointer, identity)
-    course, window = Course(run.train, counters), StepWindow(run.train.max_skipped_in_row, counters)
+    resumed = resume_latest(engine, checkpointer, identity)
+    course = Course(run.train, resumed.counters)
+    window = StepWindow(run.train.max_skipped_in_row, resumed.counters)
+    loader.resume(course.batch_number(engine.step), samples_before(resumed, course, run))
+
+    def progress() -> Manifest:
+        seen = loader.samples_consumed(course.batch_number(engine.step))
+        return at_step(identity, run, engine.step, seen, course, window)
+
     instruments, must_stop = instruments_of(engine, run), False
     with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
         while engine.step < run.train.num_steps and not must_stop:
@@ -116,10 +124,9 @@ def _loop(
             draw_samples(engine, run, writer, on_sample)
             must_stop = mesh.any(stop.requested or claim.is_lost)
             if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
-                now = at_step(identity, run, step, course, window)
-                checkpointer.save(step, engine.state_dict(), now, course.keep_from)
+                checkpointer.save(step, engine.state_dict(), progress(), course.keep_from)
         checkpointer.finish()
-    return export_if_complete(engine, run, out, identity, stop)
+    return export_if_complete(engine, run, out, progress(), stop)
 
 
 def build_engine(
@@ -209,18 +216,28 @@ def manifest_of(run: RunConfig, cache: TokenCache, mesh: Mesh) -> Manifest:
     )
 
 
-def at_step(identity: Manifest, run: RunConfig, step: int, *parts: Course | StepWindow) -> Manifest:
-    """``identity`` after ``step`` finished steps, with the counters of ``parts``."""
-    counters = dict(identity.counters)
-    for part in parts:
-        counters |= part.counters
-    return dataclasses.replace(identity, step=step, samples_seen=step * run.train.batch_size, counters=counters)
+def at_step(
+    identity: Manifest, run: RunConfig, step: int, samples_seen: int, course: Course, window: StepWindow
+) -> Manifest:
+    """``identity`` after ``step`` finished steps, before which the loader drew so many samples, with all counters."""
+    counters = {**identity.counters, _BATCH_SIZE: run.train.batch_size, **course.counters, **window.counters}
+    return dataclasses.replace(identity, step=step, samples_seen=samples_seen, counters=counters)
 
 
-def resume_latest(
-    engine: Engine, checkpointer: Checkpointer, identity: Manifest
-) -> Mapping[str, int | float | str] | None:
-    """Fill the engine from the newest sound checkpoint, if there is any; returns the counters in it.
+def samples_before(resumed: Manifest, course: Course, run: RunConfig) -> int:
+    """How many samples the loader drew in the run until ``resumed``, batches that were left behind included."""
+    if _BATCH_SIZE in resumed.counters:
+        if (before := resumed.counters[_BATCH_SIZE]) != run.train.batch_size:
+            log.info("train.batch_size=%d, %s before: pairs not drawn yet come next", run.train.batch_size, before)
+        return resumed.samples_seen
+    # Checkpoints of earlier versions count finished steps alone, all of the last batch size.
+    if not (resumed.step and resumed.samples_seen):
+        return course.batch_number(resumed.step) * run.train.batch_size
+    return course.batch_number(resumed.step) * resumed.samples_seen // resumed.step
+
+
+def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest) -> Manifest:
+    """Fill the engine from the newest sound checkpoint; returns its manifest, or ``identity`` if there is none.
 
     Raises:
         CheckpointError: no checkpoint can be used, or the newest belongs to another configuration or to other pairs;
@@ -228,24 +245,24 @@ def resume_latest(
     """
     path = checkpointer.latest()
     if path is None:
-        return None
+        return identity
     require_same_pairs(path, read_manifest(path), identity, engine.mesh)
     manifest = checkpointer.load(path, engine.state_dict(), expected=identity)
     engine.resume(manifest.step)
     log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)
-    return manifest.counters
+    return manifest
 
 
-def export_if_complete(engine: Engine, run: RunConfig, out: Path, identity: Manifest, stop: StopSignals) -> bool:
+def export_if_complete(engine: Engine, run: RunConfig, out: Path, progress: Manifest, stop: StopSignals) -> bool:
     """Export the model of a complete run, or say that it was stopped; whether it is complete."""
     if engine.step < run.train.num_steps:
         log.info("stopped by %s after step %d; the same command goes on from there", stop.name, engine.step)
         return False
-    export(engine, run, out, identity)
+    export(engine, run, out, progress)
     return True
 
 
-def export(engine: Engine, run: RunConfig, out: Path, identity: Manifest) -> None:
+def export(engine: Engine, run: RunConfig, out: Path, progress: Manifest) -> None:
     """Write ``out/export``: weights, configuration and both tokenizers in one folder to generate from."""
     weights = {name: tensor.to("cpu") for name, tensor in engine.export()}
     if not engine.mesh.is_main:
@@ -254,7 +271,7 @@ def export(engine: Engine, run: RunConfig, out: Path, identity: Manifest) -> Non
         out / "export",
         weights,
         dump_run_config(run),
-        at_step(identity, run, engine.step),
+        progress,
         extra={name: out / name for name in ("text_tokenizer", "image_tokenizer") if (out / name).is_dir()},
     )
     log.info("exported to %s", folder)

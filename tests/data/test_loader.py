@@ -96,6 +96,15 @@ def test_the_order_does_not_depend_on_the_batch_size(cache: TokenCache) -> None:
     assert np.array_equal(small, loader(cache, batch_size=20).sample_ids(0))
 
 
+def test_a_loader_of_another_batch_size_goes_on_behind_what_was_drawn(cache: TokenCache) -> None:
+    before, after, straight = loader(cache, BUSY, batch_size=5), loader(cache, BUSY, 3), loader(cache, BUSY, 3)
+    after.resume(4, before.samples_consumed(4))
+    drawn = np.concatenate([before.sample_ids(step) for step in range(4)] + [after.sample_ids(4)])
+    assert sorted(drawn.tolist()) == list(range(23)) and after.samples_consumed(5) == 23
+    straight.resume(4, straight.samples_consumed(4))
+    assert same(straight.batch(4), loader(cache, BUSY, 3).batch(4))
+
+
 def test_without_changes_both_rows_equal_the_clean_batch(cache: TokenCache) -> None:
     feed = loader(cache)
     batch = feed.batch(3)

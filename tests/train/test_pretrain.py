@@ -18,13 +18,16 @@ from megatron_vilg.checkpoint.export import load_model_folder
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, RunConfig
+from megatron_vilg.data.batch import PairBatch
+from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import CheckpointError, TrainingError
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.parallel.mesh import Mesh
-from megatron_vilg.train.engine import StepResult
+from megatron_vilg.train.course import Course
+from megatron_vilg.train.engine import NativeEngine, StepResult
 from megatron_vilg.train.metrics import MetricWriter
-from megatron_vilg.train.pretrain import StepWindow, manifest_of, pretrain
+from megatron_vilg.train.pretrain import StepWindow, manifest_of, pretrain, samples_before
 from megatron_vilg.train.same_pairs import PAIRS, require_same_pairs
 from tests.tiny import tiny_config, tiny_run
 from tests.train.token_caches import write_cache
@@ -100,6 +103,55 @@ def test_another_configuration_is_refused_with_both_sides(tmp_path: Path, cache:
     wider = dataclasses.replace(run, model=dataclasses.replace(run.model, width=32))
     with pytest.raises(CheckpointError, match=r"model\.width: checkpoint has 16, this run has 32"):
         pretrain(wider, cache, tmp_path / "out")
+
+
+def test_another_batch_size_goes_on_with_pairs_not_drawn_yet(
+    tmp_path: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = write_cache(tmp_path / "more" / "tokens", {"train": 40})
+    model = dataclasses.replace(run.model, text_vocab_size=cache.settings["text_vocab_size"])
+    drawn: list[int] = []
+    train_step = NativeEngine.train_step
+
+    def noted(engine: NativeEngine, batch: PairBatch) -> StepResult:
+        drawn.extend(batch.sample_ids.tolist())
+        return train_step(engine, batch)
+
+    monkeypatch.setattr(NativeEngine, "train_step", noted)
+
+    def go_on(batch_size: int, num_steps: int) -> Manifest:
+        changed = dataclasses.replace(run.train, batch_size=batch_size, num_steps=num_steps)
+        assert pretrain(dataclasses.replace(run, model=model, train=changed), cache, tmp_path / "out")
+        return read_manifest(newest(tmp_path / "out"))
+
+    assert go_on(8, 3).samples_seen == 24
+    with caplog.at_level(logging.INFO, logger="megatron_vilg"):
+        assert go_on(4, 6).samples_seen == 36
+    assert "train.batch_size=4, 8 before: pairs not drawn yet come next" in caplog.text
+    assert go_on(2, 8).samples_seen == 40
+    assert sorted(drawn) == list(range(40)), "each pair of the first epoch once"
+    manifest = go_on(8, 9)
+    assert (manifest.samples_seen, manifest.counters["batch_size"]) == (48, 8)
+    assert read_manifest(tmp_path / "out" / "export").samples_seen == 48
+    loader = PairLoader(cache, "train", run.data, model.spec, 8, run.train.seed)
+    assert drawn[40:] == loader.sample_ids(5).tolist(), "as a run of batches of 8 alone"
+
+
+@pytest.mark.parametrize(
+    ("samples_seen", "counters", "expected"),
+    [
+        (77, {"batch_size": 8, "batches_skipped": 2}, 77),
+        (24, {}, 24),
+        (24, {"batches_skipped": 2}, 40),
+        (0, {"batches_skipped": 2}, 20),
+    ],
+    ids=["noted", "older", "older, gone back", "of other tools"],
+)
+def test_samples_before_a_checkpoint_of_step_3(
+    run: RunConfig, samples_seen: int, counters: dict[str, int | float | str], expected: int
+) -> None:
+    manifest = Manifest(kind="pretrain", step=3, samples_seen=samples_seen, counters=counters)
+    assert samples_before(manifest, Course(run.train, counters), run) == expected
 
 
 def newest(out: Path) -> Path:
