@@ -283,6 +283,35 @@ class Checkpointer:
             raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
         return manifest
 
+    def return_to(self, manifest: Manifest) -> None:
+        """Note that the run has gone back to the checkpoint of ``manifest.step``, then delete all later ones.
+
+        In this order, so that a process that dies in between either has all of it on disk or goes back once more. What
+        could not be used stays, as always.
+
+        Args:
+            manifest: what takes the place of the checkpoint's own, with the same files.
+
+        Raises:
+            CheckpointError: another job has taken over, or the folder is not writable.
+        """
+        path = self.path(manifest.step)
+
+        def work() -> None:
+            self._require_ours()
+            try:
+                write_manifest(path, manifest, manifest.files)
+                for step in self.steps():
+                    if step > manifest.step and step not in self._unusable:
+                        remove(self.path(step))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path}: cannot note that the run went back to it ({_reason(error)}). Free space, or make the "
+                    "folder writable; the same command goes back again"
+                ) from error
+
+        self._on_main(work)
+
     def _all_names(self, flat: Mapping[str, Tensor]) -> set[str]:
         """Names of tensors that any rank holds."""
         return {name for names in self._mesh.gather(sorted(flat)) for name in names}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
-from megatron_vilg.checkpoint.files import remove
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.config.schema import TrainConfig
 from megatron_vilg.errors import TrainingError
 from megatron_vilg.log import get_logger
-from megatron_vilg.parallel.mesh import Mesh
 from megatron_vilg.train.engine import Engine
 
 log = get_logger(__name__)
@@ -76,14 +75,22 @@ class Course:
             self._mean = _DECAY * self._mean + (1.0 - _DECAY) * loss
         return self._bad_in_row >= self.options.rollback_patience
 
-    def go_back(self, engine: Engine, checkpointer: Checkpointer, identity: Manifest, mesh: Mesh) -> None:
+    def go_back(self, engine: Engine, checkpointer: Checkpointer, progress: Manifest) -> None:
         """Take the newest checkpoint from before the losses rose, and leave out the batches since then.
 
         Before: not after the last healthy log line. Later checkpoints are removed: a run that is killed now must not
         resume from them. One that leads to high losses again, without a healthy line, counts as later next time.
+        The checkpoint is given the counters of now, so that a killed run neither takes the same batches nor forgets
+        that it went back.
+
+        Args:
+            engine: filled from the checkpoint.
+            checkpointer: of this run.
+            progress: what would be saved with the step that the run is at.
 
         Raises:
             TrainingError: no such checkpoint, or it happened ``train.max_rollbacks`` times already.
+            CheckpointError: it cannot be read or written, or another job has taken over.
         """
         checkpointer.require_ours()
         checkpointer.finish()  # what is still being written counts
@@ -95,12 +102,7 @@ class Course:
                 f"running mean after step {self.last_good}, {why}. Lower optim.lr, set model.qk_norm=true or "
                 "loss.z_loss=1e-5, look at log.instruments_every=20, or save checkpoints more often."
             )
-        if mesh.is_main:
-            for step in checkpointer.steps():
-                if step > self.last_good:
-                    remove(checkpointer.path(step))
-        mesh.any(False)
-        manifest = checkpointer.load(before, engine.state_dict(), expected=identity)
+        manifest = checkpointer.load(before, engine.state_dict(), expected=progress)
         self.skipped += engine.step - manifest.step
         self.rollbacks += 1
         log.warning(
@@ -109,3 +111,5 @@ class Course:
         )
         self._bad_in_row, self.last_good = 0, manifest.step - 1
         engine.resume(manifest.step)
+        counters = {**progress.counters, **self.counters}
+        checkpointer.return_to(dataclasses.replace(manifest, samples_seen=progress.samples_seen, counters=counters))

@@ -118,7 +118,7 @@ def _loop(
                 values = window.read() | seen | course.metrics | rate_of(run, step)
                 writer.log(step, values | evaluate(engine, held_out if is_measured(run, step) else {}))
                 if course.lost(step, values):
-                    course.go_back(engine, checkpointer, identity, mesh)
+                    course.go_back(engine, checkpointer, progress())
                     writer.rewind(engine.step)
                     continue
             draw_samples(engine, run, writer, on_sample)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_vilg.checkpoint import manager
+from megatron_vilg.checkpoint.export import load_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.errors import TrainingError
+from megatron_vilg.errors import CheckpointError, TrainingError
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.parallel.mesh import Mesh, build_mesh
+from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.course import WATCHED, Course
 from megatron_vilg.train.metrics import MetricWriter
 from megatron_vilg.train.pretrain import pretrain
@@ -131,6 +135,84 @@ def test_the_healthy_checkpoint_stays_while_high_losses_are_counted(tmp_path: Pa
     assert (counters["batches_skipped"], counters["rollbacks"]) == (4, 1)
 
 
+class KilledError(Exception):
+    """Stands for a killed process."""
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Let the process die right after the first call of this function."""
+    function = getattr(owner, name)
+
+    def once(*args: Any) -> None:
+        monkeypatch.setattr(owner, name, function)
+        function(*args)
+        raise KilledError
+
+    monkeypatch.setattr(owner, name, once)
+
+
+def test_a_run_killed_after_going_back_goes_on_as_one_that_was_not(
+    tmp_path: Path, cache: TokenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = course_run(cache)
+    assert pretrain(run, cache, tmp_path / "straight", on_sample=Poison(5))
+    killed_after(monkeypatch, Course, "go_back")
+    with pytest.raises(KilledError):
+        pretrain(run, cache, tmp_path / "killed", on_sample=Poison(5))
+    noted = read_manifest(tmp_path / "killed" / "checkpoints" / "step-00000004")
+    assert (noted.counters["batches_skipped"], noted.counters["rollbacks"]) == (2, 1)
+    assert (noted.step, noted.samples_seen) == (4, 6 * run.train.batch_size)
+    assert pretrain(run, cache, tmp_path / "killed")
+    last = [read_manifest(tmp_path / name / "checkpoints" / "step-00000008") for name in ("straight", "killed")]
+    assert last[0].counters == last[1].counters and last[0].samples_seen == last[1].samples_seen == 10 * 4
+    straight, killed = (load_model_folder(tmp_path / name / "export")[1] for name in ("straight", "killed"))
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+
+
+def test_rollbacks_before_a_kill_count(tmp_path: Path, cache: TokenCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = course_run(cache, max_rollbacks=1)
+    killed_after(monkeypatch, Course, "go_back")
+    with pytest.raises(KilledError):
+        pretrain(run, cache, tmp_path / "run", on_sample=Poison(5))
+    with pytest.raises(TrainingError, match="after 1 rollbacks"):
+        pretrain(run, cache, tmp_path / "run", on_sample=Poison(5))
+
+
+def test_killed_while_later_checkpoints_are_deleted_it_goes_back_once_more(
+    tmp_path: Path, cache: TokenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back from line 6 to step 3; steps 4 and 5 were saved with spoilt weights, and 5 is still there."""
+    run = dataclasses.replace(
+        course_run(cache, num_steps=12),
+        log=LogConfig(every=3, tensorboard=False),
+        checkpoint=CheckpointConfig(every=1, keep_last=9),
+    )
+    killed_after(monkeypatch, manager, "remove")
+    with pytest.raises(KilledError):
+        pretrain(run, cache, tmp_path / "run", on_sample=Poison(4))
+    assert Checkpointer(tmp_path / "run" / "checkpoints", run.checkpoint).steps() == [1, 2, 3, 5]
+    assert pretrain(run, cache, tmp_path / "run")
+    counters = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000012").counters
+    assert (counters["batches_skipped"], counters["rollbacks"]) == (3, 1)
+
+
+def test_a_checkpoint_that_cannot_be_given_its_counters_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    engine, course = Weights(9), Course(OPTIONS)
+    checkpointer.save(4, engine.state_dict(), Manifest(kind="test", step=4))
+    course.last_good = 6
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manager, "write_manifest", full)
+    message = "step-00000004: cannot note that the run went back to it .*No space left on device"
+    with pytest.raises(CheckpointError, match=message):
+        course.go_back(engine, checkpointer, Manifest(kind="test"))  # type: ignore[arg-type]
+
+
 def test_run_that_keeps_diverging_stops(tmp_path: Path, cache: TokenCache) -> None:
     run = course_run(cache, max_rollbacks=1)
     with pytest.raises(TrainingError, match=r"train.rollback_factor=1.5: .* after step \d, after 1 rollbacks. Lower"):
@@ -164,7 +246,7 @@ def gone_back_late(folder: Path, saved: list[int]) -> tuple[int, float, int]:
         seen = checkpointer.steps
         checkpointer.steps = lambda: seen()[:-1]  # type: ignore[method-assign]
     course.last_good = 6
-    course.go_back(engine, checkpointer, Manifest(kind="test"), mesh)  # type: ignore[arg-type]
+    course.go_back(engine, checkpointer, Manifest(kind="test"))  # type: ignore[arg-type]
     return engine.step, float(engine.weights[0]), course.skipped
 
 
@@ -182,7 +264,7 @@ def test_a_damaged_checkpoint_is_no_place_to_go_back_to(tmp_path: Path, caplog: 
     (checkpointer.path(4) / ".metadata").unlink()
     course.last_good = 6
     with caplog.at_level(logging.WARNING, logger="megatron_vilg"):
-        course.go_back(engine, checkpointer, Manifest(kind="test"), Mesh(torch.device("cpu")))  # type: ignore[arg-type]
+        course.go_back(engine, checkpointer, Manifest(kind="test"))  # type: ignore[arg-type]
     assert (engine.step, float(engine.weights[0]), course.skipped) == (2, 2.0, 7)
     assert "step-00000004: damaged: .metadata is missing" in caplog.text
     assert checkpointer.steps() == [2, 4], "what is later is gone, what is damaged is left to people"
