@@ -57,13 +57,13 @@ class EndToEndEngine(NativeEngine):
     def __init__(self, run: RunConfig, mesh: Mesh | torch.device | str, tokenizer: AnyTokenizer) -> None:
         super().__init__(run, mesh, tokenizer.codebook)
         self.device = self.mesh.device
-        self.warming = False
         self.part: Reconstructor | None = None
         self.average: WeightAverage | None = None
         self._rates = _rates_of(run.optim, run.reconstructor.lr_share * run.optim.lr, run.reconstructor.grad_clip)
         if self.parts[-1].norm is not None:
             self._build_part(self.parts[-1], tokenizer)
         self.critic = JointCritic(run, self.mesh, None if self.part is None else self.part.helpers)
+        self._set_warming(self._next_warms)
 
     def _build_part(self, last: ViLG, tokenizer: AnyTokenizer) -> None:
         run, options = self.run, self.run.reconstructor
@@ -95,7 +95,6 @@ class EndToEndEngine(NativeEngine):
         """One step of both parts, and of the critic; one that is not finite changes nothing."""
         run = self.run
         self._set_mode(training=True)
-        self._warm(self.step < run.reconstructor.warmup_steps)
         batch = batch.to(self.device)
         targets = build_targets(batch, run.model.spec)
         self._counts = TokenCounts.of(targets, run.model.spec.num_image_tokens).summed(self.mesh)
@@ -114,14 +113,24 @@ class EndToEndEngine(NativeEngine):
             now = {"accepted": accepted, "warming": self.warming}
             extra |= self.critic.after_step(batch.pixels, 0.5 * totals[4], self.step, **now)
         self.step += 1
+        self._set_warming(self._next_warms)
         return StepResult(totals[0], totals[1], totals[2], norm.detach(), skipped, extra)
 
     def eval_step(self, batch: PairBatch) -> StepResult:
         """Losses of a batch with dropout off."""
-        self._warm(False)
-        return super().eval_step(batch)
+        self._set_warming(False)
+        try:
+            return super().eval_step(batch)
+        finally:
+            self._set_warming(self._next_warms)
 
-    def _warm(self, warming: bool) -> None:
+    @property
+    def _next_warms(self) -> bool:
+        """Whether the next step is one of the warm-up."""
+        return self.step < self.run.reconstructor.warmup_steps
+
+    def _set_warming(self, warming: bool) -> None:
+        """Between two calls this is as the next step needs it: instruments look at the model then."""
         self.warming = warming
         if self.part is not None:
             self.helpers.warming = warming
@@ -187,6 +196,7 @@ class EndToEndEngine(NativeEngine):
     def resume(self, step: int) -> None:
         """Go on after ``step`` steps, once the tensors of ``state_dict`` have been filled in place."""
         super().resume(step)
+        self._set_warming(self._next_warms)
         if self.part is not None:
             state_was_filled(self.part_optimizer)
         self.critic.resume()

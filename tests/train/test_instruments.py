@@ -16,7 +16,7 @@ from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.engine import NativeEngine
 from megatron_vilg.train.instruments import Instruments
 from tests.tiny import tiny_batch, tiny_config, tiny_run
-from tests.train.test_end_to_end import batch_of, joint_run, tokenizer_of
+from tests.train.test_end_to_end import batch_of, flat, joint_run, tokenizer_of
 
 
 def joint_engine(run: RunConfig) -> EndToEndEngine:
@@ -42,6 +42,24 @@ def test_metrics_of_a_joint_model() -> None:
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert before(engine, batch) == found, "the same numbers again"
+
+
+def test_the_warm_up_is_seen_as_the_next_step_has_it() -> None:
+    """Whatever was done with the engine before: trained, measured, resumed."""
+    run = joint_run(warmup_steps=2)
+    straight, measured = joint_engine(run), joint_engine(run)
+    for step in range(3):
+        resumed = joint_engine(run)
+        state = dict(flat(straight.state_dict()))
+        for name, tensor in flat(resumed.state_dict()):
+            tensor.copy_(state[name])
+        resumed.resume(step)
+        measured.eval_step(batch_of(run, 9))
+        batch = batch_of(run, step)
+        found = [before(engine, batch) for engine in (straight, measured, resumed)]
+        assert found[0] == found[1] == found[2], f"step {step}"
+        assert (found[0]["gradient(reconstruction)"] > 0) == (step == 2), "the warm-up detaches the generator"
+        assert straight.train_step(batch).loss == measured.train_step(batch).loss
 
 
 @pytest.mark.parametrize("computes_all", [False, True])
