@@ -209,6 +209,10 @@ class EndToEndEngine(NativeEngine):
         names = {name: (tensor.shape, tensor.dtype) for name, tensor in self._empty_model().state_dict().items()}
         yield from whole_tensors(state, names, self.mesh)
 
+    @property
+    def _exports_live_weights(self) -> bool:
+        return self.average is None
+
     def _empty_model(self) -> ViLG:
         model = super()._empty_model()
         with torch.device("meta"):

@@ -84,7 +84,8 @@ class Engine(Protocol):
         ...
 
     def whole_model(self) -> ViLG | None:
-        """The model in one piece on the main rank, to draw samples with; None on the others."""
+        """The model in one piece on the main rank, to draw samples with, of the weights that ``export`` gives; None on
+        the others."""
         ...
 
 
@@ -260,8 +261,9 @@ class NativeEngine:
         yield from whole_tensors(self.state_dict()["model"], names, self.mesh)
 
     def whole_model(self) -> ViLG | None:
-        """The model in one piece on the main rank, to draw samples with; None on the others."""
-        if not self.mesh.is_distributed:
+        """The model in one piece on the main rank, to draw samples with, of the weights that ``export`` gives; None on
+        the others. One process gives its live model where that has the same weights."""
+        if not self.mesh.is_distributed and self._exports_live_weights:
             return self.model
         if not self.mesh.is_main:
             for _ in self.export():
@@ -270,6 +272,11 @@ class NativeEngine:
         model = self._empty_model()
         model.load_state_dict({name: t.to(self.mesh.device) for name, t in self.export()}, assign=True)
         return model.requires_grad_(False)
+
+    @property
+    def _exports_live_weights(self) -> bool:
+        """Whether ``export`` gives the weights that are trained, not averages of them."""
+        return True
 
     def _empty_model(self) -> ViLG:
         """The whole model on the meta device."""

@@ -215,6 +215,22 @@ def test_export_holds_the_averaged_reconstructor() -> None:
     assert torch.equal(exported["blocks.0.mlp.up.weight"], last["blocks.0.mlp.up.weight"])
 
 
+def test_pictures_while_training_are_those_of_the_export() -> None:
+    run = joint_run(ema_decay=0.5)
+    engine = EndToEndEngine(run, "cpu", tokenizer_of(run))
+    for step in range(3):
+        engine.train_step(batch_of(run, step))
+    model, live = engine.whole_model(), engine.model.reconstructor
+    assert model is not None and model.reconstructor is not None and live is not None
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in engine.export())
+    states = torch.randn(2, run.model.spec.num_image_tokens, run.model.width)
+    assert (model.reconstructor.decode(states) - live.decode(states)).abs().max() > 1e-4, "not those of the last step"
+    engine.train_step(batch_of(run, 3))
+    assert all(parameter.requires_grad for parameter in engine.model.parameters()), "drawing leaves training alone"
+    plain = EndToEndEngine(joint_run(), "cpu", tokenizer_of(run))
+    assert plain.whole_model() is plain.model, "nothing is averaged"
+
+
 def test_batches_without_pixels_are_refused() -> None:
     run = joint_run()
     engine = EndToEndEngine(run, "cpu", tokenizer_of(run))
