@@ -99,7 +99,8 @@ class MetricWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         keep_until(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _open_board(run_dir / "tensorboard", start_step) if config.tensorboard else None
+        self._board_folder = run_dir / "tensorboard"
+        self._board = _open_board(self._board_folder, start_step) if config.tensorboard else None
         rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
         logger.info("metrics of %s (process %d on %s) go to %s", rank, os.getpid(), socket.gethostname(), run_dir)
         logger.info("legend: %s", ", ".join(f"{c.label} = {c.metric}" for c in self._columns))
@@ -161,6 +162,9 @@ class MetricWriter:
         """Forget what was written after ``step``: the run has gone back there."""
         keep_until(self.path, step)
         self._last_step = step
+        if self._board is not None:
+            self._board.close()
+            self._board = _open_board(self._board_folder, step)
         self._bar.n = step
         self._bar.refresh()
 
@@ -293,7 +297,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _open_board(folder: Path, start_step: int) -> SummaryWriter:
-    """Tensorboard's writer; events after ``start_step`` of an earlier process are hidden."""
+    """Tensorboard's writer; events after ``start_step`` of an earlier one are hidden."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

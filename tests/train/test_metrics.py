@@ -154,6 +154,23 @@ def test_tensorboard_gets_scalars_pictures_and_texts(tmp_path: Path) -> None:
     assert "samples/pictures" in events.Tags()["images"]
 
 
+def test_a_run_that_went_back_has_one_value_per_step_in_both_files(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricWriter(tmp_path, LogConfig(every=1), num_steps=3) as writer:
+        for step in range(1, 4):
+            writer.log(step, {LOSS: float(step)})
+        writer.images("samples/pictures", torch.rand(2, 3, 8, 8), 3)
+        writer.rewind(1)
+        for step in (2, 3):
+            writer.log(step, {LOSS: 100.0 + step})
+    written = [(line["step"], line[LOSS]) for line in lines(tmp_path)]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars(LOSS)] == written
+    assert written == [(1, 1.0), (2, 102.0), (3, 103.0)]
+    assert events.Images("samples/pictures") == []
+
+
 def test_missing_tensorboard_is_explained(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingPackageError, match=r"log\.tensorboard=true needs .* or set log\.tensorboard=false"):
