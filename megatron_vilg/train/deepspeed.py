@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         """Accumulate over micro-batches, clip, step; a step that is not finite changes nothing."""
         run = self.run
         if run.model.dropout > 0.0:  # masks depend on step and place alone, so that a resumed run draws the same ones
-            torch.manual_seed(run.train.seed * 1_000_003 + self.step + 7_368_787 * self._rank)
+            torch.manual_seed((run.train.seed * 1_000_003 + self.step + 7_368_787 * self._rank) % 2**64)
         set_learning_rate(self.optimizer, learning_rate(self.step, run.optim, run.train.num_steps))
         totals = self._accumulate(batch)
         applied = self._engine.was_step_applied()

@@ -241,7 +241,8 @@ class NativeEngine:
         if training and self.run.model.dropout > 0.0:
             # Masks depend on step and place alone, so that a resumed run draws the same ones.
             place = self.mesh.data_rank + 1_009 * self.mesh.rank("pp")
-            torch.manual_seed(self.run.train.seed * 1_000_003 + self.step + 7_368_787 * place)
+            seed = self.run.train.seed * 1_000_003 + self.step + 7_368_787 * place
+            torch.manual_seed(seed % 2**64)  # as torch takes negative ones; it refuses longer ones
 
     def state_dict(self) -> dict[str, Any]:
         """``{"model": {name: tensor}, "optimizer": {slot: {name: tensor}}}``, the live tensors or shards."""

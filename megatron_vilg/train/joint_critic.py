@@ -47,7 +47,7 @@ class JointCritic:
         if helpers is None or not options.critic_weight:
             return
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.train.seed + 1)
+            torch.manual_seed((run.train.seed + 1) % 2**64)
             self.critic = PatchCritic(options.critic_channels).to(mesh.device)
         share_batch_norms(self.critic, mesh)
         helpers.mean = mesh.data_mean if mesh.data_size > 1 else None

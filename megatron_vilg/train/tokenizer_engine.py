@@ -57,7 +57,7 @@ class TokenizerEngine(ABC):
             else None
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed)
+            torch.manual_seed(self.options.seed % 2**64)
             self.model: AnyTokenizer = build_image_tokenizer(run.image_tokenizer).to(self.device)
         self.average = (
             WeightAverage(self.model, self.options.weights_ema_decay) if self.options.weights_ema_decay else None

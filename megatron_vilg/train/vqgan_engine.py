@@ -58,7 +58,7 @@ class VQGANEngine(TokenizerEngine):
         """Build everything from ``image_tokenizer_train.seed``; raises what the base class does."""
         super().__init__(run, device, replicas)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed + 1)
+            torch.manual_seed((self.options.seed + 1) % 2**64)
             critic = PatchCritic(self.options.critic_channels) if self.options.critic_weight else None
         self.critic = critic.to(self.device) if critic else None
         self.gate = CriticGate(start_step=self.options.critic_start_step, threshold=self.options.critic_gate)

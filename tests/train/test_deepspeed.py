@@ -253,6 +253,14 @@ def test_attention_without_a_backward_pass_here_is_refused() -> None:
         run_distributed(start, 1, dataclasses.replace(run, ops=dataclasses.replace(run.ops, attention="flex")))
 
 
+def test_every_seed_draws_dropout_masks() -> None:
+    def seeded(run: RunConfig) -> tuple[float, int]:
+        return train(start(run), range(1))[0][4], torch.initial_seed()
+
+    run = run_of(model={"dropout": 0.2}, seed=20_261_129_123_456)
+    assert run_distributed(seeded, 1, run) == [(0.0, 20_261_129_123_456 * 1_000_003 % 2**64)]
+
+
 def test_dropout_masks_are_repeated_after_resuming(tmp_path: Path) -> None:
     def both(run: RunConfig) -> tuple[Any, Any]:
         straight = train(start(run), range(3))

@@ -97,6 +97,21 @@ def test_evaluation_changes_nothing_and_ignores_dropout() -> None:
     assert engine.step == 0 and all(p.grad is None for p in engine.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (5, 5_000_015),
+        (-5, 2**64 - 5_000_015),
+        (20_261_129_123_456, 20_261_129_123_456 * 1_000_003 % 2**64),
+        (2**70 + 5, 5_000_015),
+    ],
+)
+def test_every_seed_draws_dropout_masks(seed: int, expected: int) -> None:
+    engine = NativeEngine(tiny_run(tiny_config(dropout=0.1), seed=seed))
+    assert engine.train_step(tiny_batch(engine.run.model)).skipped == 0
+    assert torch.initial_seed() == expected
+
+
 def test_codebook_is_taken_over() -> None:
     run = tiny_run(tiny_config(codebook_dim=3))
     codebook = torch.randn(11, 3)

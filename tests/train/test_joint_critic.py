@@ -29,6 +29,18 @@ def pictures(count: int = 4) -> torch.Tensor:
     return torch.rand(count, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+def test_every_seed_gives_a_critic() -> None:
+    def first_weight(seed: int) -> torch.Tensor:
+        run = judged_case()
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=seed))
+        critic = EndToEndEngine(run, "cpu", tokenizer_of(run)).critic.critic
+        assert critic is not None
+        return next(iter(critic.parameters()))
+
+    assert torch.equal(first_weight(2**64 - 1), first_weight(-1))
+    assert not torch.equal(first_weight(2**64), first_weight(-1))
+
+
 def judged(ranks: int) -> tuple[float, float, torch.Tensor, torch.Tensor]:
     """Loss and adaptive weight of a critic on shares of a batch, and gradients by decoder and pictures."""
     mesh = build_mesh(ParallelConfig(replica=ranks), "cpu")

@@ -23,6 +23,19 @@ def trained(run: RunConfig, steps: int) -> VQGANEngine:
     return engine
 
 
+def test_every_seed_gives_weights() -> None:
+    """Those behind 64 bits begin anew, as negative ones do for torch."""
+
+    def weights(seed: int) -> list[torch.Tensor]:
+        engine = VQGANEngine(tiny_run(seed=seed, critic_weight=0.1))
+        assert engine.critic is not None
+        return [next(iter(module.parameters())) for module in (engine.model, engine.critic)]
+
+    for seed, same in ((2**64 - 1, -1), (2**70 + 3, 3)):
+        assert all(torch.equal(a, b) for a, b in zip(weights(seed), weights(same), strict=True))
+    assert not torch.equal(weights(3)[0], weights(-1)[0])
+
+
 def test_phases() -> None:
     options = tiny_run().image_tokenizer_train
     names = [phase_of(step, options).value[0] for step in range(10)]
