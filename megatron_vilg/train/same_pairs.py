@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
+from megatron_vilg.config.schema import CheckpointConfig
+from megatron_vilg.data.records import RecordPart
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.data.token_files import read_json
 from megatron_vilg.errors import CheckpointError
@@ -38,8 +43,53 @@ def _describe(cache: TokenCache) -> str:
     notes = [cache.folder / f"{shard['name']}.json" for shard in shards]
     if not all(note.is_file() for note in notes):
         return ""
-    digest = hashlib.sha256("\n".join(str(read_json(note).get("fingerprint")) for note in notes).encode())
-    return f"{sum(int(shard['pairs']) for shard in shards)} pairs {digest.hexdigest()[:16]}"
+    digest = _digest(str(read_json(note).get("fingerprint")) for note in notes)
+    return f"{sum(int(shard['pairs']) for shard in shards)} pairs {digest}"
+
+
+def _digest(fingerprints: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()[:16]
+
+
+def require_same_sources(run: Path, parts: Sequence[RecordPart], tokens: Path) -> None:
+    """Check, before anything is encoded, that files are those that a run's newest checkpoint was trained on.
+
+    Files that are untouched since they were encoded are not read, others as a whole.
+
+    Args:
+        run: run folder; without a checkpoint, or with one that goes on with any pairs, all files will do.
+        parts: what the run would train on.
+        tokens: its token cache, as far as it is there.
+
+    Raises:
+        CheckpointError: the newest checkpoint was trained on other files; with both sides.
+    """
+    path, found = _newest(run / "checkpoints")
+    before = str(found.counters.get(PAIRS, "")) if found else ""
+    if found is None or not before or found.source:
+        return
+    notes = (tokens / f"train-{number:05d}.json" for number in range(len(parts)))
+    now = _digest(_fingerprint(part, note) for part, note in zip(parts, notes, strict=True))
+    if before.split()[-1] != now:
+        raise _other_pairs(path, before, f"files of {len(parts)} shards {now}")
+
+
+def _newest(checkpoints: Path) -> tuple[Path, Manifest | None]:
+    """The newest checkpoint whose manifest can be read; the files that it lists are not."""
+    checkpointer = Checkpointer(checkpoints, CheckpointConfig())
+    for step in reversed(checkpointer.steps()):
+        with suppress(CheckpointError):
+            return checkpointer.path(step), read_manifest(checkpointer.path(step))
+    return checkpoints, None
+
+
+def _fingerprint(part: RecordPart, note: Path) -> str:
+    """That of the part, as the token cache noted it if the files are untouched since."""
+    if note.is_file():
+        known = read_json(note)
+        if known.get("stamp") == part.stamp:
+            return str(known.get("fingerprint"))
+    return part.fingerprint
 
 
 def require_same_pairs(path: Path, found: Manifest, expected: Manifest, mesh: Mesh) -> None:
@@ -57,11 +107,14 @@ def require_same_pairs(path: Path, found: Manifest, expected: Manifest, mesh: Me
         if mesh.is_main:
             log.warning("%s: going on with other pairs: %s before, %s now", path, before, now)
         return
-    run = path.parent.parent
-    raise CheckpointError(
+    raise _other_pairs(path, str(before), str(now))
+
+
+def _other_pairs(path: Path, before: str, now: str) -> CheckpointError:
+    return CheckpointError(
         f"{path}: was trained on other pairs than those of --data, data.val_share and data.shard_size now\n"
         f"  train: checkpoint has {before}, this run has {now}\n"
         "  Pairs that were learnt already would be measured as unseen. Works: the data and options of before; another "
-        f"--out; or, to go on with other pairs on purpose, a run of its own: vilg checkpoint shard --load-dir {run} "
-        "--save-dir NEW --to dcp --optimizer, then --out NEW"
+        "--out; or, to go on with other pairs on purpose, a run of its own: vilg checkpoint shard --load-dir "
+        f"{path.parent.parent} --save-dir NEW --to dcp --optimizer, then --out NEW"
     )

@@ -37,6 +37,7 @@ from megatron_vilg.parallel.launch import Job
 from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.precision import settle_precision
 from megatron_vilg.train.run_tokenizers import IMAGE_TOKENIZER, SECONDS, TEXT_TOKENIZER, settle_tokenizers
+from megatron_vilg.train.same_pairs import require_same_sources
 from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
 
 log = get_logger(__name__)
@@ -89,7 +90,8 @@ def prepare(
     Raises:
         ConfigError: a token cache was given without tokenizers, sizes do not fit together, or a tokenizer is not the
             one that the run has or would train.
-        DataError, CheckpointError: pairs or tokenizers that cannot be read, or a cache of other tokenizers.
+        DataError, CheckpointError: pairs or tokenizers that cannot be read, a cache of other tokenizers, or pairs that
+            are not those the run was trained on; then nothing was encoded.
     """
     job, asked = job or Job(World(), None), run
     # Before anything that the main process does alone: several of them settle it together.
@@ -229,6 +231,8 @@ def _token_cache(
     if finished is not None:
         return TokenCache.open(finished, expect=expect)
     require_ours()
+    records = find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size)
+    require_same_sources(out, records.get("train", []), out / TOKENS)
     with timed(out, TOKENS):
         codebook = images.codebook
 
@@ -237,7 +241,7 @@ def _token_cache(
 
         write_token_cache(
             out / TOKENS,
-            find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size),
+            records,
             text,
             encode,
             image_size=run.image_tokenizer.image_size,
