@@ -54,16 +54,16 @@ def _settled(section: Section, device: torch.device | str, run_dir: Path | None)
 
 
 def _kept(section: Section, run_dir: Path | None) -> Precision | None:
-    """What an earlier start settled on: by ``RUN/config.json``, or by the image tokenizer's checkpoints.
+    """What an earlier start settled on: by the image tokenizer's checkpoints, or by ``RUN/config.json``.
 
-    ``vilg train-vqgan`` writes no ``config.json``.
+    That file is written when the generator's training begins, and never by ``vilg train-vqgan``.
     """
     if run_dir is None:
         return None
     file, found = run_dir / RUN_FILE, None
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8")).get(section, {}).get("precision")
-    elif section == "image_tokenizer_train":
+    if section == "image_tokenizer_train":
         for folder in sorted((run_dir / WORK_NAME / "checkpoints").glob("step-*"))[-1:]:
             found = json.loads(str(read_manifest(folder).counters["options"])).get("precision")
     return found if found in ("fp32", "bf16") else None

@@ -14,7 +14,12 @@ from megatron_vilg.checkpoint.claim import Claim, claimed
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
-from megatron_vilg.config.load import dump_run_config
+from megatron_vilg.config.load import (
+    RUN_FILE,
+    dump_run_config,
+    read_run_folder_config,
+    write_run_folder_config,
+)
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
@@ -62,7 +67,7 @@ def pretrain(
     Args:
         run: resolved configuration.
         cache: encoded pairs; the split ``train`` is learned, the other splits are measured.
-        out: run folder, for ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``export/``.
+        out: run folder, for ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``export/``.
         codebook: float32 [K, C], needed when ``model.codebook_dim`` is not 0.
         image_tokenizer, pixels: needed with ``reconstructor.enabled``.
         mesh: the grid of ranks, which all make this call; None: this process alone, on the CPU.
@@ -97,6 +102,7 @@ def _loop(
     mesh = engine.mesh
     checkpointer = Checkpointer(out / "checkpoints", run.checkpoint, mesh, claim.require)
     resumed = resume_latest(engine, checkpointer, identity)
+    kept = keep_options(run, out, mesh, engine.step)
     course = Course(run.train, resumed.counters)
     window = StepWindow(run.train.max_skipped_in_row, resumed.counters)
     loader.resume(course.batch_number(engine.step), samples_before(resumed, course, run))
@@ -126,7 +132,7 @@ def _loop(
             if step % run.checkpoint.every == 0 or step == run.train.num_steps or must_stop:
                 checkpointer.save(step, engine.state_dict(), progress(), course.keep_from)
         checkpointer.finish()
-    return export_if_complete(engine, run, out, progress(), stop)
+    return export_if_complete(engine, kept, out, progress(), stop)
 
 
 def build_engine(
@@ -251,6 +257,22 @@ def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest
     engine.resume(manifest.step)
     log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)
     return manifest
+
+
+def keep_options(run: RunConfig, out: Path, mesh: Mesh, step: int) -> RunConfig:
+    """Write ``config.json`` now that a run is known to go on after ``step`` with these options.
+
+    Returns:
+        The options to export. A run that has no step left keeps those that it was trained with.
+    """
+    if not mesh.is_main:
+        return run
+    if step < run.train.num_steps or not (out / RUN_FILE).is_file():
+        write_run_folder_config(run, out)
+        return run
+    log.info("%s: all %d steps are done, nothing is left to train; its options stay what they were", out, step)
+    trained = read_run_folder_config(out)
+    return dataclasses.replace(trained, train=dataclasses.replace(trained.train, num_steps=run.train.num_steps))
 
 
 def export_if_complete(engine: Engine, run: RunConfig, out: Path, progress: Manifest, stop: StopSignals) -> bool:

@@ -20,7 +20,6 @@ from megatron_vilg.checkpoint.files import write_text
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
 from megatron_vilg.config.check import require
 from megatron_vilg.config.check_engine import missing_packages
-from megatron_vilg.config.load import write_run_folder_config
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.config.world import World
 from megatron_vilg.data.pair_pixels import PixelCache, write_pixel_cache
@@ -69,7 +68,7 @@ def prepare(
     job: Job | None = None,
     require_ours: Callable[[], None] = lambda: None,
 ) -> Prepared | None:
-    """Make what is missing in ``out``: configuration, text tokenizer, image tokenizer, token cache.
+    """Make what is missing in ``out``: text tokenizer, image tokenizer, token cache.
 
     The main process does what one can do, and the others then read it; the image tokenizer is trained by all of them
     if they can share its batches evenly.
@@ -143,8 +142,6 @@ def _configuration(run: RunConfig, data: Path, out: Path, world: World) -> tuple
     require(run, world.size)
     if missing := missing_packages(run):
         raise MissingPackageError("\n".join(missing))
-    if world.is_main:
-        write_run_folder_config(run, out)
     return run, text
 
 

@@ -17,6 +17,7 @@ from megatron_vilg.checkpoint.dcp_write import write_training_checkpoint
 from megatron_vilg.checkpoint.export import load_model_folder
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.checkpoint.sources import open_source
+from megatron_vilg.config.load import read_run_folder_config
 from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, RunConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
@@ -152,6 +153,33 @@ def test_samples_before_a_checkpoint_of_step_3(
 ) -> None:
     manifest = Manifest(kind="pretrain", step=3, samples_seen=samples_seen, counters=counters)
     assert samples_before(manifest, Course(run.train, counters), run) == expected
+
+
+def changed(run: RunConfig, section: str, **options: object) -> RunConfig:
+    return dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **options)})  # type: ignore[arg-type]
+
+
+def test_a_refused_start_leaves_the_options_of_the_run(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    out, half = tmp_path / "out", changed(run, "train", num_steps=4)
+    assert pretrain(half, cache, out)
+    assert read_run_folder_config(out) == half
+    refused = changed(changed(run, "train", precision="bf16"), "model", qk_norm=not run.model.qk_norm)
+    with pytest.raises(CheckpointError, match=r"model\.qk_norm: checkpoint has"):
+        pretrain(refused, cache, out)
+    assert read_run_folder_config(out) == half
+    assert pretrain(run, cache, out)
+    assert read_run_folder_config(out) == run
+
+
+def test_a_finished_run_keeps_the_options_it_was_trained_with(
+    tmp_path: Path, cache: TokenCache, run: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, short = tmp_path / "out", changed(run, "train", num_steps=3)
+    assert pretrain(short, cache, out)
+    with caplog.at_level(logging.INFO):
+        assert pretrain(changed(short, "train", precision="bf16"), cache, out)
+    assert f"{out}: all 3 steps are done, nothing is left to train; its options stay what they were" in caplog.text
+    assert read_run_folder_config(out) == read_run_folder_config(out / "export") == short
 
 
 def newest(out: Path) -> Path:

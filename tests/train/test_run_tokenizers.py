@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_vilg.checkpoint.image_tokenizer import save_image_tokenizer
-from megatron_vilg.config.load import load_run_config, read_run_folder_config
+from megatron_vilg.config.load import load_run_config, read_run_folder_config, write_run_folder_config
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig, TextTokenizerConfig
 from megatron_vilg.config.world import World
 from megatron_vilg.data.text import train_text_tokenizer
@@ -123,6 +123,7 @@ def test_other_settings_than_the_run_trained_its_tokenizers_with_are_refused(tmp
     out = tmp_path / "run"
     run = config("image_tokenizer_train.num_steps=1", "image_tokenizer_train.warmup_steps=0")
     assert prepare(run, pairs, out) is not None
+    write_run_folder_config(run, out)
     before = (out / "config.json").read_bytes()
     changed = dataclasses.replace(
         run,
