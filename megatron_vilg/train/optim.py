@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from megatron_vilg.checkpoint.tensors import MOMENTUM_SLOT
+from megatron_vilg.checkpoint.dcp_folder import read_metadata
+from megatron_vilg.checkpoint.nested_state import flatten
+from megatron_vilg.checkpoint.tensors import MODEL, MOMENTUM_SLOT, OPTIMIZER
 from megatron_vilg.config.check_engine import LEAN
 from megatron_vilg.config.schema import OptimConfig
 from megatron_vilg.errors import CheckpointError
@@ -168,6 +171,40 @@ def state_was_filled(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if "step" in group:
             group["step"] = int(optimizer.state[group["params"][0]]["step"])
+
+
+def other_optimizer(path: Path, name: str, state: Mapping[str, Any]) -> str:
+    """What is wrong if a checkpoint has the state of another optimizer than a run asks for; empty: nothing is.
+
+    Args:
+        path: the checkpoint.
+        name: ``optim.name`` of the run.
+        state: its tensors, nested as checkpoints are.
+
+    Raises:
+        CheckpointError: the checkpoint's list of tensors is missing or damaged.
+    """
+    found = state_kind({name: info.shape for name, info in read_metadata(path)[0].items()})
+    wanted = state_kind({name: tensor.shape for name, tensor in flatten(state).items()})
+    if not found or not wanted or found == wanted:
+        return ""
+    rule = f"the checkpoint {path} has {found}, this run has {name}"
+    return f"optim.name: {rule}. Works: optim.name={found}, or another --out"
+
+
+def state_kind(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The value of ``optim.name`` whose state tensors of these names and shapes are; empty: there is no such state.
+
+    ``apex_fused_adam`` has the state of ``adamw``, as has what is too small to be quantised.
+    """
+    codes = f"{OPTIMIZER}.exp_avg.codes."
+    for name, shape in shapes.items():
+        if name.startswith(f"{OPTIMIZER}.{MOMENTUM_SLOT}."):
+            return "muon"
+        if name.startswith(codes):
+            whole = shapes.get(f"{MODEL}.{name.removeprefix(codes)}", shape)
+            return "adamw_8bit" if shape[-1] == whole[-1] else "adamw_4bit"
+    return "adamw" if any(name.startswith(f"{OPTIMIZER}.") for name in shapes) else ""
 
 
 def _initial_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> Mapping[str, Tensor]:

@@ -25,7 +25,7 @@ from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.pair_pixels import PixelCache
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.errors import TrainingError
+from megatron_vilg.errors import CheckpointError, TrainingError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.models.vilg import ViLG
@@ -36,7 +36,7 @@ from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
 from megatron_vilg.train.instruments import Instruments
 from megatron_vilg.train.metrics import MetricWriter, SilentWriter
-from megatron_vilg.train.optim import learning_rate
+from megatron_vilg.train.optim import learning_rate, other_optimizer
 from megatron_vilg.train.same_pairs import pairs_of, require_same_pairs
 from megatron_vilg.train.signals import StopSignals
 
@@ -246,14 +246,19 @@ def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest
     """Fill the engine from the newest sound checkpoint; returns its manifest, or ``identity`` if there is none.
 
     Raises:
-        CheckpointError: no checkpoint can be used, or the newest belongs to another configuration or to other pairs;
-            both sides are printed.
+        CheckpointError: no checkpoint can be used, or the newest belongs to another configuration, to another optimizer
+            or to other pairs; both sides are printed.
     """
     path = checkpointer.latest()
     if path is None:
         return identity
     require_same_pairs(path, read_manifest(path), identity, engine.mesh)
-    manifest = checkpointer.load(path, engine.state_dict(), expected=identity)
+    state = engine.state_dict()
+    # In one line, where tensors compared by name make hundreds.
+    problem = other_optimizer(path, engine.run.optim.name, state) if engine.mesh.is_main else ""
+    if problem := engine.mesh.from_main(problem):
+        raise CheckpointError(problem)
+    manifest = checkpointer.load(path, state, expected=identity)
     engine.resume(manifest.step)
     log.info("resumed from %s: step %d, %d samples seen", path, manifest.step, manifest.samples_seen)
     return manifest

@@ -13,7 +13,14 @@ from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.config.schema import CheckpointConfig, ModelConfig, OptimConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.train.optim import build_optimizer, is_decayed, learning_rate, optimizer_state, set_learning_rate
+from megatron_vilg.train.optim import (
+    build_optimizer,
+    is_decayed,
+    learning_rate,
+    optimizer_state,
+    set_learning_rate,
+    state_kind,
+)
 
 
 class Toy(nn.Module):
@@ -148,3 +155,17 @@ def test_resuming_from_a_checkpoint_equals_the_straight_run_bit_for_bit(tmp_path
     assert train(resumed, optimizer, range(7, 20)) == wanted
     for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind"),
+    [
+        ({"model.a": (8, 512)}, ""),
+        ({"model.a": (8, 512), "optimizer.exp_avg.a": (8, 512), "optimizer.step.a": ()}, "adamw"),
+        ({"optimizer.step.a": (), "optimizer.momentum_buffer.b": (8, 8)}, "muon"),
+        ({"model.a": (8, 512), "optimizer.exp_avg.codes.a": (8, 512)}, "adamw_8bit"),
+        ({"model.a": (8, 512), "optimizer.exp_avg.codes.a": (8, 256)}, "adamw_4bit"),
+    ],
+)
+def test_whose_state_a_checkpoint_has(tensors: dict[str, tuple[int, ...]], kind: str) -> None:
+    assert state_kind(tensors) == kind

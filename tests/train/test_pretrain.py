@@ -159,6 +159,17 @@ def changed(run: RunConfig, section: str, **options: object) -> RunConfig:
     return dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **options)})  # type: ignore[arg-type]
 
 
+def test_another_optimizer_is_refused_in_one_line(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    out = tmp_path / "out"
+    assert pretrain(changed(changed(run, "train", num_steps=3), "optim", name="muon"), cache, out)
+    with pytest.raises(CheckpointError) as caught:
+        pretrain(run, cache, out)
+    assert str(caught.value) == (
+        f"optim.name: the checkpoint {newest(out)} has muon, this run has adamw. Works: optim.name=muon, or another "
+        "--out"
+    )
+
+
 def test_a_refused_start_leaves_the_options_of_the_run(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
     out, half = tmp_path / "out", changed(run, "train", num_steps=4)
     assert pretrain(half, cache, out)
