@@ -153,11 +153,10 @@ def _measure(
     """Measure together with other processes; the main one writes the report."""
     from megatron_vilg.evaluate.curves import instrument_plots, read_metrics
     from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK, make_report, write_report
-    from megatron_vilg.evaluate.pairs import read_eval_set, require_unseen
+    from megatron_vilg.evaluate.pairs import read_eval_set
     from megatron_vilg.evaluate.subject import EvaluationSettings
     from megatron_vilg.generate.pipeline import Pipeline
     from megatron_vilg.models.features import load_feature_network
-    from megatron_vilg.train.stages import TOKENS
 
     pipeline = Pipeline.load(args.load[0], device=device)
     config = _with_settings(pipeline.config, changed)
@@ -168,8 +167,7 @@ def _measure(
         max_bad_share=config.data.max_bad_share,
         val_share=config.data.val_share,
     )
-    if (tokens := args.load[0] / TOKENS).is_dir():
-        require_unseen(pairs, args.data, tokens, config.data.max_bad_share)
+    pairs, scenes = _as_trained(args.load[0], args.data, pairs, scenes, config.data.max_bad_share)
     asked = {name: getattr(args, name) for name in ("seed", "samples_per_prompt", "max_prompts")}
     settings = EvaluationSettings(
         **{"seed": config.train.seed} | {name: value for name, value in asked.items() if value is not None}
@@ -191,24 +189,42 @@ def _measure(
         _log.info("report: %s", args.out / "report.png")
 
 
+def _as_trained(load: Path, data: Path, pairs: EvalSet, scenes: EvalSet, max_share: float) -> tuple[EvalSet, EvalSet]:
+    """The pairs, held against those that the run was trained on, as far as its token cache is there to say."""
+    from megatron_vilg.data.token_cache import TokenCache
+    from megatron_vilg.evaluate.pairs import hold_against_training
+    from megatron_vilg.generate.load import EXPORT_FOLDER
+    from megatron_vilg.train.same_pairs import require_own_tokens
+    from megatron_vilg.train.stages import TOKENS
+
+    run = load.resolve().parent if load.resolve().name == EXPORT_FOLDER else load
+    if not (tokens := run / TOKENS).is_dir():
+        _log.warning(
+            "--load=%s: there is no %s, so which pairs were trained and which not is taken from --data=%s unchecked",
+            *(load, tokens, data),
+        )
+        return pairs, scenes
+    require_own_tokens(load, TokenCache.open(tokens))
+    return hold_against_training(pairs, scenes, data, tokens, max_share)
+
+
 def _table7(args: argparse.Namespace) -> None:
     from megatron_vilg.config.load import dump_run_config
     from megatron_vilg.evaluate.curves import instrument_plots, read_metrics
     from megatron_vilg.evaluate.demo_report import FEATURE_NETWORK
     from megatron_vilg.evaluate.frechet import FEATURE_SIDE
-    from megatron_vilg.evaluate.pairs import read_eval_set, require_unseen
+    from megatron_vilg.evaluate.pairs import read_eval_set
     from megatron_vilg.evaluate.subject import EvaluationSettings
     from megatron_vilg.evaluate.table7 import measure_table7, role_of
     from megatron_vilg.evaluate.table7_report import write_table7, write_table7_page
     from megatron_vilg.generate.pipeline import Pipeline
     from megatron_vilg.models.features import load_feature_network
-    from megatron_vilg.train.stages import TOKENS
 
     changed = _drawing_settings(args.words[1:], without=_DRAWS_ONE)
     _require_places(args)
     runs = [Pipeline.load(path, device=chosen_device(args.device)) for path in args.load]
     config = _with_settings(runs[0].config, changed)
-    pairs, _ = read_eval_set(
+    pairs, scenes = read_eval_set(
         args.data,
         config.image_tokenizer.image_size,
         max_bad_share=config.data.max_bad_share,
@@ -216,8 +232,7 @@ def _table7(args: argparse.Namespace) -> None:
     )
     for path, run in zip(args.load, runs, strict=True):
         run.max_batch = _max_batch(args, run.config)
-        if (tokens := path / TOKENS).is_dir():
-            require_unseen(pairs, args.data, tokens, config.data.max_bad_share)
+        pairs, scenes = _as_trained(path, args.data, pairs, scenes, config.data.max_bad_share)
     network = load_feature_network(FEATURE_NETWORK)
     max_pairs = args.max_prompts or EvaluationSettings().max_prompts
     table = measure_table7(runs, pairs, network, max_pairs=max_pairs, settings=config.sample)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -93,6 +93,10 @@ class EvalSet:
         """One picture as the model sees it, S pixels a side."""
         return Image.fromarray(self._pictures[number])
 
+    def subset(self, numbers: Sequence[int]) -> EvalSet:
+        """The pairs with these numbers, in this order."""
+        return EvalSet([self.pairs[n] for n in numbers], self._pictures[np.asarray(numbers, dtype=np.int64)])
+
     def counts(self) -> dict[str, int]:
         """Pairs of each kind, and different concepts and styles among the trained ones."""
         kinds = Counter(pair.kind for pair in self.pairs)
@@ -137,36 +141,81 @@ def read_eval_set(
     return _subset(pairs, pictures, plain), _subset(pairs, pictures, scenes)
 
 
-def require_unseen(pairs: EvalSet, data: Path | str, tokens: Path, max_share: float) -> None:
-    """Refuse held-out pairs that a run was trained on: the same name and caption among its training tokens.
+def hold_against_training(
+    pairs: EvalSet, scenes: EvalSet, data: Path | str, tokens: Path, max_share: float
+) -> tuple[EvalSet, EvalSet]:
+    """Refuse a data set that calls pairs held out which a run was trained on, or trained which it was not.
 
-    Which pairs are held out may depend on where the data lies: where names say no split, the path below ``data`` does.
+    A pair is known by its name and caption. Which pairs are held out may depend on where the data lies: where names
+    say no split, the path below ``data`` does. Training pairs that were added to the data set since the run was trained
+    are left out.
 
     Args:
         pairs: what is to be evaluated.
-        data: where they were read, for the message.
+        scenes: the composed ones, apart.
+        data: where they were read, for messages.
         tokens: the run's token cache.
-        max_share: share of the held-out pairs up to which a warning is enough (pairs may be there twice).
+        max_share: share of the pairs up to which a warning is enough (pairs may be there twice).
+
+    Returns:
+        ``pairs`` and ``scenes`` without training pairs that the run does not know.
 
     Raises:
-        DataError: more of them were trained.
+        DataError: more held-out pairs were trained; or training pairs were not, while others that were are missing.
     """
+    trained = {_name(record.key, record.caption) for record in TokenCache.open(tokens).split("train").records()}
+    everything = (*pairs.pairs, *scenes.pairs)
+    _require_unseen([pair for pair in everything if pair.kind != Kind.TRAINED], trained, data, tokens, max_share)
+    claimed = [pair for pair in everything if pair.kind == Kind.TRAINED]
+    unknown = [pair.key for pair in claimed if _name(pair.key, pair.caption) not in trained]
+    if not unknown:
+        return pairs, scenes
+    missing = len(trained - {_name(pair.key, pair.caption) for pair in claimed})
+    problem = (
+        f"--data={data}: {len(unknown)} of {len(claimed)} training pairs are not among the {len(trained)} pairs in "
+        f"{tokens} that were trained ({_first(unknown)})"
+    )
+    if missing > max_share * len(trained):
+        raise DataError(
+            f"{problem}, and {missing} of those are not in the data. Works: the very folder or file that "
+            "`vilg train --data` had, to which pairs may have been added"
+        )
+    logger.warning("%s: they are left out", problem)
 
-    def name(key: str, caption: str) -> tuple[str, str]:
-        return key.rpartition("/")[2], caption
+    def known(of: EvalSet) -> EvalSet:
+        return of.subset(
+            [
+                number
+                for number, pair in enumerate(of.pairs)
+                if pair.kind != Kind.TRAINED or _name(pair.key, pair.caption) in trained
+            ]
+        )
 
-    trained = {name(record.key, record.caption) for record in TokenCache.open(tokens).split("train").records()}
-    held_out = [pair for pair in pairs.pairs if pair.kind != Kind.TRAINED]
-    seen = [pair.key for pair in held_out if name(pair.key, pair.caption) in trained]
+    return known(pairs), known(scenes)
+
+
+def _require_unseen(
+    held_out: Sequence[EvalPair], trained: Container[tuple[str, str]], data: Path | str, tokens: Path, max_share: float
+) -> None:
+    seen = [pair.key for pair in held_out if _name(pair.key, pair.caption) in trained]
     if not seen:
         return
     problem = (
         f"--data={data}: {len(seen)} of {len(held_out)} held-out pairs are among the training pairs in {tokens} "
-        f"({', '.join(seen[:_SHOWN])}{', ...' if len(seen) > _SHOWN else ''})"
+        f"({_first(seen)})"
     )
     if len(seen) > max_share * len(held_out):
         raise DataError(f"{problem}. Works: the very folder or file that `vilg train --data` had")
     logger.warning("%s", problem)
+
+
+def _name(key: str, caption: str) -> tuple[str, str]:
+    """What a pair is known by; the folders above it depend on where the data lies."""
+    return key.rpartition("/")[2], caption
+
+
+def _first(keys: Sequence[str]) -> str:
+    return f"{', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
 
 
 def _subset(pairs: Sequence[EvalPair], pictures: Sequence[np.ndarray], numbers: Sequence[int]) -> EvalSet:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import FILE_NAME as MANIFEST_FILE
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.config.schema import CheckpointConfig
 from megatron_vilg.data.records import RecordPart
@@ -72,6 +73,27 @@ def require_same_sources(run: Path, parts: Sequence[RecordPart], tokens: Path) -
     now = _digest(_fingerprint(part, note) for part, note in zip(parts, notes, strict=True))
     if before.split()[-1] != now:
         raise _other_pairs(path, before, f"files of {len(parts)} shards {now}")
+
+
+def require_own_tokens(model: Path, cache: TokenCache) -> None:
+    """Check that a token cache holds the pairs that a model was trained on, where both say on which.
+
+    Args:
+        model: exported folder, or a run folder, of which the export counts, else the newest checkpoint.
+        cache: of that run.
+
+    Raises:
+        CheckpointError: it holds others; with both sides.
+    """
+    exported = next((f for f in (model, model / "export") if (f / MANIFEST_FILE).is_file()), None)
+    path, found = (exported, read_manifest(exported)) if exported else _newest(model / "checkpoints")
+    trained, now = found.counters.get(PAIRS, "") if found else "", _describe(cache)
+    if trained and now and trained != now:
+        raise CheckpointError(
+            f"{cache.folder}: holds other pairs than {path} was trained on\n"
+            f"  train: trained on {trained}, there {now}\n"
+            "  Works: `vilg train` again with the data and options of before, which encodes those pairs again"
+        )
 
 
 def _newest(checkpoints: Path) -> tuple[Path, Manifest | None]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megatron_vilg.cli.main import EXIT_ERROR, main
 from tests.evaluate.test_curves import metric_line
 from tests.tiny_run import write_tiny_pairs, write_tiny_run
+from tests.train.token_caches import write_cache
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,31 @@ def test_how_much_is_drawn_at_a_time_changes_nothing(run_folder: Path, data: Pat
 def test_options_without_effect_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", *words]) == EXIT_ERROR
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["", "export"])
+def test_other_pairs_than_those_of_the_run_are_refused(
+    folder: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    write_cache(run / "tokens", {"train": 3})
+    other = tmp_path / "other"
+    other.mkdir()
+    command = ["evaluate", "--load", str(run / folder), "--data", str(write_tiny_pairs(other))]
+    assert main([*command, "--out", str(tmp_path / "report")]) == EXIT_ERROR
+    said = capsys.readouterr().err
+    assert (
+        f"--data={other}: 6 of 6 training pairs are not among the 3 pairs in {run / 'tokens'} that were train" in said
+    )
+
+
+def test_an_export_on_its_own_says_that_nobody_checks(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = shutil.copytree(run_folder / "export", tmp_path / "alone")
+    command = ["evaluate", "--load", str(alone), "--data", str(data), "--out", str(tmp_path / "report")]
+    assert main([*command, "--max-prompts", "1"]) == 0
+    assert f"--load={alone}: there is no {alone / 'tokens'}, so which pairs were trained" in capsys.readouterr().err
 
 
 def test_only_drawing_can_be_changed(run_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

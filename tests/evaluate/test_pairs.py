@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from megatron_vilg.data.records import read_records
 from megatron_vilg.data.shards import ShardWriter
 from megatron_vilg.errors import DataError
-from megatron_vilg.evaluate.pairs import Kind, read_eval_set, require_unseen
+from megatron_vilg.evaluate.pairs import Kind, hold_against_training, read_eval_set
 from megatron_vilg.evaluate.retrieval import Label
 from tests.train.token_caches import write_cache
 
@@ -67,18 +68,42 @@ def test_scenes_are_kept_apart(tmp_path: Path) -> None:
 def test_held_out_pairs_that_were_trained_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The demo's keys repeat in every split, so a key alone says nothing; a path above the key may differ."""
     write_cache(tmp_path / "tokens", {"train": 4, "val": 2})
-    same, _ = read_eval_set(tmp_path / "tokens-pairs", 8)
-    require_unseen(same, "same", tmp_path / "tokens", 0.0)
+    same = read_eval_set(tmp_path / "tokens-pairs", 8)
+    assert hold_against_training(*same, "same", tmp_path / "tokens", 0.0) == same
     other = tmp_path / "other"
     add(other / "train", "new")
     for number in range(3):
         add(other / "val" / "deeper", f"train{number}")
         (other / "val" / "deeper" / f"train{number}.txt").write_text(f"图{number}", encoding="utf-8")
-    pairs, _ = read_eval_set(other, 8)
+    pairs = read_eval_set(other, 8)
     with pytest.raises(DataError, match=r"--data=there: 3 of 3 held-out pairs are among the training pairs .*deeper"):
-        require_unseen(pairs, "there", tmp_path / "tokens", 0.5)
-    require_unseen(pairs, "there", tmp_path / "tokens", 1.0)
+        hold_against_training(*pairs, "there", tmp_path / "tokens", 0.5)
+    hold_against_training(*pairs, "there", tmp_path / "tokens", 1.0)
     assert "3 of 3 held-out pairs" in caplog.text
+
+
+def test_pairs_that_were_not_trained_are_no_training_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = tmp_path / "tokens"
+    write_cache(tokens, {"train": 4, "val": 2})
+    add(tmp_path / "odd" / "train", "new")
+    add(tmp_path / "odd" / "train", "scene", style="noto", scene={"kind": "count", "count": 2, "background": "红色"})
+    with pytest.raises(DataError) as caught:
+        hold_against_training(*read_eval_set(tmp_path / "odd", 8), "odd", tokens, 0.01)
+    assert str(caught.value) == (
+        f"--data=odd: 2 of 2 training pairs are not among the 4 pairs in {tokens} that were trained (new, scene), and "
+        "4 of those are not in the data. Works: the very folder or file that `vilg train --data` had, to which pairs "
+        "may have been added"
+    )
+
+    grown = shutil.copytree(tmp_path / "tokens-pairs", tmp_path / "grown")
+    with ShardWriter(grown, "train-more") as writer:
+        writer.add("later", (tmp_path / "odd" / "train" / "new.png").read_bytes(), "后来的图", {})
+    with ShardWriter(grown, "val-more") as writer:
+        writer.add("later", (tmp_path / "odd" / "train" / "new.png").read_bytes(), "没见过的图", {})
+    pairs, _ = hold_against_training(*read_eval_set(grown, 8), "grown", tokens, 0.01)
+    assert {kind: count for kind, count in pairs.counts().items() if count} == {"trained": 4, "unseen": 3}
+    assert all(pair.caption != "后来的图" for pair in pairs.pairs) and pairs.pixels(range(7)).shape == (7, 3, 8, 8)
+    assert "1 of 5 training pairs are not among the 4 pairs" in caplog.text and "(later): they are left" in caplog.text
 
 
 def test_a_set_without_training_pairs_is_refused(tmp_path: Path) -> None:

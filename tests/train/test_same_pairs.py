@@ -16,7 +16,7 @@ from megatron_vilg.data.records import find_records
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.parallel.mesh import Mesh
-from megatron_vilg.train.same_pairs import pairs_of, require_same_sources
+from megatron_vilg.train.same_pairs import pairs_of, require_own_tokens, require_same_sources
 from megatron_vilg.train.stages import prepare
 from tests.train.test_run_tokenizers import config, image_folder
 from tests.train.test_stages import pairs  # noqa: F401 - a fixture
@@ -81,3 +81,16 @@ def test_runs_that_may_go_on_with_any_pairs(tmp_path: Path) -> None:
     checkpoint(tmp_path / "damaged", cache, step=6).joinpath("manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"step-00000003: was trained on other pairs"):
         require_same_sources(tmp_path / "damaged", [], cache.folder)
+
+
+def test_tokens_of_other_pairs_than_the_model_learnt_are_named(tmp_path: Path) -> None:
+    cache, run = write_cache(tmp_path / "tokens", {"train": 4}), tmp_path / "run"
+    other = write_cache(tmp_path / "other" / "tokens", {"train": 3})
+    require_own_tokens(run, other)
+    step = checkpoint(run, cache)
+    require_own_tokens(run, cache)
+    for model, named in ((run, step), (step, step)):
+        with pytest.raises(CheckpointError, match=r"train: trained on 4 pairs [0-9a-f]{16}, there 3 pairs ") as caught:
+            require_own_tokens(model, other)
+        assert f"{other.folder}: holds other pairs than {named} was trained on" in str(caught.value)
+        assert "Works: `vilg train` again with the data and options of before" in str(caught.value)
