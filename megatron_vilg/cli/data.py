@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
+from megatron_vilg.cli.outputs import require_new_folder, require_writable
 from megatron_vilg.cli.shares import chosen_share
 from megatron_vilg.log import get_logger
 
@@ -80,7 +81,9 @@ def _add_text_tokenizer(verbs: Any) -> None:
         "text_tokenizer.vocab_size=1200",
     )
     parser.add_argument("--data", required=True, metavar="D", help=_SOURCE_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets spm.model and manifest.json")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="new; gets spm.model and manifest.json"
+    )
     add_config_options(parser)
     parser.set_defaults(run=run_text_tokenizer)
 
@@ -115,6 +118,8 @@ def run_demo(args: argparse.Namespace) -> int:
     from megatron_vilg.data.demo import DemoOptions, write_demo
     from megatron_vilg.data.emoji import DEMO_STYLES, STYLES
 
+    if not args.out.is_dir():
+        require_writable(args.out, f"--out={args.out}")
     options = DemoOptions(
         concepts=args.concepts,
         held_out_concepts=args.held_out_concepts,
@@ -136,6 +141,7 @@ def run_text_tokenizer(args: argparse.Namespace) -> int:
     from megatron_vilg.data.text import train_text_tokenizer
 
     run = run_config_from_args(args)
+    require_new_folder(args.out, f"--out={args.out}")
     data = run.data
     records = list(
         read_records(args.data, "train", max_bad_share=data.max_bad_share, val_share=data.val_share, with_images=False)
@@ -161,6 +167,7 @@ def run_encode(args: argparse.Namespace) -> int:
     from megatron_vilg.data.token_cache import write_token_cache
 
     run = run_config_from_args(args)
+    require_writable(args.out, f"--out={args.out}")
     share = chosen_share(args.worker)
     device = chosen_device(args.device)
     tokenizer = load_image_tokenizer(args.image_tokenizer).to(device)

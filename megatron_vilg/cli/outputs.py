@@ -27,6 +27,23 @@ def require_writable(folder: Path, given: str) -> None:
         raise ConfigError([f"{given}: cannot be written ({there} {reason}); name another place"])
 
 
+def require_new_folder(folder: Path, given: str) -> None:
+    """Check, without making it, that ``folder`` can be written and holds nothing yet.
+
+    Args:
+        folder: need not be there.
+        given: the option that named it, as the message shows it: ``--out=tokenizer``.
+
+    Raises:
+        ConfigError: something is in it, or it cannot be written.
+    """
+    require_writable(folder, given)
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ConfigError([f"{given}: must be new or empty, it holds {shown}. Works: a new folder, or remove this one"])
+
+
 def require_json_place(file: Path | None) -> None:
     """Check, without making anything, that ``--json FILE`` can be written; None: nobody asked for one.
 

@@ -57,6 +57,36 @@ def test_messages_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "works any of noto" in capsys.readouterr().err
 
 
+def test_a_text_tokenizer_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "text-tokenizer", "text_tokenizer.vocab_size=300", "--data", str(tmp_path / "pairs")]
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "a.png").write_bytes(b"")
+    (tmp_path / "pairs" / "a.txt").write_text("红色的猫", encoding="utf-8")
+    out = tmp_path / "runs" / "text_tokenizer"
+    assert main([*command, "--out", str(out)]) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert main([*command, "--out", str(out)]) == 2
+    assert f"--out={out}: must be new or empty, it holds manifest.json, spm.model. Works" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/new"])
+@pytest.mark.parametrize("verb", ["demo", "text-tokenizer", "encode"])
+def test_a_file_in_place_of_a_folder_is_named_first(
+    verb: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    missing = str(tmp_path / "missing")
+    inputs = {
+        "demo": ["--cache", missing],
+        "text-tokenizer": ["--data", missing],
+        "encode": ["--data", missing, "--text-tokenizer", missing, "--image-tokenizer", missing],
+    }
+    out = tmp_path / place
+    assert main(["data", verb, *inputs[verb], "--out", str(out)]) == 2
+    assert f"--out={out}: cannot be written ({tmp_path / 'file'} is no folder)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["3/3", "a/2", "1", "-1/2", "0/0"])
 def test_wrong_workers(text: str) -> None:
     with pytest.raises(ConfigError, match=f"--worker={text}: works auto, or INDEX/COUNT"):

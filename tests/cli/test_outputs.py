@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vilg.cli.outputs import require_json_place, require_writable, write_json
+from megatron_vilg.cli.outputs import require_json_place, require_new_folder, require_writable, write_json
 from megatron_vilg.errors import ConfigError
 
 
@@ -30,6 +30,18 @@ def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
     with pytest.raises(ConfigError, match=f"--out=x: cannot be written .{tmp_path} is not writable"):
         require_writable(tmp_path / "new", "--out=x")
+
+
+def test_a_folder_that_must_be_new(tmp_path: Path) -> None:
+    require_new_folder(tmp_path, "--out=x")
+    require_new_folder(tmp_path / "new" / "deeper", "--out=x")
+    for name in "abcd":
+        (tmp_path / name).write_text("")
+    rule = r"--out=x: must be new or empty, it holds a, b, c, \.\.\.\. Works: a new folder, or remove this one"
+    with pytest.raises(ConfigError, match=rule):
+        require_new_folder(tmp_path, "--out=x")
+    with pytest.raises(ConfigError, match="is no folder"):
+        require_new_folder(tmp_path / "a", "--out=x")
 
 
 def test_a_json_file_makes_its_folders_and_is_whole(tmp_path: Path) -> None:
