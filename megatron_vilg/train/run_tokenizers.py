@@ -11,11 +11,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_vilg.checkpoint.files import PARTIAL, publish, remove, with_suffix
-from megatron_vilg.checkpoint.image_tokenizer import WORK_NAME, image_tokenizer_hash
-from megatron_vilg.checkpoint.manifest import read_manifest
+from megatron_vilg.checkpoint.image_tokenizer import KIND, WORK_NAME, image_tokenizer_hash
+from megatron_vilg.checkpoint.manifest import FILE_NAME, read_manifest
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 from megatron_vilg.data.text import MANIFEST_FILE as TEXT_MANIFEST
+from megatron_vilg.data.text import MODEL_FILE as TEXT_MODEL
 from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import CheckpointError, ConfigError, DataError
 from megatron_vilg.log import get_logger
@@ -38,6 +39,16 @@ _DECODER = (
     "codebook_dim",
 )
 """What gives a decoder its shape, in both kinds of tokenizer."""
+
+
+_KINDS = {
+    TEXT_TOKENIZER: "a text tokenizer",
+    IMAGE_TOKENIZER: "an image tokenizer",
+    "run": "the folder of a run or of an exported model",
+    "tokens": "a token cache",
+    "model": "a folder of other weights",
+}
+"""What a folder may be that was given as a tokenizer, for messages."""
 
 
 def settle_tokenizers(run: RunConfig, out: Path, given: Mapping[str, Path | None]) -> None:
@@ -82,15 +93,47 @@ def _problems(run: RunConfig, out: Path, name: str, source: Path | None) -> list
         return _other_sizes(run, target, name, str(target))
     if source is None:
         return []
+    return unusable_tokenizer(name, source) or _other_sizes(run, source, name, given)
+
+
+def unusable_tokenizer(name: str, source: Path) -> list[str]:
+    """What is wrong with the tokenizer that an option names, in one line: nothing is there, something else, or damage.
+
+    Args:
+        name: ``text_tokenizer`` or ``image_tokenizer``; the option is called alike.
+        source: the folder.
+    """
+    given = f"{_flag(name)}={source}"
     inside = f", for example {source / name}" if (source / name).is_dir() else ""
     works = f"Works: the folder of a trained tokenizer{inside}"
     if not source.is_dir():
         return [f"{given}: no such folder. {works}"]
+    kind = _kind_of(source)
+    if kind != name:
+        found = f"is {_KINDS[kind]}" if kind else "no tokenizer in this folder"
+        return [f"{given}: {found}, where {_KINDS[name]} is needed. {works}"]
     try:
         _identity(name, source)
     except (DataError, CheckpointError) as error:
         return [f"{given}: {error}. {works}"]
-    return _other_sizes(run, source, name, given)
+    return []
+
+
+def _kind_of(folder: Path) -> str:
+    """A key of ``_KINDS``; empty: none of these."""
+    if (folder / TEXT_MODEL).is_file():
+        return TEXT_TOKENIZER
+    if (folder / "checkpoints").is_dir() or (folder / TEXT_TOKENIZER).is_dir():
+        return "run"
+    manifest = folder / FILE_NAME
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    except ValueError:
+        return IMAGE_TOKENIZER  # damaged: which is then said
+    kind = content.get("kind", "") if isinstance(content, dict) else ""
+    if kind == KIND:
+        return IMAGE_TOKENIZER
+    return "tokens" if isinstance(content, dict) and "settings" in content else "model" if kind else ""
 
 
 def _flag(name: str) -> str:

@@ -43,6 +43,11 @@ def test_demo_tokenizer_and_encode_in_a_row(tmp_path: Path, capsys: pytest.Captu
     assert "others are not" in capsys.readouterr().out
     assert main([*encode, *settings, "--worker", "1/2"]) == 0
     assert f"{tokens}: complete" in capsys.readouterr().out
+    swapped = ["--text-tokenizer", str(image), "--image-tokenizer", str(text)]
+    assert main([*encode, *settings, *swapped]) == 2
+    said = capsys.readouterr().err
+    assert f"--text-tokenizer={image}: is an image tokenizer, where a text tokenizer is needed" in said
+    assert f"--image-tokenizer={text}: is a text tokenizer, where an image tokenizer is needed" in said
     opened = TokenCache.open(tokens, expect={"image_tokenizer_sha256": image_tokenizer_hash(image), "grid_side": 4})
     assert opened.splits == json.loads((data / "manifest.json").read_text())["pairs"]
     assert opened.split("train").num_views == 1

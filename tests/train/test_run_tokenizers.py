@@ -18,7 +18,7 @@ from megatron_vilg.data.text import train_text_tokenizer
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.models.vqgan import VQGAN
 from megatron_vilg.parallel.launch import Job
-from megatron_vilg.train.run_tokenizers import settle_tokenizers
+from megatron_vilg.train.run_tokenizers import settle_tokenizers, unusable_tokenizer
 from megatron_vilg.train.stages import prepare
 from tests.train.test_stages import TINY, pairs  # noqa: F401 - a fixture
 
@@ -59,9 +59,29 @@ def test_folders_that_hold_no_such_tokenizer_are_not_copied(tmp_path: Path) -> N
     assert "--image-tokenizer=" in said and f"for example {image}" in said
     assert "--text-tokenizer=" in said and f"for example {text}" in said
     said = refusal(config(), out, image_tokenizer=text, text_tokenizer=image)
-    assert said.startswith("2 problems")
+    assert said.startswith("2 problems") and "format_version" not in said
+    assert f"--image-tokenizer={text}: is a text tokenizer, where an image tokenizer is needed. Works: the fold" in said
+    assert f"--text-tokenizer={image}: is an image tokenizer, where a text tokenizer is needed. Works: the fold" in said
     settle_tokenizers(config(), out, {"image_tokenizer": image, "text_tokenizer": text})
     assert {path.name for path in out.iterdir()} == {"image_tokenizer", "text_tokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, "no tokenizer in this folder"),
+        ({"manifest.json": "[]"}, "no tokenizer in this folder"),
+        ({"manifest.json": '{"settings": {}}'}, "is a token cache"),
+        ({"manifest.json": '{"kind": "pretrain"}'}, "is a folder of other weights"),
+        ({"checkpoints/step-00000001/manifest.json": "{}"}, "is the folder of a run or of an exported model"),
+    ],
+)
+def test_what_was_given_as_a_tokenizer(tmp_path: Path, files: dict[str, str], found: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (problem,) = unusable_tokenizer("image_tokenizer", tmp_path)
+    assert problem.startswith(f"--image-tokenizer={tmp_path}: {found}, where an image tokenizer is needed. Works: ")
 
 
 def test_a_damaged_tokenizer_is_not_copied(tmp_path: Path) -> None:
