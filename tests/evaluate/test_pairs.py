@@ -90,9 +90,9 @@ def test_pairs_that_were_not_trained_are_no_training_pairs(tmp_path: Path, caplo
     with pytest.raises(DataError) as caught:
         hold_against_training(*read_eval_set(tmp_path / "odd", 8), "odd", tokens, 0.01)
     assert str(caught.value) == (
-        f"--data=odd: 2 of 2 training pairs are not among the 4 pairs in {tokens} that were trained (new, scene), and "
-        "4 of those are not in the data. Works: the very folder or file that `vilg train --data` had, to which pairs "
-        "may have been added"
+        f"--data=odd: 2 of 2 training pairs are not among the 4 pairs in {tokens} that were trained (train/new, "
+        "train/scene), and 4 of those are not in the data. Works: the very folder or file that `vilg train --data` "
+        "had, to which pairs may have been added"
     )
 
     grown = shutil.copytree(tmp_path / "tokens-pairs", tmp_path / "grown")
