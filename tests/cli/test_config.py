@@ -27,6 +27,32 @@ def test_changed_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "every option is at its default\n"
 
 
+def test_changed_compares_values(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["config", "--preset", "demo", "--json"]) == 0
+    file = tmp_path / "all.json"
+    file.write_text(capsys.readouterr().out)
+    assert main(["config", "--config", str(file), "--changed"]) == 0
+    from_file = capsys.readouterr().out
+    assert main(["config", "--preset", "demo", "--changed"]) == 0
+    assert from_file.replace(f"[{file}]", "[preset demo]") == capsys.readouterr().out
+    defaults = load_run_config()
+    file.write_text(f"optim: {{lr: {defaults.optim.lr}, eps: 1e-5}}")
+    decay = f"optim.weight_decay={defaults.optim.weight_decay}"
+    assert main(["config", "--config", str(file), "--changed", decay]) == 0
+    assert capsys.readouterr().out == f"optim: Optimizer.\n  optim.eps=1e-05   [{file}]\n"
+
+
+def test_changed_json_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["optim.eps=1e-5", f"train.num_steps={load_run_config().train.num_steps}"]  # not what the preset says
+    assert main(["config", "--preset", "demo", "--json", "--changed", *words]) == 0
+    file = tmp_path / "changed.json"
+    file.write_text(capsys.readouterr().out)
+    assert load_run_config(file=file) == load_run_config("demo", overrides=words)
+    assert len(file.read_text()) < 3000 and "eps" in json.loads(file.read_text())["optim"]
+    assert main(["config", "--json", "--changed"]) == 0
+    assert json.loads(capsys.readouterr().out) == {}
+
+
 def test_json_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["config", "--preset", "demo", "--json"]) == 0
     file = tmp_path / "all.json"
