@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vilg.data.token_files import FORMAT, MANIFEST_FILE, CacheSettings, check_same, read_json
+from megatron_vilg.data.token_files import FORMAT, MANIFEST_FILE, CacheSettings, check_same_settings, read_json
 from megatron_vilg.data.token_writer import EncodeImages, write_token_cache
 from megatron_vilg.errors import DataError
 
@@ -128,7 +128,7 @@ class TokenCache:
                 f"token cache {str(folder)!r} has format {manifest.get('format')!r}, this version reads {FORMAT}: "
                 "encode again"
             )
-        check_same(f"token cache {str(folder)!r}", manifest["settings"], expect or {})
+        check_same_settings(f"token cache {str(folder)!r}", manifest["settings"], expect or {})
         return cls(folder, manifest)
 
     @property

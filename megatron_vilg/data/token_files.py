@@ -27,6 +27,21 @@ FORMAT = 1
 MOST_IDS = 2**16
 
 
+_OPTIONS = {
+    "image_size": "image_tokenizer.image_size",
+    "grid_side": "model.image_side",
+    "codebook_size": "image_tokenizer.codebook_size",
+    "num_text_slots": "model.num_text_slots",
+    "text_vocab_size": "model.text_vocab_size",
+    "num_views": "data.num_views",
+    "view_shift_pixels": "data.view_shift_pixels",
+    "view_zoom": "data.view_zoom",
+    "view_flip": "data.view_flip",
+    "seed": "train.seed",
+}
+"""What people call the fields of ``CacheSettings``, for messages."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSettings:
     """All that determines the tokens, apart from the pairs; two shards of one cache agree in every field."""
@@ -54,6 +69,16 @@ class CacheSettings:
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+def check_same_settings(where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compare fields of ``CacheSettings``.
+
+    Raises:
+        DataError: with the option behind every field that differs, and both its values.
+    """
+    names = {name: _OPTIONS.get(name, name) for name in wanted}
+    check_same(where, {names[n]: found.get(n) for n in wanted}, {names[n]: value for n, value in wanted.items()})
 
 
 def check_same(where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

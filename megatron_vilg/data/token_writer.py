@@ -23,7 +23,7 @@ from megatron_vilg.data.token_files import (
     FORMAT,
     MANIFEST_FILE,
     CacheSettings,
-    check_same,
+    check_same_settings,
     partial_path,
     read_json,
     write_json,
@@ -113,7 +113,7 @@ class _Writer:
         self.text_tokenizer, self.encode_images = text_tokenizer, encode_images
         out.mkdir(parents=True, exist_ok=True)
         for path in sorted(out.glob("*-*.json")):
-            check_same(f"{path}", read_json(path)["settings"], settings.to_json())
+            check_same_settings(f"{path}", read_json(path)["settings"], settings.to_json())
 
     def encode(
         self, records_by_split: Mapping[str, Sequence[RecordPart]], worker: tuple[int, int], max_bad_share: float

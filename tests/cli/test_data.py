@@ -52,7 +52,7 @@ def test_demo_tokenizer_and_encode_in_a_row(tmp_path: Path, capsys: pytest.Captu
     assert opened.splits == json.loads((data / "manifest.json").read_text())["pairs"]
     assert opened.split("train").num_views == 1
     assert main([*encode, *settings, "data.num_views=2"]) == 2
-    assert "num_views: 1 there, 2 asked for" in capsys.readouterr().err
+    assert "  data.num_views: 1 there, 2 asked for" in capsys.readouterr().err
 
 
 def test_messages_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,7 +210,7 @@ def test_other_settings_name_both_sides(tmp_path: Path, make_shards: Shards, mak
     with pytest.raises(DataError) as info:
         make_cache.write(source, tmp_path / "c", image_tokenizer_hash="xyz", codebook_size=128)
     assert "image_tokenizer_sha256: 'abc' there, 'xyz' asked for" in str(info.value)
-    assert "codebook_size: 64 there, 128 asked for" in str(info.value)
+    assert "image_tokenizer.codebook_size: 64 there, 128 asked for" in str(info.value)
     TokenCache.open(tmp_path / "c", expect={"image_size": 12, "text_tokenizer_sha256": make_cache.tokenizer.sha256})
     with pytest.raises(DataError, match=r"text_tokenizer_sha256: '.+' there, 'other' asked for"):
         TokenCache.open(tmp_path / "c", expect={"text_tokenizer_sha256": "other"})
