@@ -17,6 +17,8 @@ MAX_VOCABULARY = 65_535
 """Token caches hold ids as unsigned 16-bit numbers."""
 CRITIC_PIXELS = 24
 """Smallest side that three halvings and two 4 x 4 convolutions of the critic leave something of."""
+MAX_BATCH = 2**20
+"""Pairs or pictures of one step. More are a slip of the keyboard, which would end in a full memory."""
 TRITON_HEAD_SIZES = (16, 32, 64, 128, 256)
 """What our Triton kernel has tiles for."""
 NUM_BYTE_PIECES = 256
@@ -130,6 +132,7 @@ def _check_image_tokenizer(tokenizer: ImageTokenizerConfig) -> Iterable[str]:
 def _check_image_tokenizer_training(run: RunConfig) -> Iterable[str]:
     training = run.image_tokenizer_train
     section = "image_tokenizer_train"
+    yield from _batch(f"{section}.batch_size", training.batch_size)
     if training.warmup_steps >= training.num_steps:
         rule = f"must be below {section}.num_steps={training.num_steps}"
         yield _problem(f"{section}.warmup_steps", training.warmup_steps, rule, f"0 to {training.num_steps - 1}")
@@ -162,6 +165,7 @@ def _check_training(run: RunConfig) -> Iterable[str]:
     if run.optim.warmup_steps >= run.train.num_steps:
         rule = f"must be below train.num_steps={run.train.num_steps}"
         yield _problem("optim.warmup_steps", run.optim.warmup_steps, rule, f"0 to {run.train.num_steps - 1}")
+    yield from _batch("train.batch_size", run.train.batch_size)
     yield from _decays("optim.betas", run.optim.betas)
     yield from _below_one("loss.label_smoothing", run.loss.label_smoothing)
     if not run.loss.text_to_image_weight and not run.loss.image_to_text_weight:
@@ -295,6 +299,11 @@ def _check_grid(run: RunConfig, world_size: int) -> Iterable[str]:
         below = run.train.batch_size // pieces * pieces
         works = [size for size in (below, below + pieces) if size]
         yield _problem("train.batch_size", run.train.batch_size, rule, works)
+
+
+def _batch(path: str, size: int) -> Iterable[str]:
+    if size > MAX_BATCH:
+        yield _problem(path, size, "is more than one step can take", f"1 to {MAX_BATCH}")
 
 
 def _decays(path: str, betas: tuple[float, float]) -> Iterable[str]:

@@ -42,6 +42,8 @@ from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
 log = get_logger(__name__)
 TOKENS = "tokens"
 PIXELS = "pixels"
+_MOST_PASSES = 1000
+"""How often one batch may go through all pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,8 @@ def prepare(
         None when a signal stopped a stage; the same call goes on.
 
     Raises:
-        ConfigError: a token cache was given without tokenizers, sizes do not fit together, or a tokenizer is not the
-            one that the run has or would train.
+        ConfigError: a token cache was given without tokenizers, sizes do not fit together, a tokenizer is not the one
+            that the run has or would train, or a batch would take the pairs too many times over.
         DataError, CheckpointError: pairs or tokenizers that cannot be read, a cache of other tokenizers, or pairs that
             are not those the run was trained on; then nothing was encoded.
     """
@@ -116,6 +118,7 @@ def prepare(
     def encoded() -> Prepared:
         finished = data if is_cache else None if job.world.is_main else out / TOKENS
         cache = _token_cache(run, data, out, text, images, finished, require_ours)
+        _require_batch(run, cache.splits["train"])
         pixels = _pixels(run, data, out, cache, is_cache, job.world) if run.reconstructor.enabled else None
         return Prepared(run, cache, text, images, pixels)
 
@@ -250,6 +253,14 @@ def _token_cache(
             seed=run.train.seed,
         )
     return TokenCache.open(out / TOKENS, expect=expect)
+
+
+def _require_batch(run: RunConfig, num_pairs: int) -> None:
+    """A batch may go through a small set several times over, but not without end: that is a mistyped number."""
+    size, most = run.train.batch_size, _MOST_PASSES * num_pairs
+    if size > most:
+        rule = f"each step would take each of the {num_pairs} training pairs {size // num_pairs} times"
+        raise ConfigError([f"train.batch_size={size}: {rule}. Works: 1 to {most}, better up to {num_pairs}."])
 
 
 @contextmanager

@@ -287,3 +287,10 @@ def test_require_reports_every_problem_in_one_error() -> None:
 )
 def test_layouts_that_can_run(overrides: list[str], world_size: int) -> None:
     assert check(load_run_config("demo", overrides=[FOUR_LAYERS, *overrides]), world_size) == []
+
+
+@pytest.mark.parametrize("section", ["train", "image_tokenizer_train"])
+def test_a_batch_has_a_limit(section: str) -> None:
+    problem = f"{section}.batch_size={10**20}: is more than one step can take. Works: 1 to 1048576."
+    assert check(load_run_config("demo", overrides=[f"{section}.batch_size={10**20}"])) == [problem]
+    assert check(load_run_config("demo", overrides=[f"{section}.batch_size={2**20}"])) == []

@@ -171,6 +171,21 @@ def test_other_settings_than_the_run_trained_its_tokenizers_with_are_refused(tmp
     )
 
 
+def test_a_batch_takes_the_pairs_a_number_of_times_at_most(tmp_path: Path, pairs: Path) -> None:  # noqa: F811
+    image = image_folder(tmp_path / "image")
+    for size in (12_000, 12_001):
+        run = config(f"train.batch_size={size}")
+        if size == 12_000:
+            assert prepare(run, pairs, tmp_path / "run", image_tokenizer=image) is not None
+            continue
+        with pytest.raises(ConfigError) as caught:
+            prepare(run, pairs, tmp_path / "run", image_tokenizer=image)
+        assert "train.batch_size=12001: each step would take each of the 12 training pairs 1000 times" in str(
+            caught.value
+        )
+        assert "Works: 1 to 12000, better up to 12." in str(caught.value)
+
+
 def test_only_the_main_process_writes_seconds(tmp_path: Path, pairs: Path) -> None:  # noqa: F811
     out, image = tmp_path / "run", image_folder(tmp_path / "image")
     run = config("reconstructor.enabled=true", "data.target_view_probability=0", "data.target_view_fall=0")
