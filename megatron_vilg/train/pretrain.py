@@ -25,7 +25,7 @@ from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.pair_pixels import PixelCache
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.errors import CheckpointError, TrainingError
+from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.models.vilg import ViLG
@@ -79,6 +79,7 @@ def pretrain(
 
     Raises:
         CheckpointError: another job trains in ``out``, or its checkpoints cannot be used or belong to another run.
+        ConfigError: the newest has more steps than the run is to have.
         TrainingError: the run diverged.
     """
     mesh = mesh or Mesh(torch.device("cpu"))
@@ -248,11 +249,17 @@ def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest
     Raises:
         CheckpointError: no checkpoint can be used, or the newest belongs to another configuration, to another optimizer
             or to other pairs; both sides are printed.
+        ConfigError: it has more steps than the run is to have.
     """
     path = checkpointer.latest()
     if path is None:
         return identity
-    require_same_pairs(path, read_manifest(path), identity, engine.mesh)
+    found, wanted = read_manifest(path), engine.run.train.num_steps
+    if found.step > wanted:
+        rule = f"{path} has more steps behind it, so that nothing would be trained"
+        works = f"{found.step}, to export it as it is, or more to go on"
+        raise ConfigError([f"train.num_steps={wanted}: {rule}. Works: {works}."])
+    require_same_pairs(path, found, identity, engine.mesh)
     state = engine.state_dict()
     # In one line, where tensors compared by name make hundreds.
     problem = other_optimizer(path, engine.run.optim.name, state) if engine.mesh.is_main else ""

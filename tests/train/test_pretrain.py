@@ -22,7 +22,7 @@ from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig,
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.errors import CheckpointError, TrainingError
+from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.parallel.mesh import Mesh
 from megatron_vilg.train.course import Course
@@ -191,6 +191,16 @@ def test_a_finished_run_keeps_the_options_it_was_trained_with(
         assert pretrain(changed(short, "train", precision="bf16"), cache, out)
     assert f"{out}: all 3 steps are done, nothing is left to train; its options stay what they were" in caplog.text
     assert read_run_folder_config(out) == read_run_folder_config(out / "export") == short
+
+
+def test_fewer_steps_than_there_are_is_refused(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    out = tmp_path / "out"
+    assert pretrain(changed(run, "train", num_steps=4), cache, out)
+    with pytest.raises(ConfigError) as caught:
+        pretrain(changed(run, "train", num_steps=3), cache, out)
+    rule = f"{newest(out)} has more steps behind it, so that nothing would be trained"
+    assert f"train.num_steps=3: {rule}. Works: 4, to export it as it is, or more to go on." in str(caught.value)
+    assert read_run_folder_config(out).train.num_steps == 4
 
 
 def newest(out: Path) -> Path:
