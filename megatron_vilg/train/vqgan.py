@@ -19,6 +19,7 @@ from megatron_vilg.config.schema import CheckpointConfig, RunConfig
 from megatron_vilg.data.images import to_image
 from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.log import get_logger
+from megatron_vilg.models.features import find_feature_network
 from megatron_vilg.models.quantizer import codebook_use
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.parallel.replicas import Replicas
@@ -131,7 +132,9 @@ def train_image_tokenizer(
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
     options, replicas = run.image_tokenizer_train, replicas or Replicas()
-    _require_trainable(run, replicas)
+    require_trainable(run)
+    if problem := uneven_parts(run, replicas.size):
+        raise ConfigError([problem])
     pixels = PixelsInMemory(source, run) if isinstance(source, Tensor) else source
     held_out = held_out[:MAX_EVALUATED]
     work = out.with_name(WORK_NAME)
@@ -156,12 +159,18 @@ def train_image_tokenizer(
     return quality
 
 
-def _require_trainable(run: RunConfig, replicas: Replicas) -> None:
+def require_trainable(run: RunConfig) -> None:
+    """Refuse image tokenizers that can only be imported, and feature networks that are not here.
+
+    Raises:
+        ConfigError: says what works.
+        MissingPackageError: the feature network's package is not installed.
+    """
     if run.image_tokenizer.code_choice != "nearest":
         rule = "such a tokenizer can be imported (vilg checkpoint convert), not trained here"
         raise ConfigError([f"image_tokenizer.code_choice={run.image_tokenizer.code_choice}: {rule}. Works: nearest."])
-    if problem := uneven_parts(run, replicas.size):
-        raise ConfigError([problem])
+    if run.image_tokenizer_train.perceptual_weight:
+        find_feature_network(run.image_tokenizer_train.perceptual_network)
 
 
 def uneven_parts(run: RunConfig, num_processes: int) -> str:

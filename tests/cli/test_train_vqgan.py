@@ -55,6 +55,27 @@ def test_unknown_device_is_named(tmp_path: Path, data: Path, capsys: pytest.Capt
     assert "--device=abacus" in error and "Works: auto, cpu" in error
 
 
+@pytest.mark.parametrize("verb", ["train", "train-vqgan"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "image_tokenizer.code_choice=logits",
+            "such a tokenizer can be imported (vilg checkpoint convert), not trained",
+        ),
+        ("image_tokenizer_train.perceptual_network=lite7", "perceptual_network='lite7' is neither a file nor a known"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_data_is_read(
+    verb: str, option: str, message: str, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [verb, "--preset", "demo", "--data", str(data), "--out", str(tmp_path / "run"), *SMALL]
+    command.remove("image_tokenizer_train.perceptual_weight=0")
+    assert main([*command, option]) == EXIT_ERROR
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "text_tokenizer").exists()
+
+
 def test_a_place_that_cannot_be_written_is_named_before_the_data_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
