@@ -147,7 +147,7 @@ def test_other_settings_than_the_run_trained_its_tokenizers_with_are_refused(tmp
     before = (out / "config.json").read_bytes()
     changed = dataclasses.replace(
         run,
-        text_tokenizer=dataclasses.replace(run.text_tokenizer, character_coverage=0.9),
+        text_tokenizer=dataclasses.replace(run.text_tokenizer, character_coverage=0.99),
         image_tokenizer=dataclasses.replace(run.image_tokenizer, channels=32),
         image_tokenizer_train=dataclasses.replace(run.image_tokenizer_train, num_steps=2, checkpoint_every=7),
         data=dataclasses.replace(run.data, view_shift_pixels=1.0),
@@ -155,7 +155,7 @@ def test_other_settings_than_the_run_trained_its_tokenizers_with_are_refused(tmp
     with pytest.raises(ConfigError) as caught:
         prepare(changed, pairs, out)
     said = str(caught.value)
-    assert f"{out / 'text_tokenizer'}: was trained with text_tokenizer.character_coverage=1.0 (now 0.9). Works" in said
+    assert f"{out / 'text_tokenizer'}: was trained with text_tokenizer.character_coverage=1.0 (now 0.99). Work" in said
     assert f"{out / 'image_tokenizer'}: was trained with image_tokenizer.channels=16 (now 32), " in said
     assert "image_tokenizer_train.num_steps=1 (now 2)" in said and "data.view_shift_pixels=" in said
     assert "checkpoint_every" not in said and "precision" not in said
