@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_vilg import __version__
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, load_from_args
+from megatron_vilg.cli.outputs import require_writable
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
@@ -40,7 +42,9 @@ def add_parser(subparsers: Any) -> None:
         epilog="example: vilg doctor; srun python -m megatron_vilg doctor --path /shared/runs parallel.tensor=2",
     )
     parser.add_argument("--path", type=Path, default=Path(), help="where runs will be written (default: here)")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for other processes")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=60.0, metavar="S", help="seconds to wait for other processes"
+    )
     add_device_option(parser)
     add_config_options(parser)
     parser.set_defaults(run=run)
@@ -50,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the lines; 1 if a base package is missing or the processes cannot work together."""
     world = read_world()
     config = load_from_args(args).run
+    if world.size == 1:  # several processes name those ranks whose device or folder does not work
+        _require_options(args)
     if world.is_main:
         for name, answer in _checks(args.path):
             print(f"{name:<14} {answer()}", flush=True)
@@ -59,6 +65,24 @@ def run(args: argparse.Namespace) -> int:
     if world.size == 1 or missing:
         return 1 if missing else 0
     return _together(args, config, world)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return value
+
+
+def _require_options(args: argparse.Namespace) -> None:
+    """Refuse a device that torch cannot use, and a place that was named but cannot be written."""
+    if _version("torch") is not None and args.device != "auto":
+        chosen_device(args.device)
+    if args.path != Path():
+        require_writable(args.path, f"--path={args.path}")
 
 
 def _checks(path: Path) -> tuple[tuple[str, Callable[[], str]], ...]:

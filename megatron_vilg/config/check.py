@@ -51,7 +51,12 @@ def require(run: RunConfig, world_size: int | None = 1) -> None:
 
 def _check_model(run: RunConfig) -> Iterable[str]:
     model, tokenizer = run.model, run.image_tokenizer
-    if model.width % model.num_heads or model.head_dim % 2:
+    if model.width % 2:
+        step = 2 * model.num_heads
+        below = model.width // step * step
+        rule = f"must be a multiple of 2 x model.num_heads={model.num_heads}: heads have an even size"
+        yield _problem("model.width", model.width, rule, [size for size in (below, below + step) if size])
+    elif model.width % model.num_heads or model.head_dim % 2:
         heads = [n for n in _divisors(model.width) if model.width // n % 2 == 0]
         rule = f"must divide model.width={model.width} into heads of even size"
         yield _problem("model.num_heads", model.num_heads, rule, heads)

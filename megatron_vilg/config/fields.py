@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 PositiveInt = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Coverage = Annotated[float, Field(ge=0.98, le=1.0)]  # SentencePiece refuses less
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Precision = Literal["auto", "fp32", "bf16"]

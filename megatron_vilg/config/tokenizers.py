@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_vilg.config.fields import STRICT, Count, Fraction, NonNegative, Positive, PositiveInt, Precision
+from megatron_vilg.config.fields import STRICT, Count, Coverage, Fraction, NonNegative, Positive, PositiveInt, Precision
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -15,7 +15,7 @@ class TextTokenizerConfig:
 
     vocab_size: PositiveInt = 8000
     """Pieces wanted, special tokens and 256 byte pieces included; small corpora may give fewer."""
-    character_coverage: Fraction = 1.0
+    character_coverage: Coverage = 1.0
     """Share of characters that get a piece of their own; the rest is written as bytes."""
 
 

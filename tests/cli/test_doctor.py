@@ -52,3 +52,20 @@ def test_an_unknown_option_is_named_before_anything_is_looked_at(capsys: pytest.
     captured = capsys.readouterr()
     assert "parallel.tensr=2: no such option. Did you mean parallel.tensor?" in captured.err
     assert captured.out == ""
+
+
+def test_a_device_and_a_place_that_do_not_work_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "nope"]) == 2
+    assert "--device=nope: torch cannot use it (" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["doctor", "--path", str(tmp_path / "file")]) == 2
+    captured = capsys.readouterr()
+    assert f"--path={tmp_path / 'file'}: cannot be written ({tmp_path / 'file'} is no folder)" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "soon"])
+def test_a_timeout_is_a_number_of_seconds(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", f"--timeout={value}"])
+    assert f"must be a number of seconds above 0, got '{value}'" in capsys.readouterr().err

@@ -294,3 +294,10 @@ def test_a_batch_has_a_limit(section: str) -> None:
     problem = f"{section}.batch_size={10**20}: is more than one step can take. Works: 1 to 1048576."
     assert check(load_run_config("demo", overrides=[f"{section}.batch_size={10**20}"])) == [problem]
     assert check(load_run_config("demo", overrides=[f"{section}.batch_size={2**20}"])) == []
+
+
+@pytest.mark.parametrize(("width", "works"), [(3, "8"), (11, "8, 16"), (17, "16, 24")])
+def test_an_odd_width_has_no_number_of_heads(width: int, works: str) -> None:
+    problems = check(load_run_config("demo", overrides=[f"model.width={width}", "model.num_heads=4"]))
+    rule = "must be a multiple of 2 x model.num_heads=4: heads have an even size"
+    assert problems == [f"model.width={width}: {rule}. Works: {works}."]
