@@ -262,13 +262,19 @@ def _behind_bytes(config: ModelConfig, sizes: Sizes) -> float:
     return kept
 
 
-def backward_bytes_per_row(config: ModelConfig, sizes: Sizes) -> float:
-    """What passes through the backward pass of a block for one row: the hidden state's gradient and the widest one."""
-    per_position = (sizes.residual + config.mlp_ratio * sizes.compute) * config.width
-    return config.spec.length * per_position / sizes.split
+def backward_bytes_per_row(config: ModelConfig, sizes: Sizes, *, scores: bool) -> float:
+    """What passes through the backward pass of a block for one row: the hidden state's gradient and the widest others.
+
+    Those are of the feed-forward's inside or, with ``scores`` written out, two of their size: there the feed-forward's
+    own tensors are gone already.
+    """
+    widest = config.mlp_ratio * sizes.compute * config.width / sizes.split
+    if scores:
+        of_softmax = 2 * sizes.compute * config.num_heads * config.spec.length / sizes.split
+        widest = max(widest, of_softmax - _behind_bytes(config, sizes))
+    return config.spec.length * (sizes.residual * config.width / sizes.split + widest)
 
 
-def mask_bytes_per_row(config: ModelConfig, sizes: Sizes) -> float:
-    """Written-out masks of one row, one for each kind of layer; kept for the whole forward and backward pass."""
-    kinds = len(set(layer_kinds(config.num_layers, config.pattern)))
-    return kinds * config.spec.length**2 * sizes.compute
+def mask_bytes_per_row(config: ModelConfig, sizes: Sizes, num_masks: int) -> float:
+    """Written-out masks of one row, one for each kind of layer that reads one; kept for the whole pass both ways."""
+    return num_masks * config.spec.length**2 * sizes.compute

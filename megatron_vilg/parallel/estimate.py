@@ -19,12 +19,14 @@ from megatron_vilg.models.cost import (
     forward_flops,
     input_bytes_per_row,
     is_hidden_matrix,
+    layer_kinds,
     left_out_bytes_per_row,
     mask_bytes_per_row,
     num_parameters,
     num_stack_parameters,
     parameter_shapes,
 )
+from megatron_vilg.ops.attention_choice import Implementation, executed_by, implementation_of
 from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
 from megatron_vilg.parallel.plan import Cut, rule_of
 
@@ -209,7 +211,9 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
     """Bytes by kind, and of the fullest moment."""
     parallel, model = run.parallel, run.model
     rows = 2 * layout.pairs_each(run.train.batch_size)
-    block_whole = rows * block_bytes_per_row(model, sizes, scores=run.ops.attention == "dense")
+    executed = _attention(run)
+    scores = "dense" in executed
+    block_whole = rows * block_bytes_per_row(model, sizes, scores=scores)
     block_kept = {
         "none": block_whole,
         "selective": rows * block_bytes_per_row(model, sizes, scores=False, attention_inside=False),
@@ -217,8 +221,8 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
     }[parallel.recompute]
     recomputed = block_whole - block_kept
     kept = layout.micro_batches_in_flight(rank) * (part.layers * block_kept - _left_out(run, layout, part, sizes, rows))
-    passing = rows * backward_bytes_per_row(model, sizes)
-    masks = rows * mask_bytes_per_row(model, sizes) if run.ops.attention in ("dense", "sdpa") else 0.0
+    passing = rows * backward_bytes_per_row(model, sizes, scores=scores)
+    masks = rows * mask_bytes_per_row(model, sizes, executed.count("dense") + executed.count("sdpa"))
     weights, optimizer = MASTER_BYTES * part.sharded, OPTIMIZER_BYTES[run.optim.name] * part.sharded
     if run.optim.name == "muon":
         optimizer -= (OPTIMIZER_BYTES["muon"] - MUON_BYTES) * part.matrices
@@ -243,6 +247,13 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
     # Autocast's copies of weights go as the backward pass goes.
     at_end = sizes.compute * part.block if sizes.autocast else gathered
     return memory, weights + optimizer + masks + max(gathered + turning, at_end + end, at_end + gradients)
+
+
+def _attention(run: RunConfig) -> list[Implementation]:
+    """What executes each kind of layer that the model has; either all of them or none are ``dense``."""
+    implementation, _ = implementation_of(run.ops.attention, run.model.image_side)
+    kinds = sorted(set(layer_kinds(run.model.num_layers, run.model.pattern)))
+    return [executed_by(implementation, run.model, kind) for kind in kinds]
 
 
 def _computes_all(run: RunConfig, layout: Layout) -> bool:

@@ -95,6 +95,34 @@ def test_one_process_uses_the_planned_memory(precision: str, parallel: dict[str,
     assert measured_peak(run) == pytest.approx(estimate(run, 1).fullest.peak, rel=0.05)
 
 
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize(
+    ("attention", "changes"),
+    [("auto", {"num_heads": 16, "num_layers": 4}), ("fold", {"pattern": "full", "num_layers": 4})],
+    ids=["auto is dense", "full layers fold into sdpa"],
+)
+def test_what_executes_attention_is_counted(attention: Any, changes: dict[str, Any], recompute: Any) -> None:
+    """Scores of 16 heads where ``auto`` is dense, and the mask of full layers, which cannot be folded."""
+    model = case_model(**(SIZES | changes), text_vocab_size=64, image_vocab_size=64)
+    run = dataclasses.replace(run_of("fp32", model, recompute=recompute), ops=OpsConfig(attention=attention))
+    assert measured_peak(run) == pytest.approx(estimate(run, 1).fullest.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_attention_is_planned_as_what_it_stands_for(side: int) -> None:
+    """At either side of the size from which ``auto`` folds; a mask is 2 bytes a pair of positions and kind of layer."""
+
+    def peak(attention: str, **changes: Any) -> float:
+        model = case_model(**(SIZES | {"image_side": side} | changes), text_vocab_size=64, image_vocab_size=64)
+        ops = OpsConfig(attention=attention)  # type: ignore[arg-type]
+        return estimate(dataclasses.replace(run_of("bf16", model), ops=ops), 1).fullest.peak
+
+    length = case_model(**(SIZES | {"image_side": side})).spec.length
+    assert peak("auto") == peak("dense" if side == 8 else "fold")
+    assert peak("sdpa") - peak("fold") == 3 * 2 * BATCH * 2 * length**2
+    assert peak("fold", pattern="full") == peak("sdpa", pattern="full") < peak("dense", pattern="full")
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
