@@ -115,12 +115,13 @@ def _loop(
     instruments, must_stop = instruments_of(engine, run), False
     with StopSignals() as stop, open_writer(run, out, mesh, engine.step) as writer:
         while engine.step < run.train.num_steps and not must_stop:
+            number = course.batch_number(engine.step)
             with writer.loading():
-                batch = loader.batch(course.batch_number(engine.step))
+                batch = loader.batch(number)
             result, seen = watched_step(engine, batch, instruments)
             step = engine.step
             writer.count(items=run.train.batch_size, tokens=2 * run.train.batch_size * run.model.spec.num_used)
-            window.add(batch.sample_ids, result)
+            window.add(torch.from_numpy(loader.sample_ids(number)), result)
             if writer.due(step) or is_measured(run, step) or seen:
                 values = window.read() | seen | course.metrics | rate_of(run, step)
                 writer.log(step, values | evaluate(engine, held_out if is_measured(run, step) else {}))
@@ -346,14 +347,19 @@ class StepWindow:
         return {_STEPS_SKIPPED: self._skipped + sum(int(result.skipped) for _, result in self._steps)}
 
     def add(self, sample_ids: Tensor, result: StepResult) -> None:
-        """Note one finished step."""
+        """Note one finished step.
+
+        Args:
+            sample_ids: int64 [batch_size], the pairs of all data ranks: which of them spoilt it, no rank can tell.
+            result: what the engine reported.
+        """
         self._steps.append((sample_ids, result))
 
     def read(self) -> dict[str, float]:
         """Means over the finite steps since the last call; ``step/skipped`` counts since the start.
 
         Raises:
-            TrainingError: too many steps in a row were not finite; with their samples.
+            TrainingError: too many steps in a row were not finite; with their samples, those of all data ranks.
         """
         finite = []
         for sample_ids, result in self._steps:

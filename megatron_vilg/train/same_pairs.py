@@ -72,7 +72,7 @@ def require_same_sources(run: Path, parts: Sequence[RecordPart], tokens: Path) -
     notes = (tokens / f"train-{number:05d}.json" for number in range(len(parts)))
     now = _digest(_fingerprint(part, note) for part, note in zip(parts, notes, strict=True))
     if before.split()[-1] != now:
-        raise _other_pairs(path, before, f"files of {len(parts)} shards {now}")
+        raise _other_pairs(path, before, f"other files {now}")
 
 
 def require_own_tokens(model: Path, cache: TokenCache) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,10 +90,9 @@ def prepare(
         None when a signal stopped a stage; the same call goes on.
 
     Raises:
-        ConfigError: a token cache was given without tokenizers, sizes do not fit together, a tokenizer is not the one
-            that the run has or would train, or a batch would take the pairs too many times over.
-        DataError, CheckpointError: pairs or tokenizers that cannot be read, a cache of other tokenizers, or pairs that
-            are not those the run was trained on; then nothing was encoded.
+        ConfigError: a token cache was given without tokenizers, sizes (of a batch, too) do not fit together, or a
+            tokenizer is not the one that the run has or would train.
+        DataError, CheckpointError: unreadable pairs or tokenizers, a cache of other ones, other pairs than the run's.
     """
     job, asked = job or Job(World(), None), run
     # Before anything that the main process does alone: several of them settle it together.
@@ -110,17 +110,13 @@ def prepare(
         return _configuration(run, data, out, job.world)
 
     run, text = job.main_first("text", configured)
-    everyone = Replicas.of_group()
-    if not _has_image_tokenizer(out, everyone):
-        _train_image_tokenizer(run, data, out, device, job, require_ours)
-        if not _has_image_tokenizer(out, everyone):  # a signal stopped its training
-            return None
+    if not _train_image_tokenizer(run, data, out, device, job, require_ours):
+        return None
     images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
 
     def encoded() -> Prepared:
         finished = data if is_cache else None if job.world.is_main else out / TOKENS
         cache = _token_cache(run, data, out, text, images, finished, require_ours)
-        _require_batch(run, cache.splits["train"])
         pixels = _pixels(run, data, out, cache, is_cache, job.world) if run.reconstructor.enabled else None
         return Prepared(run, cache, text, images, pixels)
 
@@ -170,8 +166,15 @@ def _has_image_tokenizer(out: Path, everyone: Replicas) -> bool:
 
 def _train_image_tokenizer(
     run: RunConfig, data: Path, out: Path, device: torch.device | str, job: Job, require_ours: Callable[[], None]
-) -> None:
-    """By all processes, or by the main one where its batches cannot be shared evenly."""
+) -> bool:
+    """By all processes, or by the main one where its batches cannot be shared evenly; nothing if it is there.
+
+    Returns:
+        Whether it is complete; False: a signal stopped its training.
+    """
+    everyone = Replicas.of_group()
+    if _has_image_tokenizer(out, everyone):
+        return True
 
     def train(replicas: Replicas) -> None:
         with timed(out, IMAGE_TOKENIZER) if job.world.is_main else nullcontext():
@@ -187,12 +190,12 @@ def _train_image_tokenizer(
                 run, pictures, held_out, folder, device=device, replicas=replicas, require_ours=require_ours
             )
 
-    everyone = Replicas.of_group()
     if problem := uneven_parts(run, everyone.size):
         log.warning("the first process trains the image tokenizer alone. %s", problem)
         job.main_first("image tokenizer", lambda: train(Replicas()) if job.world.is_main else None)
     else:
         train(everyone)
+    return _has_image_tokenizer(out, everyone)
 
 
 def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
@@ -231,7 +234,7 @@ def _token_cache(
         "grid_side": run.image_tokenizer.grid_side,
     }
     if finished is not None:
-        return TokenCache.open(finished, expect=expect)
+        return _opened(run, finished, expect)
     require_ours()
     records = find_records(data, val_share=run.data.val_share, part_size=run.data.shard_size)
     require_same_sources(out, records.get("train", []), out / TOKENS)
@@ -254,15 +257,18 @@ def _token_cache(
             num_text_slots=run.model.num_text_slots,
             seed=run.train.seed,
         )
-    return TokenCache.open(out / TOKENS, expect=expect)
+    return _opened(run, out / TOKENS, expect)
 
 
-def _require_batch(run: RunConfig, num_pairs: int) -> None:
-    """A batch may go through a small set several times over, but not without end: that is a mistyped number."""
-    size, most = run.train.batch_size, _MOST_PASSES * num_pairs
+def _opened(run: RunConfig, folder: Path, expect: Mapping[str, Any]) -> TokenCache:
+    """The token cache, if batches fit it: one may go through a small set several times, but not without end."""
+    cache = TokenCache.open(folder, expect=expect)
+    size, num_pairs = run.train.batch_size, cache.splits["train"]
+    most = _MOST_PASSES * num_pairs
     if size > most:
         rule = f"each step would take each of the {num_pairs} training pairs {size // num_pairs} times"
         raise ConfigError([f"train.batch_size={size}: {rule}. Works: 1 to {most}, better up to {num_pairs}."])
+    return cache
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from megatron_vilg.evaluate.statistics import mean_interval
 from megatron_vilg.evaluate.table7 import DIFFERENCES, ROWS
 from tests.evaluate.test_curves import metric_line
 from tests.tiny_run import write_tiny_pairs, write_tiny_run
+from tests.train.token_caches import write_cache
 
 
 def draws(count: int, mean: float, scale: float, seed: int, size: int = 4) -> np.ndarray:
@@ -109,6 +111,17 @@ def test_table_of_tiny_runs(runs: list[Path], data: Path, tmp_path: Path) -> Non
     joint, detached = html.split("<h2>")[1:]
     assert "joint, seed 0" in joint and "Largest attention logit" in joint and "<svg" in joint
     assert "detached, seed 0" in detached and "without log.instruments_every" in detached
+
+
+def test_other_pairs_than_those_of_a_run_are_refused(
+    runs: list[Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = shutil.copytree(runs[1], tmp_path / "second")
+    write_cache(second / "tokens", {"train": 3})
+    command = ["evaluate", "table7", "--load", str(runs[0]), str(second), "--data", str(data), "--device", "cpu"]
+    assert main([*command, "--json", str(tmp_path / "t.json")]) == EXIT_ERROR
+    said = capsys.readouterr().err
+    assert f"6 of 6 training pairs are not among the 3 pairs in {second / 'tokens'} that were trained" in said
 
 
 def test_what_is_missing_for_the_table_is_named(

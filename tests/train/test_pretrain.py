@@ -24,12 +24,13 @@ from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.parallel.mesh import Mesh
+from megatron_vilg.parallel.mesh import Mesh, build_mesh
 from megatron_vilg.train.course import Course
 from megatron_vilg.train.engine import NativeEngine, StepResult
 from megatron_vilg.train.metrics import MetricWriter
 from megatron_vilg.train.pretrain import StepWindow, manifest_of, pretrain, samples_before
 from megatron_vilg.train.same_pairs import PAIRS, require_same_pairs
+from tests.helpers import run_distributed
 from tests.tiny import tiny_config, tiny_run
 from tests.train.token_caches import write_cache
 
@@ -305,6 +306,32 @@ def test_skipped_steps_are_counted_over_restarts() -> None:
     again = StepWindow(9, window.counters)
     again.add(torch.tensor([0]), result(0.0))
     assert again.read()["step/skipped"] == 2
+
+
+def complaint_of_a_rank(run: RunConfig, cache: TokenCache, out: Path) -> str:
+    """Why a run stops in which no step is finite."""
+    train_step = NativeEngine.train_step
+
+    def spoilt(engine: NativeEngine, batch: PairBatch) -> StepResult:
+        return dataclasses.replace(train_step(engine, batch), skipped=torch.tensor(1.0))
+
+    NativeEngine.train_step = spoilt  # type: ignore[method-assign]
+    try:
+        pretrain(run, cache, out, mesh=build_mesh(run.parallel, "cpu"))
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_names_the_samples_of_all(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, max_skipped_in_row=2, sample_every=0))
+    loader = PairLoader(cache, "train", run.data, run.model.spec, run.train.batch_size, run.train.seed)
+    expected = ", ".join(map(str, sorted({*loader.sample_ids(0).tolist(), *loader.sample_ids(1).tolist()})))
+    found = run_distributed(complaint_of_a_rank, 2, run, cache, tmp_path / "out")
+    assert expected.count(",") == 7
+    assert all(
+        f"max_skipped_in_row=2: that many steps in a row were not finite; samples {expected}. " in e for e in found
+    )
 
 
 def test_too_many_skipped_steps_in_a_row_stop_with_the_samples() -> None:
