@@ -75,12 +75,13 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OpsConfig:
-    """Which implementation executes an operation; never changes the result."""
+    """Which implementation executes an operation: results differ by rounding only, which in bf16 is more for some."""
 
     attention: Literal["auto", "dense", "sdpa", "fold", "flex", "triton"] = "auto"
     """``dense``: written-out scores; ``sdpa``: torch's fused kernel with a mask; ``fold``: blocks of image tokens with
     their own few keys (full layers: ``sdpa``); ``flex``: FlexAttention (CPU: no training); ``triton``: our kernel
-    (GPU). ``auto`` picks by size: ``dense`` below 16 x 16 tokens, else ``fold``."""
+    (GPU). ``auto`` picks by size: ``dense`` below 16 x 16 tokens, else ``fold``. In bf16 ``dense`` rounds scores
+    before the softmax, where ``sdpa`` and ``fold`` keep fp32: docs/performance.md has the errors."""
     compile: bool = False
     """Let torch's compiler fuse what is around attention in training. The first step then takes up to a minute."""
 

@@ -131,7 +131,7 @@ class ViLG(nn.Module):
 
     Args:
         config: sizes, with every 0 resolved (``RunConfig.resolve``).
-        implementation: how row and column layers are executed; does not change results.
+        implementation: how attention is executed; results differ by rounding only.
     """
 
     def __init__(self, config: ModelConfig, implementation: Implementation = "dense") -> None:

@@ -1,6 +1,6 @@
 """Attention under a rule: one predicate (``ops.rules``), five ways to execute it.
 
-* *dense*: scores written out, the reference;
+* *dense*: scores written out in the arithmetic's type, in fp32 and fp64 the reference;
 * *sdpa*: torch's fused kernel with a mask;
 * *fold*: blocks of image queries beside their own few keys (``ops.fold_plan``): on a CPU with a backward pass of its
   own, elsewhere through torch's fused kernel;

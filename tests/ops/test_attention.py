@@ -156,6 +156,47 @@ def test_fold_takes_bf16_and_ignores_autocast() -> None:
     torch.testing.assert_close(out, expected.bfloat16(), atol=1e-2, rtol=1e-2)
 
 
+ROUNDING = {
+    ("dense", 1): (0.0045, 0.005),
+    ("dense", 3): (0.010, 0.022),
+    ("sdpa", 1): (0.0027, 0.0043),
+    ("sdpa", 3): (0.0021, 0.0075),
+    ("fold", 1): (0.0022, 0.0022),
+    ("fold", 3): (0.0020, 0.0022),
+    ("fused fold", 1): (0.0027, 0.0052),
+    ("fused fold", 3): (0.0021, 0.0075),
+}
+"""Root mean square of the error in bf16 as a share of the result's: output, worst gradient; measured figures x 1.3."""
+
+
+@pytest.mark.parametrize("pattern", ["row", "conv"])
+@pytest.mark.parametrize(("implementation", "size"), list(ROUNDING))
+def test_rounding_in_bf16_stays_as_it_was_measured(implementation: str, size: int, pattern: str) -> None:
+    """docs/performance.md has the figures; logits grow with the square of ``size``."""
+    rule = AttentionRule(pattern, StreamSpec(num_text_slots=13, image_side=16), conv_kernel=5)  # type: ignore[arg-type]
+    direction, text_len = Direction.IMAGE_TO_TEXT, torch.tensor([13, 9])
+    q, k, v, out_grad = inputs(rule, 2, 64, heads=4)
+    rounded = [x.bfloat16() for x in (size * q, size * k, v, out_grad)]
+
+    def computed(implementation: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        *qkv, gradient = (x.to(dtype) for x in rounded)
+        qkv = [x.requires_grad_() for x in qkv]
+        if implementation == "fused fold":
+            plan = fold_plan(rule, direction, text_len.device)
+            assert plan is not None
+            bias = fold_bias(plan, text_keys_used(rule.spec, direction, text_len), dtype)
+            out = fold_attention(*qkv, plan, bias)  # type: ignore[call-arg]
+        else:
+            out = attention(*qkv, rule, text_len, implementation, direction)  # type: ignore[call-arg, arg-type]
+        return [x.double() for x in (out.detach(), *torch.autograd.grad(out, qkv, gradient))]
+
+    exact = computed("dense", torch.float64)
+    found = computed(implementation, torch.bfloat16)
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+    most_out, most_gradient = ROUNDING[implementation, size]
+    assert errors[0] < most_out and max(errors[1:]) < most_gradient, errors
+
+
 @pytest.mark.parametrize(
     ("requested", "side", "chosen"),
     [("auto", 8, "dense"), ("auto", 32, "fold"), ("dense", 32, "dense"), ("fold", 8, "fold"), ("flex", 8, "flex")],
