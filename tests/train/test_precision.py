@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_vilg.checkpoint.image_tokenizer import WORK_NAME
+from megatron_vilg.checkpoint.manifest import Manifest, write_manifest
 from megatron_vilg.config.load import write_run_folder_config
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.ops import precision as ops_precision
@@ -60,6 +62,15 @@ def test_a_run_folder_that_never_settled_decides_nothing(tmp_path: Path, monkeyp
     write_run_folder_config(RunConfig(), tmp_path)
     pretend(monkeypatch, SLOW)
     assert both(settle_precision(RunConfig(), "cpu", tmp_path)) == ("fp32", "fp32")
+
+
+def test_an_image_tokenizer_keeps_what_its_checkpoints_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, SLOW)
+    write_run_folder_config(settle_precision(RunConfig(), "cpu"), tmp_path)
+    step = tmp_path / WORK_NAME / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    write_manifest(step, Manifest(kind="image-tokenizer", counters={"options": '{"precision": "bf16"}'}))
+    assert both(settle_precision(RunConfig(), "cpu", tmp_path)) == ("fp32", "bf16")
 
 
 def settled_with_unlike_processors() -> tuple[str, str]:
