@@ -11,18 +11,44 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "slurm" / "pretrain.sbatch"
 
 
+SRUN = """#!/bin/sh
+# The tasks end with CODES, one after the other; like srun, this ends with the highest code that it sees.
+until [ "$1" = bash ]; do shift; done
+highest=0
+for CODE in $CODES; do
+  export CODE
+  code=0
+  "$@" || code=$?
+  [ "$code" -le "$highest" ] || highest=$code
+done
+exit $highest
+"""
+PYTHON = """#!/bin/sh
+echo "threads=$OMP_NUM_THREADS" "$@"
+[ -z "$FINISHES" ] || touch "$FINISHES-$SLURM_RESTART_COUNT"
+[ "$CODE" -lt 128 ] || kill -$((CODE - 128)) $$
+exit "$CODE"
+"""
+SCONTROL = """#!/bin/sh
+echo scontrol "$@"
+"""
+
+
 def pretrain(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    (folder / "srun").write_text('#!/bin/sh\necho "threads=$OMP_NUM_THREADS" "$@"\n')
-    (folder / "srun").chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{folder}:{os.environ['PATH']}"}
+    for name, text in (("srun", SRUN), ("python3", PYTHON), ("scontrol", SCONTROL), ("sleep", "#!/bin/sh\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{folder}:{os.environ['PATH']}", "CODES": "0"}
     command = [str(SCRIPT), "--out", "runs/big"]
-    return subprocess.run(command, env=job | environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=job | environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @pytest.mark.parametrize(
     ("environment", "threads", "words"),
     [
-        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "8"}, 8, "python3 -m megatron_vilg train"),
+        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "8"}, 8, "-m megatron_vilg train"),
         ({"SLURM_CPUS_PER_TASK": "64", "RANKS_PER_NODE": "8"}, 8, "agent --nproc-per-node 8 -m megatron_vilg train"),
         ({"SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "4", "RANKS_PER_NODE": "8"}, 1, "--nproc-per-node 8"),
         ({"SLURM_CPUS_PER_TASK": "64", "RANKS_PER_NODE": "8", "OMP_NUM_THREADS": "2"}, 2, "--nproc-per-node 8"),
@@ -43,3 +69,45 @@ def test_torchrun_in_each_of_several_tasks_is_refused(tmp_path: Path) -> None:
     assert line.startswith(
         "RANKS_PER_NODE=8: needs one task per node, this job has 8. Works: sbatch --ntasks-per-node=1"
     )
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "requeued"),
+    [
+        ("0 0", 0, False),
+        ("75 75", 75, True),
+        ("2 75", 2, False),
+        ("75 1", 1, False),
+        ("2 1 75", 1, False),
+        ("143 2", 2, False),
+        ("143 75", 75, True),
+        ("138 138", 75, True),
+        ("75 137", 137, False),
+    ],
+)
+def test_a_failure_counts_more_than_what_it_makes_of_the_other_tasks(
+    tmp_path: Path, codes: str, code: int, requeued: bool
+) -> None:
+    """srun says 75 where one task has failed with 2 and was a reason to end the others."""
+    done = pretrain(tmp_path, CODES=codes)
+    assert done.returncode == code, done.stderr
+    assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
+def test_starts_that_finish_nothing_end_the_job(tmp_path: Path) -> None:
+    """A time limit below the lead of its signal would stop every start at once."""
+    assert "back into the queue" in pretrain(tmp_path, CODES="75 75").stdout
+    done = pretrain(tmp_path, CODES="75 75", SLURM_RESTART_COUNT="1")
+    assert done.returncode == 2 and "scontrol" not in done.stdout
+    assert done.stderr.startswith("job 7: stopped in 2 starts in a row before anything in runs/big was finished")
+    assert "Works: sbatch --time=24:00:00 ..." in done.stderr
+    assert "scontrol requeue 8" in pretrain(tmp_path, CODES="75", SLURM_JOB_ID="8").stdout, "another job counts anew"
+
+
+def test_a_start_that_finishes_something_is_no_idle_one(tmp_path: Path) -> None:
+    step = str(tmp_path / "runs" / "big" / "step")
+    for restart in range(3):
+        (tmp_path / "runs" / "big" / "logs").mkdir(parents=True, exist_ok=True)
+        finishes = step if restart == 1 else ""
+        done = pretrain(tmp_path, CODES="75", SLURM_RESTART_COUNT=str(restart), FINISHES=finishes)
+        assert done.returncode == 75 and "scontrol requeue 7" in done.stdout, restart
