@@ -35,8 +35,21 @@ class MissingPackageError(VilgError):
 
 
 class LostRankError(VilgError):
-    """Other processes of the job have failed or are gone, so this one cannot go on."""
+    """Other processes of the job have failed or are gone, so this one cannot go on.
+
+    Args:
+        message: which ones, and where.
+        is_explained: whether the process that failed says itself what is wrong.
+    """
+
+    def __init__(self, message: str, *, is_explained: bool = False) -> None:
+        self.is_explained = is_explained
+        super().__init__(message)
 
 
 class TrainingError(VilgError):
     """Training cannot go on, for example after too many non-finite steps in a row."""
+
+
+class StopRequestedError(BaseException):
+    """A stop request that came where no step border is near; nothing that forgives errors shall catch it."""

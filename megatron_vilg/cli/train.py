@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vilg import log
 from megatron_vilg.cli.device import add_device_option, chosen_device
@@ -14,6 +14,9 @@ from megatron_vilg.cli.options import add_config_options, run_config_from_args
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_vilg.train.signals import StopRaises
 
 _log = log.get_logger(__name__)
 
@@ -38,9 +41,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare what is missing, then train; 0 when the run is complete, 75 when a signal stopped it."""
-    config = run_config_from_args(args, is_joint=True)
-    from megatron_vilg.train.signals import StopRaises
+    from megatron_vilg.train.signals import StopRaises, ends_at_once
 
+    with ends_at_once(EXIT_STOPPED):
+        config = run_config_from_args(args, is_joint=True)
     world = read_world()
     with ExitStack() as open_files:
         try:
@@ -48,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise ConfigError([f"--out={args.out}: cannot be written ({error}); name another folder"]) from error
         with StopRaises(is_alone=world.size == 1) as stop:
-            return 0 if _train(args, config, world) else EXIT_STOPPED
+            return 0 if _train(args, config, world, stop) else EXIT_STOPPED
         _log.warning("stopped by %s between two steps of work; the same command goes on", stop.name)
         return EXIT_STOPPED
 
 
-def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
+def _train(args: argparse.Namespace, config: RunConfig, world: World, stop: StopRaises) -> bool:
     """Whether the run is complete; False: stopped, and saved."""
     from megatron_vilg.checkpoint.claim import claimed
     from megatron_vilg.cli.samples import SamplePictures
@@ -71,6 +75,7 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World) -> bool:
     if device.type == "cpu":
         keep_freed_memory()
     with (
+        stop.anywhere(),
         joined(world, device, config.parallel.timeout_seconds) as job,
         claimed(args.out, Replicas.of_group()) as claim,
     ):
