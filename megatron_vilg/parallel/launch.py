@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vilg.config.world import World
-from megatron_vilg.errors import ConfigError, LostRankError
+from megatron_vilg.errors import ConfigError, LostRankError, StopRequestedError
 from megatron_vilg.log import get_logger
 from megatron_vilg.parallel.slurm import node_name
 from megatron_vilg.parallel.watch import Heartbeat
@@ -38,6 +38,8 @@ class Job:
     world: World
     store: dist.Store | None
     """Where processes leave each other small notes; None for one process."""
+    failures: Callable[[], Sequence[str]] = tuple
+    """Processes that have failed, in words."""
 
     def main_first(self, name: str, work: Callable[[], Value]) -> Value:
         """Do ``work`` on the main process, then on all others, however long the first takes.
@@ -45,6 +47,9 @@ class Job:
         Args:
             name: a word for this meeting, used once in a job.
             work: called once on every process.
+
+        Raises:
+            LostRankError: another process has failed while this one was waiting.
         """
         if self.store is None or self.world.is_main:
             result = work()
@@ -53,6 +58,8 @@ class Job:
             return result
         polls = 0
         while not self.store.check([name]):
+            if found := self.failures():
+                raise _lost(found, self.world, f"while it waited for the main process: {name}", is_explained=True)
             time.sleep(_POLL_SECONDS)
             polls += 1
             if polls % _POLLS_PER_MESSAGE == 0:
@@ -91,13 +98,11 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     )
     with Heartbeat(world, dist.PrefixStore("beats", store).clone(), place()) as beat:  # type: ignore[attr-defined]
         try:
-            yield Job(world, dist.PrefixStore("notes", store))
+            yield Job(world, dist.PrefixStore("notes", store), beat.failures)
             # All ranks leave together: launchers take the first end as a reason to end the others.
             dist.all_reduce(torch.zeros(1))
-        except Exception as error:
-            if is_lost_connection(error):
-                _report_lost(world, beat, error)
-            beat.note_failure(error)
+        except (Exception, StopRequestedError) as error:
+            _leave_word(world, beat, error)
             raise
         dist.destroy_process_group()
 
@@ -111,17 +116,43 @@ def all_agree(value: bool, device: torch.device | str) -> bool:
     return bool(flag)
 
 
-def _report_lost(world: World, beat: Heartbeat, error: Exception) -> None:
-    """Raise ``LostRankError`` if other ranks are gone. The group stays: taking it down would wait for them."""
+def _leave_word(world: World, beat: Heartbeat, error: BaseException) -> None:
+    """Tell the other ranks what ends this one; raises what they have said, if that is the reason for ``error``."""
+    if isinstance(error, StopRequestedError):
+        # Launchers end the other ranks as soon as one has failed: then that is what ends this one as well.
+        if failures := beat.failures():
+            raise _lost(failures, world, f"when {error} came", is_explained=True) from None
+        beat.note_stop()
+    elif isinstance(error, LostRankError):
+        pass  # the rank that failed has told everybody
+    elif is_lost_connection(error):
+        _report_lost(world, beat, error)
+        beat.note_failure(error)
+    else:
+        beat.note_failure(error)
+    beat.linger()
+
+
+def _report_lost(world: World, beat: Heartbeat, error: BaseException) -> None:
+    """Raise why other ranks are gone, if they are. The group stays: taking it down would wait for them."""
     # Launchers end the other ranks as soon as one has failed; the report must come first.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    if failures := beat.failures():
+        beat.linger()
+        raise _lost(failures, world, first_line, is_explained=True) from error
+    if beat.is_stopped():
+        raise StopRequestedError("a signal to another rank") from error
     if missing := beat.missing():
-        shown = "; ".join(missing[:_MOST_NAMED])
-        more = f"; and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        message = f"{shown}{more}. Noticed by rank {world.rank} ({place()}): {first_line}"
-        raise LostRankError(message) from error
+        raise _lost(missing, world, first_line) from error
+
+
+def _lost(ranks: Sequence[str], world: World, when: str, *, is_explained: bool = False) -> LostRankError:
+    shown = "; ".join(ranks[:_MOST_NAMED])
+    more = f"; and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
+    message = f"{shown}{more}. Noticed by rank {world.rank} ({place()}): {when}"
+    return LostRankError(message, is_explained=is_explained)
 
 
 def place() -> str:

@@ -18,6 +18,10 @@ log = get_logger(__name__)
 BEAT_SECONDS = 1.0
 """Time between two heartbeats; a rank without one for three times as long is called silent."""
 
+_FAILURE, _STOP = "failure", "stop"
+_KEYS = "keys"
+"""Where the store lists the notes that ranks have left, so that a look costs one question and not one per rank."""
+
 
 class Heartbeat:
     """``with Heartbeat(...) as beat``: beats in a thread of its own until the end of the block.
@@ -32,8 +36,10 @@ class Heartbeat:
         self._world, self._store = world, store
         self._store.set_timeout(timedelta(seconds=5 * BEAT_SECONDS))
         self._lock = threading.Lock()
+        self._notes: dict[str, str] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._name = f"rank {world.rank} ({place})"
         self._store.set(f"place/{world.rank}", place)
 
     def __enter__(self) -> Heartbeat:
@@ -47,14 +53,36 @@ class Heartbeat:
     def note_failure(self, error: BaseException) -> None:
         """Leave word of what ends this rank, for the others to report."""
         words = " ".join(str(error).split())
+        self._note(_FAILURE, f"{self._name}: {type(error).__name__}: {words}"[:600])
+
+    def note_stop(self) -> None:
+        """Leave word that a signal ends this rank, which is no failure."""
+        self._note(_STOP, self._name)
+
+    def failures(self) -> list[str]:
+        """What other ranks have left word of that failed, each with its place; also once the store is gone."""
+        return self._words_of_others(_FAILURE)
+
+    def is_stopped(self) -> bool:
+        """Whether another rank was ended by a signal."""
+        return bool(self._words_of_others(_STOP))
+
+    def linger(self) -> None:
+        """Rank 0, which keeps the store, stays until the others have read what ended the job, but for 3 beats at most."""
+        if not self._world.is_main:
+            return
+        end = time.monotonic() + 3 * BEAT_SECONDS
         try:
-            with self._lock:
-                self._store.set(f"failure/{self._world.rank}", f"{type(error).__name__}: {words}"[:500])
+            while time.monotonic() < end:
+                with self._lock:
+                    if self._store.add("readers", 0) >= self._world.size:
+                        return
+                time.sleep(BEAT_SECONDS / 20)
         except RuntimeError as trouble:
-            log.debug("no store to leave word in: %s", trouble)
+            log.debug("nobody to wait for: %s", trouble)
 
     def missing(self) -> list[str]:
-        """Ranks that have failed or gone silent, in words, each with its place; takes three heartbeats.
+        """Ranks that have gone silent, in words, each with its place; takes three heartbeats.
 
         If the store itself is gone, that is rank 0 (or the launcher on its node), which keeps it.
         """
@@ -66,7 +94,7 @@ class Heartbeat:
                 return [
                     self._describe(rank)
                     for rank in range(self._world.size)
-                    if rank != self._world.rank and (before[rank] == after[rank] or self._failure(rank))
+                    if rank != self._world.rank and before[rank] == after[rank]
                 ]
         except RuntimeError as trouble:
             log.debug("the store does not answer: %s", trouble)
@@ -76,20 +104,45 @@ class Heartbeat:
         with self._lock:
             return [self._store.add(f"beat/{rank}", 0) for rank in range(self._world.size)]
 
-    def _failure(self, rank: int) -> str:
-        key = f"failure/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+    def _note(self, kind: str, words: str) -> None:
+        try:
+            with self._lock:
+                key = f"{kind}/{self._world.rank}"
+                self._store.set(key, words)
+                self._store.append(_KEYS, f"{key} ")
+                self._look()
+        except RuntimeError as trouble:
+            log.debug("no store to leave word in: %s", trouble)
+
+    def _look(self) -> None:
+        """Read the words that ranks have left, and count this one among the readers; the caller holds the lock."""
+        if not self._store.check([_KEYS]):
+            return
+        if not self._notes:
+            self._store.add("readers", 1)
+        for key in self._store.get(_KEYS).decode().split():
+            if key not in self._notes:
+                self._notes[key] = self._store.get(key).decode()
+
+    def _words_of_others(self, kind: str) -> list[str]:
+        with self._lock:
+            try:
+                self._look()
+            except RuntimeError as trouble:
+                log.debug("only what has been read already: %s", trouble)
+            own = f"{kind}/{self._world.rank}"
+            return [words for key, words in self._notes.items() if key.startswith(f"{kind}/") and key != own]
 
     def _describe(self, rank: int) -> str:
         key = f"place/{rank}"
         place = self._store.get(key).decode() if self._store.check([key]) else "never seen"
-        failure = self._failure(rank)
-        return f"rank {rank} ({place}){': ' + failure if failure else ' gives no sign of life'}"
+        return f"rank {rank} ({place}) gives no sign of life"
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
             try:
                 with self._lock:
                     self._store.add(f"beat/{self._world.rank}", 1)
+                    self._look()
             except RuntimeError:
                 return  # the store is gone; the next collective says so

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vilg.config.world import World, read_world
-from megatron_vilg.errors import ConfigError, VilgError
+from megatron_vilg.errors import ConfigError, DataError, StopRequestedError, VilgError
 from megatron_vilg.parallel.launch import device_of, joined
 from tests.helpers import run_distributed
 
@@ -86,6 +87,53 @@ def test_who_fails_while_the_others_are_leaving_is_named(free_port: int) -> None
     first, second = run_distributed(leave_or_fail, 2, free_port)
     assert second.startswith("ConfigError: 1 problem")
     assert first.startswith("LostRankError: rank 1") and "--out=nowhere. Noticed by rank 0" in first
+
+
+def prepare_together(port: int, how: str) -> str:
+    """What a rank says when rank 0 cannot do what comes first, or when rank 1 does and a signal comes for rank 0."""
+    dist.barrier()
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = read_world()
+
+    def work() -> None:
+        if how == "data":
+            raise DataError("found no pairs at 'tokenz'")
+        raise StopRequestedError("SIGTERM")
+
+    try:
+        with joined(world, torch.device("cpu"), 60) as job:
+            if how == "signal" and world.rank == 1:
+                raise DataError("found no pairs at 'tokenz'")
+            if how == "signal":
+                while not job.failures():
+                    time.sleep(0.05)
+            if how == "collective" and world.rank == 1:
+                dist.all_reduce(torch.ones(()))
+            job.main_first("text", work)
+    except (VilgError, StopRequestedError) as error:
+        return f"{type(error).__name__}: {error}{' (explained)' if getattr(error, 'is_explained', False) else ''}"
+    return "prepared"
+
+
+def test_who_waits_for_the_main_process_hears_what_is_wrong_with_it(free_port: int) -> None:
+    first, second = run_distributed(prepare_together, 2, free_port, "data")
+    assert first == "DataError: found no pairs at 'tokenz'"
+    assert second.startswith("LostRankError: rank 0 (node ") and "): DataError: found no pairs at 'tokenz'." in second
+    assert second.endswith("while it waited for the main process: text (explained)")
+
+
+def test_a_launcher_s_signal_after_a_failure_is_no_stop(free_port: int) -> None:
+    """Launchers end the others once a rank has failed: their code must not say that nothing is lost."""
+    first, second = run_distributed(prepare_together, 2, free_port, "signal")
+    assert second == "DataError: found no pairs at 'tokenz'"
+    assert first.startswith("LostRankError: rank 1 (node ") and first.endswith("when SIGTERM came (explained)")
+
+
+def test_who_loses_a_rank_that_was_stopped_is_stopped_too(free_port: int) -> None:
+    first, second = run_distributed(prepare_together, 2, free_port, "collective")
+    assert first == "StopRequestedError: SIGTERM"
+    assert second == "StopRequestedError: a signal to another rank"
 
 
 def fail_on_rank_one() -> int:
