@@ -3,8 +3,8 @@
     srun --ntasks-per-node=1 python -m megatron_vilg.parallel.agent --nproc-per-node 8 -m megatron_vilg train ...
 
 torchrun itself ends with 1 whatever its ranks said, so that a job script could not tell a run that was stopped and
-saved (75) from one that failed; and it ends at SIGUSR1, which SLURM sends to all processes of a step before the time
-limit.
+saved (75) from one that failed; and it ends at the signals that SLURM sends to all processes of a step, SIGUSR1 before
+the time limit and SIGTERM before it makes room for another job.
 """
 
 from __future__ import annotations
@@ -12,20 +12,30 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 from megatron_vilg.parallel.slurm import meeting_place
+
+STOPPED = 75
+"""What ``vilg train`` ends with when a signal has stopped it and nothing is lost."""
+_NOT_SIGTERM = "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"
+"""torchrun's handler ends the ranks after 30 seconds, and torchrun with 1."""
 
 
 def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run torchrun; returns the exit code of the first rank that had no success, 128 + n if signal n ended it."""
+    # Handlers, as ranks would inherit it if these were ignored. They come first: imports take seconds.
+    signal.signal(signal.SIGUSR1, _leave_to_ranks)
+    signal.signal(signal.SIGTERM, _leave_to_ranks)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is for the ranks, which set a handler of their own
     try:
-        torchrun([*nodes_of_step(environ), *words])
+        torchrun([*nodes_of_step(environ), _NOT_SIGTERM, *words])
     except ChildFailedError as error:
         # srun ends the other tasks once this one has ended; a signal must not spoil their exit codes.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -33,6 +43,25 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
     return 0
+
+
+def _leave_to_ranks(number: int, frame: FrameType | None) -> None:
+    """Signals are for the ranks, whose code this process then ends with; without ranks, nothing has been done yet."""
+    ranks = list(_children())
+    if not ranks:
+        os._exit(STOPPED)
+    if number == signal.SIGTERM:  # SIGUSR1 comes from SLURM, which sends it to them as well
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, number)
+
+
+def _children() -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state not in "ZX":
+                yield int(path.parent.name)
 
 
 def nodes_of_step(environ: Mapping[str, str]) -> list[str]:

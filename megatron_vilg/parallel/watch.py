@@ -68,7 +68,7 @@ class Heartbeat:
         return bool(self._words_of_others(_STOP))
 
     def linger(self) -> None:
-        """Rank 0, which keeps the store, stays until the others have read what ended the job, but for 3 beats at most."""
+        """Rank 0, which keeps the store, stays until the others have read what ended the job, for 3 beats at most."""
         if not self._world.is_main:
             return
         end = time.monotonic() + 3 * BEAT_SECONDS

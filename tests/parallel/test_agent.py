@@ -18,7 +18,12 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
+def save(*_):
+    time.sleep(0.5)
+    sys.exit(75)
+
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, save)
 (folder / f"ready-{rank}").touch()
 if sys.argv[1] == "die" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -41,12 +46,39 @@ def test_ends_with_the_ranks_code(how: str, code: int, tmp_path: Path) -> None:
     assert start(tmp_path, how).wait(120) == code
 
 
-def test_a_signal_to_all_processes_is_for_the_ranks(tmp_path: Path) -> None:
-    process = start(tmp_path, "wait")
+def started(folder: Path) -> subprocess.Popen[bytes]:
+    process = start(folder, "wait")
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("ready-*"))) < 2:
+    while len(list(folder.glob("ready-*"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+def test_sigterm_is_passed_on_and_ends_with_the_ranks_code(tmp_path: Path) -> None:
+    """torchrun itself ends with 1 after it."""
+    process = started(tmp_path)
+    process.terminate()
+    assert process.wait(120) == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_there_are_ranks_is_a_stop(number: signal.Signals) -> None:
+    code = (
+        "import os, sys\n"
+        "from megatron_vilg.parallel import agent\n"
+        "def meeting_place(environ):\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    os._exit(1)\n"
+        "agent.meeting_place = meeting_place\n"
+        "agent.main([], {'SLURM_STEP_NUM_TASKS': '2'})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=False).returncode == 75
+
+
+def test_a_signal_to_all_processes_is_for_the_ranks(tmp_path: Path) -> None:
+    process = started(tmp_path)
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True)
     for pid in [process.pid, *map(int, found.stdout.split())]:
         os.kill(pid, signal.SIGUSR1)
