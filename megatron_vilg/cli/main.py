@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import difflib
 import importlib
+import io
 import itertools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vilg import __version__, log
-from megatron_vilg.config.world import read_world
+from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import LostRankError, VilgError
 from megatron_vilg.parallel.slurm import adopt_slurm_ranks
 
@@ -23,6 +27,8 @@ EXIT_STOPPED = 75
 """A signal stopped the run and nothing is lost; the same command goes on (EX_TEMPFAIL of sysexits.h: try again)."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C, as shells count it (128 + SIGINT)."""
+PATIENCE_SECONDS = 5.0
+"""How long a rank keeps a message to itself that another one has probably printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +105,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vilg: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_ERROR
     log.configure(rank=world.rank, size=world.size)
-    verb = _find_verb(arguments)
-    parser = _build_parser(verb)
-    if verb is not None and verb.has_overrides:
-        arguments = _settings_first(verb, arguments)
-    args = parser.parse_args(arguments)
+    if (
+        world.size > 1
+    ):  # torch's C++ side prints a stack of 20 frames for each partner that has left; ours say who and why
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    args = _parsed(arguments, world)
     try:
         code: int = args.run(args) or 0
         # Here, where a reader that has left can still be dealt with; print, because without a stdout there is no flush.
         print(end="", flush=True)
         return code
     except LostRankError as error:
-        print(f"vilg {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        _say(f"vilg {args.verb}: {type(error).__name__}: {error}\n", world, is_known=error.is_explained)
         return _leave_at_once(EXIT_ERROR)
     except VilgError as error:
-        print(f"vilg {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        _say(f"vilg {args.verb}: {type(error).__name__}: {error}\n", world, is_known=world.rank > 0)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"vilg {args.verb}: interrupted", file=sys.stderr)
@@ -122,6 +128,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (``vilg config | head``) has left; Python would complain again while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _parsed(arguments: list[str], world: World) -> argparse.Namespace:
+    """The arguments; argparse's complaints are said like all others."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint) if world.rank > 0 else contextlib.nullcontext():
+            verb = _find_verb(arguments)
+            parser = _build_parser(verb)
+            if verb is not None and verb.has_overrides:
+                arguments = _settings_first(verb, arguments)
+            return parser.parse_args(arguments)
+    except SystemExit:
+        if complaint.getvalue():
+            _say(complaint.getvalue(), world, is_known=True)
+        raise
+
+
+def _say(message: str, world: World, *, is_known: bool) -> None:
+    """Print what ends this process.
+
+    Ranks share most mistakes, and cannot ask each other about those that they make before they have met. But launchers
+    end all others once a rank has ended: so those whose message is probably known wait for that, and one that is not
+    ended was alone with it.
+    """
+    if is_known and world.size > 1 and threading.current_thread() is threading.main_thread():
+        is_ended = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: is_ended.set())
+        if is_ended.wait(PATIENCE_SECONDS):
+            return
+    print(message, end="", file=sys.stderr, flush=True)
 
 
 def _leave_at_once(code: int) -> int:

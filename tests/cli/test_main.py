@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import megatron_vilg
 from megatron_vilg.cli import main as cli
 from megatron_vilg.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, VERBS, Verb, main
-from megatron_vilg.errors import DataError
+from megatron_vilg.errors import DataError, LostRankError
 
 HEAVY = ("torch", "numpy", "sentencepiece", "PIL", "tensorboard")
 
@@ -62,6 +65,68 @@ def test_an_error_is_one_message_without_traceback(probe: ProbeVerb, capsys: pyt
     captured = capsys.readouterr()
     assert captured.err == "vilg probe: DataError: pairs.tar: truncated. Works: download it again.\n"
     assert captured.out == ""
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    monkeypatch.setattr(cli, "_leave_at_once", lambda code: code)
+
+
+@pytest.mark.parametrize("is_ended", [True, False], ids=["ended", "alone"])
+@pytest.mark.parametrize("line", [["probe"], ["probe", "--nonsense"]], ids=["ours", "argparse"])
+def test_a_mistake_of_all_ranks_is_said_once(
+    probe: ProbeVerb,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: list[str],
+    is_ended: bool,
+) -> None:
+    """Rank 1 waits for the launcher, which ends it once rank 0 has said the same; a mistake of its own it says."""
+    probe.result = DataError("pairs.tar: truncated. Works: download it again.")
+    as_rank(monkeypatch, 1)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 30.0 if is_ended else 0.1)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        if is_ended:
+            timer.start()
+        assert code_of(line) == EXIT_ERROR
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, former)
+    said = capsys.readouterr().err
+    assert (said == "") if is_ended else ("truncated" in said or "unrecognized arguments: --nonsense" in said)
+
+
+def code_of(line: list[str]) -> object:
+    try:
+        return main(line)
+    except SystemExit as end:
+        return end.code
+
+
+def test_rank_0_does_not_wait(
+    probe: ProbeVerb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe.result = DataError("pairs.tar: truncated.")
+    as_rank(monkeypatch, 0)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 60.0)
+    start = time.monotonic()
+    assert main(["probe"]) == EXIT_ERROR and time.monotonic() - start < 30
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_a_lost_rank_is_named_at_once_unless_it_has_said_why(
+    probe: ProbeVerb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_rank(monkeypatch, 1)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 60.0)
+    probe.result = LostRankError("rank 0 gives no sign of life")
+    start = time.monotonic()
+    assert main(["probe"]) == EXIT_ERROR and time.monotonic() - start < 30
+    assert "vilg probe: LostRankError: rank 0 gives no sign of life" in capsys.readouterr().err
 
 
 def test_a_bug_is_not_hidden(probe: ProbeVerb) -> None:
