@@ -8,6 +8,7 @@ a lost node, or have none.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import threading
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_vilg.checkpoint.files import write_text
-from megatron_vilg.checkpoint.owner import Process
+from megatron_vilg.checkpoint.files import REPLACED, sync, with_suffix
+from megatron_vilg.checkpoint.owner import Process, partial_of
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.log import get_logger
 from megatron_vilg.parallel.mesh import Mesh
@@ -31,6 +32,9 @@ BEAT_SECONDS = 10.0
 """Time between two signs of life."""
 SILENT_SECONDS = 60.0
 """A process of another machine that gives none for so long is gone. Clocks of different machines are not compared."""
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without hard links say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +94,24 @@ class Claim:
         Raises:
             CheckpointError: another process trains in the folder, or the file cannot be written.
         """
-        other = _read(self.path)
-        if other is not None and not self._may_follow(other):
-            stop = f"scancel {other.job}" if other.job else f"kill {other.process.pid} on {other.process.machine}"
-            raise CheckpointError(
-                f"--out={self.run}: {other} trains in it. Works: another --out; or stop that one first ({stop}) and "
-                "start again"
-            )
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, json.dumps(dataclasses.asdict(self.owner), indent=1) + "\n")
+            mine = partial_of(self.path, self.owner.process)
+            mine.write_text(json.dumps(dataclasses.asdict(self.owner), indent=1) + "\n", encoding="utf-8")
+            sync(mine)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+            raise self._unwritable(error) from error
+        try:
+            while not self._publish(mine):
+                other = _read(self.path)
+                if other is not None and not self._may_follow(other):
+                    raise CheckpointError(self._refusal(other))
+                self._set_aside(other)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            with suppress(OSError):
+                mine.unlink()
         self._thread.start()
 
     @property
@@ -129,6 +139,33 @@ class Claim:
         if _read(self.path) == self.owner:
             with suppress(OSError):
                 self.path.unlink()
+
+    def _publish(self, mine: Path) -> bool:
+        """Give the file its name, which only one of several newcomers can do; False if it is taken."""
+        if not _link(mine, self.path):
+            return _read(self.path) == self.owner  # NFS can say so of a link that it has just made
+        sync(self.run)
+        return True
+
+    def _set_aside(self, judged: Owner | None) -> None:
+        """Remove the file of an owner that may be followed. It gets another name first, which only one newcomer can do;
+        the file of one that was faster is put back."""
+        aside = partial_of(with_suffix(self.path, REPLACED), self.owner.process)
+        with suppress(FileNotFoundError):
+            self.path.rename(aside)
+            if _read(aside) != judged:
+                _link(aside, self.path)
+            aside.unlink(missing_ok=True)
+
+    def _refusal(self, other: Owner) -> str:
+        stop = f"scancel {other.job}" if other.job else f"kill {other.process.pid} on {other.process.machine}"
+        return (
+            f"--out={self.run}: {other} trains in it. Works: another --out; or stop that one first ({stop}) and "
+            "start again"
+        )
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path}: cannot be written ({error.strerror or error})")
 
     def _may_follow(self, other: Owner) -> bool:
         if other.job and other.job == self.owner.job and self.owner.restart > other.restart:
@@ -187,6 +224,21 @@ def claimed(run: Path, ranks: Mesh | Replicas) -> Iterator[Claim]:
         yield claim
     finally:
         claim.release()
+
+
+def _link(path: Path, name: Path) -> bool:
+    """Give a file a second name; False if something else has it."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if name.exists():
+            return False
+        path.replace(name)  # without hard links two that start at the same moment cannot be told apart
+    return True
 
 
 def _read(path: Path) -> Owner | None:

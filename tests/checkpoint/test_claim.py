@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import threading
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,3 +136,75 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(CheckpointError, match=f"run/{FILE_NAME}: cannot be written"):
         claim(tmp_path / "run").take()
+
+
+@pytest.mark.parametrize("left", ["nothing", "of a dead process"])
+def test_one_of_two_that_start_at_the_same_moment_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """The other one takes the folder after this one has looked, and before it writes."""
+    if left != "nothing":
+        leave(tmp_path, DEAD)
+    faster, slower = claim(tmp_path, SLURM_JOB_ID="12"), claim(tmp_path, SLURM_JOB_ID="13")
+    faster.owner = dataclasses.replace(faster.owner, process=living())
+    taken: list[Claim] = []
+
+    def after_the_faster_one(call: Callable[..., Any]) -> Callable[..., Any]:
+        def delayed(*args: Any, **options: Any) -> Any:
+            if not taken:
+                taken.append(faster)
+                faster.take()
+            return call(*args, **options)
+
+        return delayed
+
+    monkeypatch.setattr(Path, "mkdir", after_the_faster_one(Path.mkdir))
+    monkeypatch.setattr(slower, "_may_follow", after_the_faster_one(slower._may_follow))
+    with pytest.raises(CheckpointError, match="SLURM job 12, since .* trains in it"):
+        slower.take()
+    faster.require()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    faster.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_that_start_at_once_agree_on_one_owner(tmp_path: Path) -> None:
+    context = get_context("fork")
+    for attempt in range(4):
+        run = tmp_path / str(attempt)
+        run.mkdir()
+        if attempt % 2:
+            leave(run, DEAD)
+        barrier, answers = context.Barrier(4), context.Queue()
+        processes = [context.Process(target=take_and_stay, args=(run, barrier, answers)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        taken = [answers.get(timeout=60) for _ in processes]
+        for process in processes:
+            process.join(60)
+        assert sorted(taken) == [False, False, False, True]
+
+
+def take_and_stay(run: Path, barrier: Any, answers: Any) -> None:
+    owner = claim(run)
+    barrier.wait(60)
+    try:
+        owner.take()
+        answers.put(True)
+    except CheckpointError:
+        answers.put(False)
+    barrier.wait(60)
+    owner.release()
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    leave(tmp_path, DEAD)
+    owner = claim(tmp_path)
+    owner.take()
+    owner.require()
+    owner.release()
+    assert list(tmp_path.iterdir()) == []
