@@ -148,6 +148,34 @@ def test_killed_task_ends_the_job_and_is_named(cluster: Cluster, prepared: Path)
     assert "LostRankError" in (out / "logs" / "rank-0000.log").read_text()
 
 
+@pytest.mark.parametrize("mistake", ["optim.lr=fast", "--data=nowhere"])
+def test_a_mistake_ends_the_job_with_its_code_and_one_message(cluster: Cluster, prepared: Path, mistake: str) -> None:
+    arguments = training(prepared, prepared / f"mistake-{mistake[:6]}")
+    options = ("--ntasks-per-node=2",)
+    job = submit(cluster, prepared, "pretrain.sbatch", *arguments, mistake, options=options)
+    assert cluster.wait(job, ("FAILED", "COMPLETED"), WAIT) == "FAILED"
+    log = log_of(prepared, job)
+    assert cluster.field(job, "ExitCode") == "2:0" and cluster.field(job, "Restarts") == "0", log
+    said = [line for line in log.splitlines() if "vilg train: " in line]
+    assert len(said) == 1 and said[0].startswith("0: vilg train: "), log
+    assert "frame #" not in log and "stopped by" not in log, log
+
+
+def test_sigterm_with_torchrun_on_each_node_requeues(cluster: Cluster, prepared: Path) -> None:
+    out = prepared / "terminated-4"
+    settings = training(prepared, out, "train.num_steps=1000000")
+    options = ("--ntasks-per-node=1", "--export=ALL,RANKS_PER_NODE=2")
+    job = submit(cluster, prepared, "pretrain.sbatch", *settings, options=options)
+    wait_for_step(out, 2, WAIT)
+    cluster.run("scancel", "--signal=TERM", str(job))
+    deadline = time.monotonic() + WAIT
+    while "back into the queue" not in (log := log_of(prepared, job)):
+        assert time.monotonic() < deadline and cluster.field(job, "JobState") != "FAILED", log
+        time.sleep(0.5)
+    cluster.run("scancel", str(job))
+    assert "stopped by SIGTERM after step" in log and "stopped with code 75" in log, log
+
+
 def test_array_job_encodes_and_ranks_draw(cluster: Cluster, prepared: Path) -> None:
     run = prepared / "run"
     tokenizers = [f"--{kind}-tokenizer={run / f'{kind}_tokenizer'}" for kind in ("text", "image")]
