@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,14 @@ import torch.distributed as dist
 from megatron_vilg.config.world import World
 from megatron_vilg.errors import ConfigError, LostRankError, StopRequestedError
 from megatron_vilg.log import get_logger
-from megatron_vilg.parallel.slurm import node_name
-from megatron_vilg.parallel.watch import Heartbeat
+from megatron_vilg.parallel.slurm import (
+    MOST_NAMED,
+    gloo_address,
+    loopback_problem,
+    node_name,
+    step_port,
+)
+from megatron_vilg.parallel.watch import READERS, Heartbeat, wait_for_readers
 
 log = get_logger(__name__)
 Value = TypeVar("Value")
@@ -28,7 +35,6 @@ _POLL_SECONDS = 0.5
 """Between two looks at the store. ``Store.wait`` would keep signals from being handled, and warns at each timeout."""
 _POLLS_PER_MESSAGE = 60
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|[Tt]imed out|Broken pipe", re.IGNORECASE)
-_MOST_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,7 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     another process fails.
 
     Raises:
-        ConfigError: the launcher gave no address to meet at.
+        ConfigError: the launcher gave no address to meet at, its port is taken, or nodes cannot reach each other.
         LostRankError: other processes failed or are gone; with their ranks and nodes.
     """
     if world.size == 1:
@@ -88,6 +94,7 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
     store = _meet(world, timeout)
+    _require_reachable(world, store)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -149,8 +156,8 @@ def _report_lost(world: World, beat: Heartbeat, error: BaseException) -> None:
 
 
 def _lost(ranks: Sequence[str], world: World, when: str, *, is_explained: bool = False) -> LostRankError:
-    shown = "; ".join(ranks[:_MOST_NAMED])
-    more = f"; and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
+    shown = "; ".join(ranks[:MOST_NAMED])
+    more = f"; and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
     message = f"{shown}{more}. Noticed by rank {world.rank} ({place()}): {when}"
     return LostRankError(message, is_explained=is_explained)
 
@@ -176,7 +183,7 @@ def _meet(world: World, timeout: timedelta) -> dist.Store:
     torchrun gives every restart the same store, in which gloo would find the addresses of the dead group. On one node
     the count of restarts tells them apart; agents on several nodes count for themselves.
     """
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    store = _rendezvous(world, timeout)
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
@@ -187,6 +194,58 @@ def _meet(world: World, timeout: timedelta) -> dist.Store:
             "or processes may not find each other after a restart"
         )
     return store
+
+
+def _rendezvous(world: World, timeout: timedelta) -> dist.Store:
+    """torch's, in a thread of its own: it may wait long, in C++, where the main thread could not handle signals."""
+    stores: list[dist.Store] = []
+    problems: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            stores.append(next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))[0])
+        except Exception as error:  # noqa: BLE001 - raised in the main thread
+            problems.append(error)
+
+    thread = threading.Thread(target=meet, name="rendezvous", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+    if stores:
+        return stores[0]
+    if isinstance(problems[0], dist.DistNetworkError) and re.search("EADDRINUSE|already in use", str(problems[0])):
+        raise ConfigError([_taken_port()]) from problems[0]
+    raise problems[0]
+
+
+def _taken_port() -> str:
+    port = os.environ["MASTER_PORT"]
+    origin = (
+        "made from the numbers of job, step and restart" if port == step_port(os.environ) else "from the environment"
+    )
+    with socket.socket() as free:
+        free.bind(("", 0))
+        works = free.getsockname()[1]
+    return (
+        f"MASTER_PORT={port} ({origin}): is taken on node {node_name()}, where rank 0 listens. Works: a free port, the "
+        f"same for all ranks, for example `export MASTER_PORT={works}` in front of srun"
+    )
+
+
+def _require_reachable(world: World, store: dist.Store) -> None:
+    """Raise the same ``ConfigError`` on all ranks if gloo could not connect them; rank 0 looks, all others hear."""
+    store = dist.PrefixStore("nodes", store)
+    store.set(str(world.rank), f"{socket.gethostname()} {gloo_address()}")
+    if world.is_main:
+        ranks = [str(rank) for rank in range(world.size)]
+        answers = [text.decode().split(" ") for text in store.multi_get(ranks)]
+        store.set("problem", loopback_problem({rank: (host, own) for rank, (host, own) in enumerate(answers)}))
+    if problem := store.get("problem").decode():
+        if world.is_main:
+            wait_for_readers(store, world.size - 1)
+        else:
+            store.add(READERS, 1)
+        raise ConfigError([problem])
 
 
 def ensure_group(device: torch.device) -> None:

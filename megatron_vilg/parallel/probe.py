@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from megatron_vilg.config.world import World
 from megatron_vilg.errors import LostRankError
 from megatron_vilg.parallel.launch import place
 from megatron_vilg.parallel.mesh import AXES, Mesh, build_mesh
+from megatron_vilg.parallel.slurm import gloo_address, loopback_problem
 
 _FILE_WAIT = 10.0
 """Seconds after which a file that another node wrote should be seen; network file systems cache directories."""
@@ -72,13 +74,15 @@ class Probe:
             ) from error
 
     def meet(self, versions: Mapping[str, str]) -> list[Finding]:
-        """Who is there, and with which versions."""
-        mine = {"place": place(), "versions": dict(versions)}
+        """Who is there, whether their nodes can reach each other, and with which versions."""
+        mine = {"place": place(), "versions": dict(versions), "node": (socket.gethostname(), gloo_address())}
         answers = self._collect("here", json.dumps(mine))
         found = {rank: json.loads(text) for rank, text in answers.items()}
         self._places = {rank: answer["place"] for rank, answer in found.items()}
         nodes = {text.split(",")[0] for text in self._places.values()}
         ranks = Finding("ranks", f"{len(found)} of {self.world.size} answer, {len(nodes)} nodes", self._silent(found))
+        if problem := loopback_problem({rank: tuple(answer["node"]) for rank, answer in found.items()}):
+            ranks.problems.append(problem)
         same = Finding("versions", "the same everywhere")
         first = found.get(0, mine)["versions"]
         for rank, answer in found.items():

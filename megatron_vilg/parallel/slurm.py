@@ -12,6 +12,8 @@ from megatron_vilg.errors import ConfigError
 
 FIRST_PORT, NUM_PORTS = 12_000, 18_000
 """Ports for rank 0 to listen on: below those that systems hand out by themselves."""
+MOST_NAMED = 8
+"""Nodes or ranks that a message names."""
 
 
 def adopt_slurm_ranks(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -64,8 +66,44 @@ def meeting_place(environ: Mapping[str, str], address_of: Callable[[str], str] |
     if not address:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
         address = (address_of or node_address)(first_node(nodes)) if nodes else "127.0.0.1"
-    job, step = (_number(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return address, environ.get("MASTER_PORT") or str(FIRST_PORT + (job * 31 + step) % NUM_PORTS)
+    return address, environ.get("MASTER_PORT") or step_port(environ)
+
+
+def step_port(environ: Mapping[str, str]) -> str:
+    """A port for this start of a step; the next start of a requeued job does not find it taken by what is left."""
+    job, step, restart = (
+        _number(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
+    return str(FIRST_PORT + (job * 31 + step + restart * 997) % NUM_PORTS)
+
+
+def gloo_address(environ: Mapping[str, str] = os.environ) -> str:
+    """Where gloo will listen on this node: what its host name resolves to; empty if the user has named a network."""
+    if environ.get("GLOO_SOCKET_IFNAME"):
+        return ""
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return "127.0.0.1"  # what gloo then takes
+
+
+def loopback_problem(nodes: Mapping[int, tuple[str, str]]) -> str:
+    """Why ranks on several machines would not reach each other, or an empty text.
+
+    Args:
+        nodes: by rank the host name and ``gloo_address``.
+    """
+    if len({host for host, _ in nodes.values()}) < 2:
+        return ""
+    bad = {host: address for host, address in nodes.values() if address.startswith("127.") or address == "::1"}
+    if not bad:
+        return ""
+    shown = ", ".join(f"{host} is {address}" for host, address in sorted(bad.items())[:MOST_NAMED])
+    return (
+        f"GLOO_SOCKET_IFNAME: not set, and {len(bad)} nodes know themselves by an address that others cannot reach "
+        f"({shown}; see /etc/hosts there). Works: GLOO_SOCKET_IFNAME and, with GPUs, NCCL_SOCKET_IFNAME set to the "
+        "name of the network between the nodes, for example eth0 (`ip -brief address` lists them)"
+    )
 
 
 def first_node(nodes: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,8 +20,26 @@ BEAT_SECONDS = 1.0
 """Time between two heartbeats; a rank without one for three times as long is called silent."""
 
 _FAILURE, _STOP = "failure", "stop"
+READERS = "readers"
+"""Counts the ranks that have read what ends the job."""
 _KEYS = "keys"
 """Where the store lists the notes that ranks have left, so that a look costs one question and not one per rank."""
+
+
+def wait_for_readers(store: dist.Store, count: int, lock: AbstractContextManager[object] | None = None) -> None:
+    """Until so many ranks have counted themselves as readers, for 3 beats at most: then the store may go.
+
+    Args:
+        store: of rank 0.
+        count: of readers.
+        lock: held while the store is used.
+    """
+    end = time.monotonic() + 3 * BEAT_SECONDS
+    while time.monotonic() < end:
+        with lock or nullcontext():
+            if store.add(READERS, 0) >= count:
+                return
+        time.sleep(BEAT_SECONDS / 20)
 
 
 class Heartbeat:
@@ -71,13 +90,8 @@ class Heartbeat:
         """Rank 0, which keeps the store, stays until the others have read what ended the job, for 3 beats at most."""
         if not self._world.is_main:
             return
-        end = time.monotonic() + 3 * BEAT_SECONDS
         try:
-            while time.monotonic() < end:
-                with self._lock:
-                    if self._store.add("readers", 0) >= self._world.size:
-                        return
-                time.sleep(BEAT_SECONDS / 20)
+            wait_for_readers(self._store, self._world.size, self._lock)
         except RuntimeError as trouble:
             log.debug("nobody to wait for: %s", trouble)
 
@@ -119,7 +133,7 @@ class Heartbeat:
         if not self._store.check([_KEYS]):
             return
         if not self._notes:
-            self._store.add("readers", 1)
+            self._store.add(READERS, 1)
         for key in self._store.get(_KEYS).decode().split():
             if key not in self._notes:
                 self._notes[key] = self._store.get(key).decode()

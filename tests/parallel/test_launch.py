@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,65 @@ def test_who_loses_a_rank_that_was_stopped_is_stopped_too(free_port: int) -> Non
     first, second = run_distributed(prepare_together, 2, free_port, "collective")
     assert first == "StopRequestedError: SIGTERM"
     assert second == "StopRequestedError: a signal to another rank"
+
+
+def join_on_two_nodes(port: int) -> str:
+    """What a rank says whose node has another name than that of the other rank, and no address of its own."""
+    dist.barrier()
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    world = read_world()
+    socket.gethostname = lambda: f"no-such-node-{world.rank}.invalid"
+    try:
+        with joined(world, torch.device("cpu"), 60):
+            return "joined"
+    except ConfigError as error:
+        return str(error)
+
+
+def test_nodes_that_cannot_reach_each_other_are_refused_on_all_ranks(free_port: int) -> None:
+    first, second = run_distributed(join_on_two_nodes, 2, free_port)
+    assert first == second and "GLOO_SOCKET_IFNAME: not set, and 2 nodes know themselves" in first
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port), ("RANK", 0), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        message = rf"MASTER_PORT={port} \(from the environment\): is taken on node .* Works: a free port, the same for"
+        with pytest.raises(ConfigError, match=message), joined(World(0, 2, 0), torch.device("cpu"), 60):
+            pass
+
+
+WAITING = """
+import os, signal, threading, torch
+from megatron_vilg.config.world import World
+from megatron_vilg.parallel.launch import joined
+from megatron_vilg.train.signals import StopRaises
+with StopRaises(is_alone=True) as stop, stop.anywhere():
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with joined(World(1, 2, 1), torch.device("cpu"), 600):
+        pass
+print(stop.name, flush=True)
+os._exit(75)  # as main does: a thread still waits
+"""
+
+
+def test_a_signal_ends_the_wait_for_a_meeting() -> None:
+    """Rank 1 connects to something that is not rank 0 and does not answer, as on a port that another job has."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        environment = {**os.environ, **meeting, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, "-c", WAITING], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert (done.returncode, done.stdout) == (75, "SIGTERM\n"), done.stderr
 
 
 def fail_on_rank_one() -> int:

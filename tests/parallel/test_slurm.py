@@ -4,7 +4,14 @@ import pytest
 
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.parallel import slurm
-from megatron_vilg.parallel.slurm import adopt_slurm_ranks, first_node, node_name, slurm_ranks
+from megatron_vilg.parallel.slurm import (
+    adopt_slurm_ranks,
+    first_node,
+    gloo_address,
+    loopback_problem,
+    node_name,
+    slurm_ranks,
+)
 
 STEP = {
     "SLURM_JOB_ID": "1234",
@@ -40,7 +47,8 @@ def test_a_task_of_srun_gets_a_rank() -> None:
     assert ranks["MASTER_ADDR"] == "gpu07.cluster"
     others = [slurm_ranks(STEP | {"SLURM_PROCID": str(rank)}, lambda node: node) for rank in range(4)]
     assert len({other["MASTER_PORT"] for other in others}) == 1, "all ranks must meet at one port"
-    assert slurm_ranks(STEP | {"SLURM_JOB_ID": "1235"}, lambda node: node)["MASTER_PORT"] != ranks["MASTER_PORT"]
+    for other in ({"SLURM_JOB_ID": "1235"}, {"SLURM_STEP_ID": "3"}, {"SLURM_RESTART_COUNT": "1"}):
+        assert slurm_ranks(STEP | other, lambda node: node)["MASTER_PORT"] != ranks["MASTER_PORT"]
 
 
 @pytest.mark.parametrize(
@@ -74,3 +82,19 @@ def test_names_that_do_not_resolve_are_looked_up(monkeypatch: pytest.MonkeyPatch
 def test_name_of_this_node() -> None:
     assert node_name(STEP) == "gpu08"
     assert node_name({})
+
+
+def test_nodes_that_know_themselves_by_a_loopback_address_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's default is 127.0.1.1 for a host's own name; gloo then listens where no other node can connect."""
+    good, bad = ("gpu07", "10.0.0.7"), ("gpu08", "127.0.1.1")
+    problem = loopback_problem({0: good, 1: bad, 2: bad})
+    assert problem.startswith("GLOO_SOCKET_IFNAME: not set, and 1 nodes know themselves")
+    assert "(gpu08 is 127.0.1.1; see /etc/hosts there)" in problem
+    assert "Works: GLOO_SOCKET_IFNAME and, with GPUs, NCCL_SOCKET_IFNAME" in problem
+    assert loopback_problem({0: bad, 1: bad}) == "", "one machine reaches itself"
+    assert loopback_problem({0: good, 1: ("gpu08", "")}) == "", "the user has named the network"
+    assert gloo_address({"GLOO_SOCKET_IFNAME": "eth0"}) == ""
+    monkeypatch.setattr(slurm.socket, "gethostname", lambda: "localhost")
+    assert gloo_address({}) in ("127.0.0.1", "::1")
+    monkeypatch.setattr(slurm.socket, "gethostname", lambda: "no-such-node.invalid")
+    assert gloo_address({}) == "127.0.0.1"
