@@ -111,3 +111,35 @@ def test_a_start_that_finishes_something_is_no_idle_one(tmp_path: Path) -> None:
         finishes = step if restart == 1 else ""
         done = pretrain(tmp_path, CODES="75", SLURM_RESTART_COUNT=str(restart), FINISHES=finishes)
         assert done.returncode == 75 and "scontrol requeue 7" in done.stdout, restart
+
+
+@pytest.mark.parametrize(
+    ("array", "workers", "says"),
+    [
+        ((0, 3, 4), "", "worker 2 of 4"),
+        ((2, 17, 2), "64", "worker 2 of 64"),
+        (
+            (1, 3, 3),
+            "",
+            "--array: 3 tasks from 1 to 3; must start at 0 and have no gaps. Works: --array=0-2, or",
+        ),
+        (
+            (0, 6, 4),
+            "",
+            "--array: 4 tasks from 0 to 6; must start at 0 and have no gaps. Works: --array=0-3, or",
+        ),
+        ((0, 3, 4), "3", "WORKERS=3: the array goes to task 3. Works: tasks from 0 to 2"),
+    ],
+)
+def test_an_array_that_leaves_shards_to_nobody_is_refused(
+    tmp_path: Path, array: tuple[int, int, int], workers: str, says: str
+) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    job = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(("MIN", "MAX", "COUNT"), array, strict=True)}
+    job |= {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_NODELIST": "n1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job |= {"WORKERS": workers} if workers else {}
+    script = str(SCRIPT.with_name("encode.sbatch"))
+    done = subprocess.run([script], env=job, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (0 if says.startswith("worker") else 2)
+    assert (done.stdout if done.returncode == 0 else done.stderr).startswith(says)
