@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vilg.checkpoint.owner import Process, partial_of
 from megatron_vilg.cli.outputs import require_writable
 from megatron_vilg.cli.shares import GRID_PROMPTS, Share, begin_share, finish_share
 from megatron_vilg.data.images import to_image
@@ -108,7 +108,7 @@ def write_png_row(out: Path, number: int, row: Tensor) -> list[str]:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path, Process.this())  # process numbers alone are the same on several nodes
     partial.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vilg.checkpoint.owner import Process, partial_of
 from megatron_vilg.config.world import read_world
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
@@ -144,6 +145,7 @@ def _join(out: Path, count: int, settings: dict[str, Any]) -> bool:
                 path.unlink()
     whole = settings | {"ids_sha256": [part["ids_sha256"] for part in parts], "prompts": entries}
     write_record(out / RECORD_FILE, whole)
-    grid_of_files(out, entries[:GRID_PROMPTS]).save(out / f"{GRID_FILE}.{os.getpid()}.partial", "PNG")
-    os.replace(out / f"{GRID_FILE}.{os.getpid()}.partial", out / GRID_FILE)
+    partial = partial_of(out / GRID_FILE, Process.this())
+    grid_of_files(out, entries[:GRID_PROMPTS]).save(partial, "PNG")
+    os.replace(partial, out / GRID_FILE)
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from PIL import Image
 
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.cli.drawn import write_record
 from megatron_vilg.cli.main import main
 from megatron_vilg.config.load import dump_run_config, write_run_folder_config
 from megatron_vilg.config.schema import ReconstructorConfig, SampleConfig
@@ -313,6 +315,16 @@ def test_workers_of_an_earlier_call_do_not_count(run_folder: Path, tmp_path: Pat
         assert generate(run_folder, tmp_path, "--prompt", "猫", "-n", "1", "--worker", f"{worker}/4") == 0
     assert [entry["prompt"] for entry in record(tmp_path)["prompts"]] == ["猫"]
     assert sorted(path.name for path in tmp_path.glob("0*.png")) == ["00000-00.png"]
+
+
+def test_last_workers_of_equal_process_number_on_two_nodes_write_different_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "replace", lambda *_: None)  # both are still writing
+    for node in ("n1", "n2"):
+        monkeypatch.setattr(socket, "gethostname", lambda node=node: node)
+        write_record(tmp_path / "generate.json", {"node": node})
+    assert len(partials := list(tmp_path.iterdir())) == 2 and all(path.name.endswith(".partial") for path in partials)
 
 
 def test_ranks_are_workers(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
