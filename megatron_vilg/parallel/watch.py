@@ -123,7 +123,7 @@ class Heartbeat:
             with self._lock:
                 key = f"{kind}/{self._world.rank}"
                 self._store.set(key, words)
-                self._store.append(_KEYS, f"{key} ")
+                self._store.append(_KEYS, f"{key} ")  # type: ignore[attr-defined]
                 self._look()
         except RuntimeError as trouble:
             log.debug("no store to leave word in: %s", trouble)
