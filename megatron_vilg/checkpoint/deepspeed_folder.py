@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.inert import Described, Record
 from megatron_vilg.checkpoint.manifest import TOKENIZERS, Manifest
-from megatron_vilg.checkpoint.tensors import MODEL, OPTIMIZER, TensorInfo, TensorSource
+from megatron_vilg.checkpoint.tensors import MODEL, OPTIMIZER, TensorInfo, TensorSource, pieces
 from megatron_vilg.checkpoint.torch_file import TorchFile
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
 from megatron_vilg.errors import CheckpointError
@@ -30,6 +30,7 @@ from megatron_vilg.errors import CheckpointError
 LATEST = "latest"
 STATES = "*_optim_states.pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ONE_SAVE = "Works: all files of one step, as one save_checkpoint wrote them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,8 @@ class DeepSpeedSource(TensorSource):
         path: the folder with ``latest``, or that of one step.
 
     Raises:
-        CheckpointError: ranks are missing, files are damaged, or it is a layout that is not read (tensor or pipeline
-            parallelism of DeepSpeed, no ZeRO).
+        CheckpointError: ranks are missing, files are damaged or of different steps or ranks, or it is a layout that is
+            not read (tensor or pipeline parallelism of DeepSpeed, no ZeRO).
     """
 
     def __init__(self, path: Path) -> None:
@@ -132,7 +133,7 @@ class DeepSpeedSource(TensorSource):
         return flat.float().reshape(stop - start, *info.row_shape)
 
     def verify(self) -> list[str]:
-        """Compare every tensor that is used with the CRC-32 that torch.save wrote."""
+        """Compare every tensor that is used with the CRC-32 that torch.save wrote, and weights that are there twice."""
         used = {id(p.tensor): p for cut in self._cuts.values() for s in cut.streams for p in s.pieces}
         used |= {id(p.tensor): p for p in self._whole.values()}
         problems = []
@@ -141,7 +142,29 @@ class DeepSpeedSource(TensorSource):
                 piece.file.check(piece.tensor)
             except CheckpointError as error:
                 problems.append(str(error))
-        return problems
+        return problems or self._unlike_module()
+
+    def _unlike_module(self) -> list[str]:
+        """Stages 1 and 2 hold all weights twice, in fp32 by rank and whole as the model computes with them."""
+        if self._stage == 3:
+            return []
+        file, module = self._models[0], _mapping(self._models[0], "module")
+        differing = []
+        for name in (name for name in self._cuts if name.startswith(f"{MODEL}.")):
+            info, whole = self.tensors[name], module.get(name.removeprefix(f"{MODEL}."))
+            if not isinstance(whole, Described) or whole.shape != info.shape:  # left out when it was saved
+                continue
+            for start, stop in pieces(info):
+                mine, theirs = self.rows(name, start, stop).to(whole.dtype), file.rows(whole, start, stop)
+                if not bool(((mine == theirs) | (mine.isnan() & theirs.isnan())).all()):
+                    differing.append(name)
+                    break
+        if not differing:
+            return []
+        return [
+            f"{len(differing)} weights in {STATES} are not those of {file.path.name}, {differing[0]} first: the files "
+            "are of different steps or of exchanged ranks"
+        ]
 
     def _file(self, path: Path) -> TorchFile:
         return TorchFile(self.descriptor(path), path)
@@ -157,6 +180,10 @@ class DeepSpeedSource(TensorSource):
             )
         if _mapping(self._models[0], None).get("mp_world_size", 1) != 1:
             raise CheckpointError(f"{self._folder}: was written with model parallelism of DeepSpeed, which is not read")
+        for file in (*self._ranks, *self._models):
+            # torch.save keeps the name it wrote to. Other writers say "archive", and nothing can be told.
+            if file.root.endswith("_states") and file.root != file.path.stem:
+                raise CheckpointError(f"{file.path}: was written as {file.root}.pt, for another rank. {ONE_SAVE}")
 
     def _find(self) -> None:
         model = _mapping(self._models[0], None)
@@ -185,7 +212,7 @@ class DeepSpeedSource(TensorSource):
         for slot in MOMENTS:
             flat = [[Piece(file, e[slot]) for e in entries] for file, entries in zip(self._ranks, by_rank, strict=True)]
             self._place(f"{OPTIMIZER}.{slot}.", groups, flat)
-        steps = [_scalar(self._ranks[0], entry["step"]) for entry in by_rank[0]]
+        steps = self._steps_of(by_rank)
         if self._stage == 3 and len(set(steps)) > 1:
             raise CheckpointError(
                 f"{self._folder}: parameters were updated {sorted(set(steps))} times, which is not read"
@@ -193,6 +220,30 @@ class DeepSpeedSource(TensorSource):
         for index, group in enumerate(groups):
             for name in group:
                 self._steps[f"{OPTIMIZER}.step.{name}"] = steps[0] if self._stage == 3 else steps[index]
+
+    def _steps_of(self, by_rank: list[list[Mapping[str, Any]]]) -> list[float]:
+        """How often each group was updated: as often on every rank and, in stage 3, as the model states say.
+
+        Stages 1 and 2 need no second proof, since :meth:`verify` compares the weights themselves.
+        """
+        found = [
+            [_scalar(file, e["step"]) for e in entries] for file, entries in zip(self._ranks, by_rank, strict=True)
+        ]
+        for file, steps in zip(self._ranks, found, strict=True):
+            if steps != found[0]:
+                raise CheckpointError(
+                    f"{file.path}: was updated {steps} times, {self._ranks[0].path.name} {found[0]} times; the files "
+                    f"are of different steps. {ONE_SAVE}"
+                )
+        for file in self._models if self._stage == 3 else ():
+            counters = _mapping(file, None)
+            taken = int(counters.get("global_steps") or 0) - int(counters.get("skipped_steps") or 0)
+            if any(step != taken for step in found[0]):
+                raise CheckpointError(
+                    f"{file.path}: counts {taken} updates (global_steps without skipped_steps), the optimizer's files "
+                    f"{found[0][0]:g}; they are of different steps. {ONE_SAVE}"
+                )
+        return found[0]
 
     def _place(self, prefix: str, groups: list[dict[str, tuple[int, ...]]], flat: list[list[Piece]]) -> None:
         """Say where every parameter lies; ``flat`` is by rank, then by group."""
@@ -213,6 +264,23 @@ class DeepSpeedSource(TensorSource):
                 self._put(prefix + name, shape, Cut((stream,), offset, max(1, numel)))
                 offset += numel + padding
             _require_used(self._folder, offset, len(stream), 2 * world)
+            self._check_slices(index, prefix, group, flat[0][index].tensor.shape[0])
+
+    def _check_slices(self, index: int, prefix: str, group: Mapping[str, Any], size: int) -> None:
+        """Each rank of stages 1 and 2 says which parameters its part of a group holds, and from where on."""
+        for rank, (file, state) in enumerate(zip(self._ranks, self._states, strict=True)):
+            slices = state.get("param_slice_mappings")
+            if not slices:
+                continue
+            first = rank * size
+            held = {name: self._cuts[prefix + name] for name in group}
+            expected = {
+                name: max(0, cut.offset - first)
+                for name, cut in held.items()
+                if cut.offset < first + size and cut.offset + cut.share > first
+            }
+            if {name: address.get("start") for name, address in slices[index].items()} != expected:
+                raise CheckpointError(f"{file.path}: holds the part of another rank than its name says. {ONE_SAVE}")
 
     def _find_frozen(self, model: Mapping[str, Any]) -> None:
         """Parameters that were not trained: whole in stages 1 and 2, in parts in stage 3."""

@@ -74,11 +74,12 @@ class TorchFile:
         try:
             with zipfile.ZipFile(FileWindow(descriptor, start, self.length)) as archive:
                 self._entries = {entry.filename: entry for entry in archive.infolist()}
-                self._root = _root_of(list(self._entries), path)
-                order = self._entries.get(f"{self._root}/byteorder")
+                self.root = _root_of(list(self._entries), path)
+                """Name that torch.save gave the archive: that of the file it was written to, or ``archive``."""
+                order = self._entries.get(f"{self.root}/byteorder")
                 if order is not None and archive.read(order).strip() != b"little":
                     raise CheckpointError(f"{path}: was written on a big-endian machine, which is not supported")
-                self.content: Any = read_pickle(io.BytesIO(archive.read(f"{self._root}/data.pkl")), str(path))
+                self.content: Any = read_pickle(io.BytesIO(archive.read(f"{self.root}/data.pkl")), str(path))
         except (zipfile.BadZipFile, zlib.error, KeyError, OSError, struct.error) as error:
             raise CheckpointError(
                 f"{path}: is no whole file of torch.save ({error}). {REMEDY}; what torch before 1.6 wrote has another "
@@ -127,7 +128,7 @@ class TorchFile:
         return raw.view(tensor.dtype).as_strided(tensor.shape, tensor.stride)[start:stop].contiguous()
 
     def _entry(self, tensor: Described) -> zipfile.ZipInfo:
-        entry = self._entries.get(f"{self._root}/data/{tensor.storage.key}")
+        entry = self._entries.get(f"{self.root}/data/{tensor.storage.key}")
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{self.path}: the numbers of a tensor are missing; the file is damaged. {REMEDY}")
         return entry

@@ -21,6 +21,26 @@ class LossScaler:
         self.cur_scale = 1.0
 
 
+class FragmentAddress:
+    """Where in a rank's part of a group a parameter begins."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+
+def _slices(groups: list[list[tuple[str, int]]], sizes: list[int], rank: int) -> list[dict[str, FragmentAddress]]:
+    """What stages 1 and 2 say about a rank's part: names of parameters and where they begin in it."""
+    found: list[dict[str, FragmentAddress]] = []
+    for group, size in zip(groups, sizes, strict=True):
+        found.append({})
+        place = -rank * size
+        for name, numel in group:
+            if place < size and place + numel > 0:
+                found[-1][name] = FragmentAddress(max(0, place))
+            place += numel
+    return found
+
+
 def _padded(flat: Tensor, multiple: int) -> Tensor:
     return nn.functional.pad(flat, (0, -flat.numel() % multiple))
 
@@ -77,6 +97,9 @@ def write_deepspeed(folder: Path, config: ModelConfig, values: Mapping[str, Tens
         state: dict[str, Any] = {"zero_stage": stage, "partition_count": world, "loss_scaler": LossScaler()}
         state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] = weights[rank]
         state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"] = adam
+        if stage < 3:
+            sized = [[(n, values[f"model.{n}"].numel()) for n in group] for group in names]
+            state["param_slice_mappings"] = _slices(sized, [part.numel() for part in weights[0]], rank)
         torch.save({"optimizer_state_dict": state}, step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     assert math.prod(weights[0][0].shape) > 0
     return folder

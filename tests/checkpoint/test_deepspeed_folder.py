@@ -4,7 +4,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,82 @@ def test_damage_is_named_and_nothing_is_written(tmp_path: Path, how: str, words:
     folder = write_deepspeed(tmp_path / "ds", CONFIG, random_values(CONFIG), stage=1, world=2)
     damaged(folder, how)
     with pytest.raises(CheckpointError, match=words), open_source(folder) as source:
+        merge(source, tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["ds"]
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = torch.load(file, weights_only=False)
+    change(content)
+    torch.save(content, file)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_files_of_exchanged_ranks_are_refused(tmp_path: Path, stage: int) -> None:
+    folder = write_deepspeed(tmp_path / "ds", CONFIG, random_values(CONFIG), stage=stage, world=2)
+    step = folder / "global_step7"
+    first, second = (step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))
+    contents = [torch.load(file, weights_only=False) for file in (first, second)]
+    first.rename(step / "aside")
+    second.rename(first)
+    (step / "aside").rename(second)
+    words = r"rank_0_mp_rank_00_optim_states.pt: was written as zero_pp_rank_1_.*, for another rank. Works: all files"
+    with pytest.raises(CheckpointError, match=words):
+        open_source(folder)
+    torch.save(contents[0], second)
+    torch.save(contents[1], first)
+    if stage < 3:  # parts of stage 3 do not say whose they are once their names are gone
+        with pytest.raises(CheckpointError, match="rank_0_.*: holds the part of another rank than its name says. Work"):
+            open_source(folder)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_of_another_step_is_refused(tmp_path: Path, stage: int) -> None:
+    folder = write_deepspeed(tmp_path / "ds", CONFIG, random_values(CONFIG), stage=stage, world=2)
+    key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+
+    def older(content: dict[str, Any]) -> None:
+        for entry in content["optimizer_state_dict"][key]["state"].values():
+            entry["step"] -= 1
+
+    edit(folder / "global_step7" / "zero_pp_rank_1_mp_rank_00_optim_states.pt", older)
+    words = r"rank_1_.*: was updated \[6.0, 6.0\] times, .*rank_0_.* \[7.0, 7.0\] times; .* different steps. Works: all"
+    with pytest.raises(CheckpointError, match=words):
+        open_source(folder)
+
+
+def test_model_states_of_another_step_are_refused_and_skipped_steps_are_not(tmp_path: Path) -> None:
+    values = random_values(CONFIG)
+    folder = write_deepspeed(tmp_path / "ds3", CONFIG, values, stage=3, world=2)
+    models = sorted((folder / "global_step7").glob("*_model_states.pt"))
+    for file in models:
+        edit(file, lambda content: content.update(global_steps=9, skipped_steps=2))
+    open_source(folder).close()
+    edit(models[1], lambda content: content.update(global_steps=8))
+    with pytest.raises(
+        CheckpointError, match="rank_1_.*: counts 6 updates .*, the optimizer.s files 7; .*Works: all"
+    ):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_by_rank_must_be_those_that_the_model_computed_with(tmp_path: Path, stage: int) -> None:
+    values = random_values(CONFIG)
+    folder = write_deepspeed(tmp_path / "ds", CONFIG, values, stage=stage, world=2)
+    model = folder / "global_step7" / "mp_rank_00_model_states.pt"
+
+    def in_bf16(content: dict[str, Any]) -> None:
+        content["module"] = {name: value.bfloat16() for name, value in content["module"].items()}
+
+    def another_step(content: dict[str, Any]) -> None:
+        content["module"]["norm.weight"] = content["module"]["norm.weight"] * 1.5
+
+    edit(model, in_bf16)
+    with open_source(folder) as source:
+        assert source.verify() == []
+    edit(model, another_step)
+    words = "1 weights in .* are not those of mp_rank_00_model_states.pt, model.norm.weight first: .*different steps"
+    with open_source(folder) as source, pytest.raises(CheckpointError, match=words):
         merge(source, tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["ds"]
 
