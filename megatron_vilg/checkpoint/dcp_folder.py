@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.checkpoint.inert import Described, Record, read_pickle
-from megatron_vilg.checkpoint.manifest import REMEDY, Manifest, read_manifest
+from megatron_vilg.checkpoint.manifest import REMEDY, Manifest, find_damage, read_manifest, require_no_damage
 from megatron_vilg.checkpoint.tensors import TensorInfo, TensorSource
 from megatron_vilg.checkpoint.torch_file import TorchFile
 from megatron_vilg.errors import CheckpointError
@@ -55,6 +55,8 @@ class DcpSource(TensorSource):
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
         super().__init__(path)
         self.manifest = read_manifest(path) if manifest is None else manifest
+        if manifest is None:  # lengths in a damaged pickle may ask for any amount of memory
+            require_no_damage(path, find_damage(path, self.manifest, [METADATA]))
         self.tensors, self._boxes = read_metadata(path)
         self._last = threading.local()
 
@@ -110,7 +112,7 @@ def read_metadata(path: Path) -> tuple[dict[str, TensorInfo], dict[str, list[Box
         return tensors, boxes
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {REMEDY}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{file}: is not what torch.distributed.checkpoint writes ({error!r})") from error
 
 

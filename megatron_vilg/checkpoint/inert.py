@@ -17,6 +17,11 @@ import torch
 from megatron_vilg.errors import CheckpointError
 
 _PERSISTENT_FIELDS = 5
+_DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError),
+    *(OverflowError, MemoryError, RecursionError),
+)
+"""What reading a pickle raises that is none: the last three where a length or a nesting is what was damaged."""
 
 
 class Record:
@@ -170,5 +175,5 @@ def read_pickle(file: IO[bytes], name: str) -> Any:
     """
     try:
         return InertUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{name}: cannot be read ({type(error).__name__}: {error}); it is damaged") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -19,7 +20,8 @@ import torch
 from megatron_vilg.checkpoint import new_folder as new_folder_module
 from megatron_vilg.checkpoint import safetensors_file
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
-from megatron_vilg.checkpoint.manifest import REMEDY, read_sound_manifest
+from megatron_vilg.checkpoint.inert import read_pickle
+from megatron_vilg.checkpoint.manifest import REMEDY, read_manifest, read_sound_manifest, write_manifest
 from megatron_vilg.checkpoint.reshape import convert, merge, shard
 from megatron_vilg.checkpoint.run_folder import write_run_folder
 from megatron_vilg.checkpoint.sources import open_source
@@ -157,9 +159,36 @@ def test_a_pickle_that_runs_something_runs_nothing(tmp_path: Path, sound) -> Non
     folder = tmp_path / "step-00000007"
     shutil.copytree(sound["dcp"], folder)
     (folder / ".metadata").write_bytes(pickle.dumps(Command()))
+    write_manifest(folder, read_manifest(folder))  # on purpose, not by accident: the digest fits
     with pytest.raises(CheckpointError, match="is not what torch.distributed.checkpoint writes"):
         DcpSource(folder)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\x80\x04\x8d" + b"\xff" * 8, "OverflowError"),
+        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0f", "(MemoryError|OverflowError)"),
+    ],
+)
+def test_a_length_that_is_damaged_in_a_pickle_is_damage(content: bytes, kind: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"m: cannot be read \({kind}: .*\); it is damaged"):
+        read_pickle(io.BytesIO(content), "m")
+
+
+def test_a_damaged_metadata_is_told_by_its_digest_and_an_older_step_is_taken(tmp_path: Path, sound) -> None:
+    steps = tmp_path / "checkpoints"
+    for step in ("step-00000007", "step-00000008"):
+        shutil.copytree(sound["dcp"], steps / step)
+    newest = steps / "step-00000008"
+    content = (newest / ".metadata").read_bytes()
+    (newest / ".metadata").write_bytes(b"\x80\x04\x8e" + b"\xff" * 8 + content[11:])
+    with pytest.raises(CheckpointError, match=r"step-00000008: damaged: .metadata has the right size but its content"):
+        DcpSource(newest)
+    looked = []
+    with open_source(tmp_path, looked.append) as source:
+        assert source.path.name == "step-00000007" and looked == []
 
 
 def test_metadata_cannot_point_outside_the_folder(tmp_path: Path, sound) -> None:
@@ -168,6 +197,7 @@ def test_metadata_cannot_point_outside_the_folder(tmp_path: Path, sound) -> None
     content = (folder / ".metadata").read_bytes()
     assert b"__0_0.distcp" in content
     (folder / ".metadata").write_bytes(content.replace(b"__0_0.distcp", b"../../stolen"))
+    write_manifest(folder, read_manifest(folder))
     with pytest.raises(CheckpointError, match="names a file outside the folder: ../../stolen"):
         DcpSource(folder)
 
