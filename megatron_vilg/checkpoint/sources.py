@@ -10,6 +10,7 @@ from typing import Any
 from megatron_vilg.checkpoint.canonical import CanonicalSource, FileSource
 from megatron_vilg.checkpoint.dcp_folder import METADATA, DcpSource
 from megatron_vilg.checkpoint.deepspeed_folder import DeepSpeedSource, is_deepspeed
+from megatron_vilg.checkpoint.export import holds_weights
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import FILE_NAME, TOKENIZERS, Manifest, read_manifest, read_sound_manifest
@@ -21,7 +22,7 @@ from megatron_vilg.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
 IMAGE_TOKENIZER = "image-tokenizer"
-CHECKPOINT_FOLDER = "checkpoints"
+CHECKPOINT_FOLDER, EXPORT_FOLDER = "checkpoints", "export"
 
 
 def open_source(path: Path, look: Callable[[TensorSource], None] | None = None) -> TensorSource:
@@ -62,6 +63,14 @@ def open_source(path: Path, look: Callable[[TensorSource], None] | None = None) 
         f"a folder of ranks (mp_rank_*_*), a canonical folder (*.safetensors with {FILE_NAME}), and DeepSpeed's "
         "*_optim_states.pt"
     )
+
+
+def open_run(path: Path, look: Callable[[TensorSource], None] | None = None) -> TensorSource:
+    """:func:`open_source`, and a run folder that has no checkpoints stands for its export."""
+    exported = path / EXPORT_FOLDER
+    if not any((path / CHECKPOINT_FOLDER).glob("step-*")) and holds_weights(exported):
+        return open_source(exported)
+    return open_source(path, look)
 
 
 def _look_at_newest(checkpoints: Checkpointer, look: Callable[[TensorSource], None]) -> None:
@@ -135,10 +144,9 @@ def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]
         return manifest.model, {}
     folders = _folders_of(source.path)
     config: Mapping[str, Any] = {"model": dict(manifest.model)}
-    for folder in folders:
-        if (folder / CONFIG_NAME).is_file():
-            config = _read_config(folder / CONFIG_NAME, manifest)
-            break
+    file_of_run = config_file(source)
+    if file_of_run is not None:
+        config = _read_config(file_of_run, manifest)
     found = {}
     for name, file in TOKENIZERS.items():
         beside = next((folder / name for folder in folders if (folder / name).is_dir()), None)
@@ -146,6 +154,11 @@ def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]
             _check_tokenizer(beside / file, manifest.tokenizers.get(name))
             found[name] = beside
     return config, found
+
+
+def config_file(source: TensorSource) -> Path | None:
+    """The run's ``config.json`` that belongs to some weights; None where there is none."""
+    return next((file for f in _folders_of(source.path) if (file := f / CONFIG_NAME).is_file()), None)
 
 
 def _folders_of(path: Path) -> list[Path]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vilg.config.check import require
-from megatron_vilg.config.load import COMMAND_LINE, RUN_FILE, Loaded, load_with_origins, write_run_folder_config
+from megatron_vilg.config.load import COMMAND_LINE, Loaded, load_with_origins, write_run_folder_config
 from megatron_vilg.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_vilg.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from megatron_vilg.checkpoint.tensors import TensorSource
     from megatron_vilg.checkpoint.transfer import Options
 
 _TRAINING_ONLY = ("dropout", "embedding_gradient_shrink", "init_std")
@@ -27,41 +27,41 @@ def start_end_to_end(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
+    from megatron_vilg.checkpoint.files import sha256_of
+    from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
     from megatron_vilg.checkpoint.manager import Checkpointer
-    from megatron_vilg.checkpoint.manifest import current_versions, read_manifest
+    from megatron_vilg.checkpoint.manifest import TOKENIZERS, current_versions
     from megatron_vilg.checkpoint.new_folder import new_folder
-    from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, companions, open_source
-    from megatron_vilg.generate.load import load_parts
+    from megatron_vilg.checkpoint.reshape import require_companions
+    from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, companions, manifest_of, open_run
+    from megatron_vilg.checkpoint.tensors import MODEL, part_of, read_whole
+    from megatron_vilg.checkpoint.verify import problems_of, require_sound
     from megatron_vilg.train.end_to_end import EndToEndEngine
 
-    config_file = _config_file(args.load_dir)
-    known = load_with_origins(None, config_file).run.resolve()
-    if known.reconstructor.enabled:
-        raise CheckpointError(f"{args.load_dir}: has a reconstructor already; `vilg train` goes on with it")
-    loaded = load_with_origins(None, config_file, ["reconstructor.enabled=true", *args.overrides])
-    _run_of(loaded, known.model, known.model.text_vocab_size)  # says what is wrong before any weights are read
-    parts = load_parts(args.load_dir, torch.device("cpu"))
-    with open_source(parts.source) as source:
+    def look(source: TensorSource) -> None:
+        _new_run(args, source)
+
+    with open_run(args.load_dir, look) as source:
+        run = _new_run(args, source)
+        require_companions(source, "pretrained")
         _, folders = companions(source)
-    run = _run_of(loaded, parts.config.model, parts.text_tokenizer.vocab_size)
-    engine = EndToEndEngine(_alone(run), torch.device("cpu"), load_image_tokenizer(folders["image_tokenizer"]))
-    engine.model.load_state_dict(parts.model.state_dict(), strict=False)
+        require_sound(problems_of(source), source.path)
+        engine = EndToEndEngine(_alone(run), torch.device("cpu"), load_image_tokenizer(folders["image_tokenizer"]))
+        weights = (name for name in source.tensors if part_of(name) == MODEL)
+        engine.model.load_state_dict({n.partition(".")[2]: read_whole(source, n) for n in weights}, strict=False)
+        known = manifest_of(source)
     manifest = dataclasses.replace(
-        read_manifest(parts.source),
+        known,
         step=0,
         samples_seen=0,
         format="",
         layout={},
         counters={},
         tensors={},
-        source={"name": parts.source.name, "step": str(parts.step)},
+        source={"name": source.path.name, "step": str(known.step)},
         model=dataclasses.asdict(run.model),
         stream=dataclasses.asdict(run.model.spec),
-        tokenizers={
-            "text_tokenizer": parts.text_tokenizer.sha256,
-            "image_tokenizer": image_tokenizer_hash(folders["image_tokenizer"]),
-        },
+        tokenizers={name: sha256_of(folders[name] / file) for name, file in TOKENIZERS.items()},
         text_vocab_size=run.model.text_vocab_size,
         image_vocab_size=run.model.image_vocab_size,
         versions=current_versions(),
@@ -80,30 +80,33 @@ def start_end_to_end(args: argparse.Namespace) -> int:
 def split_run(args: argparse.Namespace, options: Options) -> int:
     """Write generator, reconstructor and image tokenizer of an end-to-end run apart from each other."""
     from megatron_vilg.checkpoint.parts import split_end_to_end
-    from megatron_vilg.checkpoint.sources import open_source
-    from megatron_vilg.generate.load import find_weights
+    from megatron_vilg.checkpoint.sources import open_run
 
-    with open_source(find_weights(args.load_dir)) as source:
+    with open_run(args.load_dir) as source:
         counts = split_end_to_end(source, args.save_dir, options)
     shown = ", ".join(f"{name} ({count} tensors)" for name, count in counts.items())
     print(f"{args.save_dir}: {shown}, image_tokenizer; read back and equal to {source.path}")
     return 0
 
 
-def _config_file(load_dir: Path) -> Path:
-    """The configuration beside the weights that ``load_parts`` will read."""
-    from megatron_vilg.checkpoint.export import holds_weights
-    from megatron_vilg.checkpoint.manifest import read_manifest
-    from megatron_vilg.generate.load import EXPORT_FOLDER, find_weights, require_generator
+def _new_run(args: argparse.Namespace, source: TensorSource) -> RunConfig:
+    """The options of the new run, from those beside the weights; says what is wrong before any weights are read."""
+    from megatron_vilg.checkpoint.sources import CONFIG_NAME, config_file, manifest_of
+    from megatron_vilg.generate.load import require_generator
 
-    exported = next((folder for folder in (load_dir, load_dir / EXPORT_FOLDER) if holds_weights(folder)), None)
-    if exported is not None:
-        require_generator(exported, read_manifest(exported))
-    found = next((f / RUN_FILE for f in (exported, load_dir) if f is not None and (f / RUN_FILE).is_file()), None)
-    if found is None:
-        find_weights(load_dir)  # where there are none, that is what to say
-        raise CheckpointError(f"{load_dir}: no {RUN_FILE}; end-to-end training starts from the run's own options")
-    return found
+    manifest = manifest_of(source)
+    require_generator(source.path, manifest)
+    file = config_file(source)
+    if file is None:
+        raise CheckpointError(
+            f"{source.path}: no {CONFIG_NAME} beside it; end-to-end training starts from the run's own options"
+        )
+    known = load_with_origins(None, file).run.resolve()
+    if known.reconstructor.enabled or any(name.startswith("model.reconstructor.") for name in source.tensors):
+        raise CheckpointError(f"{args.load_dir}: has a reconstructor already; `vilg train` goes on with it")
+    loaded = load_with_origins(None, file, ["reconstructor.enabled=true", *args.overrides])
+    weights = ModelConfig(**manifest.model) if manifest.model else known.model
+    return _run_of(loaded, weights, manifest.text_vocab_size or weights.text_vocab_size)
 
 
 def _run_of(loaded: Loaded, weights: ModelConfig, text_vocab_size: int) -> RunConfig:

@@ -140,9 +140,7 @@ def test_model_states_of_another_step_are_refused_and_skipped_steps_are_not(tmp_
         edit(file, lambda content: content.update(global_steps=9, skipped_steps=2))
     open_source(folder).close()
     edit(models[1], lambda content: content.update(global_steps=8))
-    with pytest.raises(
-        CheckpointError, match="rank_1_.*: counts 6 updates .*, the optimizer.s files 7; .*Works: all"
-    ):
+    with pytest.raises(CheckpointError, match="rank_1_.*: counts 6 updates .*, the optimizer.s files 7; .*Works: all"):
         open_source(folder)
 
 

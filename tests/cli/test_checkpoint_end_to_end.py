@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_vilg.checkpoint.tensors import read_whole
 from megatron_vilg.checkpoint.verify import differences
 from megatron_vilg.cli.main import main
 from megatron_vilg.config.load import read_run_folder_config
+from megatron_vilg.config.schema import CheckpointConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.generate.load import load_parts
 from megatron_vilg.train.end_to_end import EndToEndEngine
@@ -117,6 +119,45 @@ def test_training_options_of_the_model_are_those_of_the_new_run(started: tuple[P
     assert manifest.model == dataclasses.asdict(config.model), "the trainer would refuse the run"
 
 
+def test_an_export_that_is_older_than_the_newest_checkpoint_is_not_taken(
+    started: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(started[0], run)
+    older = run / "checkpoints" / "step-00000003"
+    state: dict[str, dict[str, torch.Tensor]] = {"model": {}}
+    with open_source(older) as source:
+        for name in source.tensors:
+            state["model"][name.removeprefix("model.")] = read_whole(source, name) + 1
+    newer = dataclasses.replace(read_manifest(older), step=5)
+    Checkpointer(run / "checkpoints", CheckpointConfig()).save(5, state, newer)
+    settings = ["text_tokenizer.vocab_size=320"]
+    assert convert("vilg", "end-to-end", run, tmp_path / "start", *settings) == 0
+    with open_source(tmp_path / "start") as source:
+        assert source.manifest is not None and source.manifest.source["step"] == "5"
+        assert torch.equal(read_whole(source, "model.norm.weight"), state["model"]["norm.weight"])
+    shutil.copytree(started[0] / "export", tmp_path / "start" / "export")  # holds no reconstructor
+    assert convert("end-to-end", "vilg", tmp_path / "start", tmp_path / "parts") == 0
+    with open_source(tmp_path / "parts" / "generator") as source:
+        assert torch.equal(read_whole(source, "model.norm.weight"), state["model"]["norm.weight"])
+
+
+def test_steps_ranks_and_exports_are_taken_like_run_folders(started: tuple[Path, Path], tmp_path: Path) -> None:
+    run, start = started
+    sizes = ["--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2"]
+    for name, folder in (("run", run), ("start", start)):
+        assert main(["checkpoint", "shard", "--load-dir", str(folder), "--save-dir", str(tmp_path / name), *sizes]) == 0
+    only_export = shutil.copytree(run, tmp_path / "exported", ignore=shutil.ignore_patterns("checkpoints"))
+    settings = ["reconstructor.warmup_steps=3", "text_tokenizer.vocab_size=320"]
+    forms = (tmp_path / "run", run / "checkpoints" / "step-00000003", run / "export", only_export)
+    for number, form in enumerate(forms):
+        assert convert("vilg", "end-to-end", form, tmp_path / f"start{number}", *settings) == 0
+        with open_source(tmp_path / f"start{number}") as one, open_source(start) as other:
+            assert differences(one, other) == []
+    for number, form in enumerate((tmp_path / "start", start / "checkpoints" / "step-00000000")):
+        assert convert("end-to-end", "vilg", form, tmp_path / f"parts{number}") == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -137,7 +178,7 @@ def test_training_options_of_the_model_are_those_of_the_new_run(started: tuple[P
 def test_mistakes_are_told_before_weights_are_read(
     started: tuple[Path, Path], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, settings, message: str
 ) -> None:
-    monkeypatch.setattr("megatron_vilg.generate.load.load_parts", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr("megatron_vilg.checkpoint.verify.problems_of", lambda *_: pytest.fail("weights are read"))
     settings = [str(started[0]) if word == "RUN" else word for word in settings]
     assert convert("vilg", "end-to-end", started[0], tmp_path / "start", *settings) == 2
     assert message in capsys.readouterr().err
