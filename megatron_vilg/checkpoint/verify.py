@@ -95,7 +95,7 @@ def wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[s
     """Names and shapes: weights against the manifest's configuration, optimizer state against the weights.
 
     Returns:
-        One line per tensor that is missing, too many or of another shape.
+        One line per tensor that is missing, too many, of another shape, or of integers.
 
     Raises:
         CheckpointError: as :func:`expected_weights`.
@@ -111,6 +111,8 @@ def wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[s
                 problems.append(f"{name}: not part of this model")
             elif name in expected and weights[name].shape != expected[name]:
                 problems.append(f"{name}: has shape {list(weights[name].shape)}, expected {list(expected[name])}")
+            elif not weights[name].dtype.is_floating_point:
+                problems.append(f"{name}: has element type {weights[name].dtype}, expected a floating-point type")
     state = {(name.split(".")[1], parameter_of(name)) for name in tensors if part_of(name) == OPTIMIZER}
     unknown = sorted(pair for pair in state if pair[1] not in weights)
     problems += [f"{OPTIMIZER}.{slot}.{parameter}: there is no such weight" for slot, parameter in unknown]
@@ -126,6 +128,9 @@ def wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[s
 
 def differences(one: TensorSource, other: TensorSource, progress: Progress | None = None) -> list[str]:
     """Tensors of ``one`` beside those of ``other``: bit by bit, or rounded where the element types differ.
+
+    Only floating-point types are rounded, both to the one of fewer bits. Neither fp16 nor bf16 holds all values of the
+    other one, so they are never the same, and nor are integers and anything else. The order of the two does not matter.
 
     Parts that only one of them has at all, such as optimizer state, are not compared.
 
@@ -144,12 +149,19 @@ def differences(one: TensorSource, other: TensorSource, progress: Progress | Non
             continue
         if mine.shape != theirs.shape:
             problems.append(f"{name}: shape {list(mine.shape)} and {list(theirs.shape)}")
+        elif not _can_be_rounded(mine.dtype, theirs.dtype):
+            problems.append(f"{name}: element types {mine.dtype} and {theirs.dtype}, and neither rounds to the other")
         elif (largest := _largest_difference(one, other, name)) is not None:
             problems.append(f"{name}: values differ by up to {largest:.3g}")
         done += mine.num_bytes
         if progress is not None:
             progress("comparing", done, total)
     return problems
+
+
+def _can_be_rounded(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether one type holds every value of the other, up to rounding."""
+    return one == other or (one.is_floating_point and other.is_floating_point and one.itemsize != other.itemsize)
 
 
 def _largest_difference(one: TensorSource, other: TensorSource, name: str) -> float | None:
