@@ -242,7 +242,11 @@ def _converted(path: Path, tensors: Mapping[str, Tensor], config: ImageTokenizer
             problems.append(f"{', '.join(missing)}: missing")
             continue
         value, place = _joined(rule, tensors), own[rule.ours]
-        if value.numel() != place.numel() or value.shape[0] != place.shape[0]:
+        if whole := [name for name in rule.theirs if not tensors[name].is_floating_point()]:
+            types = ", ".join(str(tensors[name].dtype) for name in whole)
+            problems.append(f"{', '.join(whole)}: holds {types}; only floating-point weights can be read")
+            continue
+        if _without_ones(value.shape) != _without_ones(place.shape):
             found = " + ".join(str(list(tensors[name].shape)) for name in rule.theirs)
             problems.append(f"{', '.join(rule.theirs)}: has shape {found}, expected {list(place.shape)}")
             continue
@@ -263,6 +267,14 @@ def _converted(path: Path, tensors: Mapping[str, Tensor], config: ImageTokenizer
         counters={"imported_from": project},
     )
     return DictSource({f"{MODEL}.{name}": value.contiguous() for name, value in own.items()}, manifest, path)
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    """A shape without its last dimensions of size 1: a 1 x 1 convolution is a linear layer, nothing else may differ."""
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return sizes
 
 
 def _rules(model: AnyTokenizer, project: str) -> Iterator[NameRule]:

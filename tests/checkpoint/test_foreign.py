@@ -175,6 +175,14 @@ def _without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             lambda w: w | {"quantize.embedding.weight": torch.zeros(30, 8)},
             r"quantize.embedding.weight: has shape \[30, 8\], expected \[24, 8\]",
         ),
+        (
+            lambda w: w | {"encoder.conv_out.weight": w["encoder.conv_out.weight"].permute(0, 2, 3, 1).contiguous()},
+            r"encoder.conv_out.weight: has shape \[\d+, 3, 3, \d+\], expected \[\d+, \d+, 3, 3\]",
+        ),
+        (
+            lambda w: w | {"encoder.conv_out.weight": w["encoder.conv_out.weight"].to(torch.int8)},
+            r"encoder.conv_out.weight: holds torch.int8; only floating-point weights can be read",
+        ),
     ],
 )
 def test_every_tensor_must_find_its_place(tmp_path: Path, change, words: str) -> None:
