@@ -43,8 +43,8 @@ def chosen_names(source: TensorSource, *, optimizer: bool) -> list[str]:
 
     Raises:
         CheckpointError: there are no weights, or no optimizer state although it was asked for; nothing says what they
-            are; or the folder has no manifest of its own (DeepSpeed's), and they are not what the configuration beside
-            them describes.
+            are; or they are not what the manifest describes, or, where there is none (DeepSpeed's), the configuration
+            beside them.
     """
     manifest = manifest_of(source)
     names = [name for name in in_order(source.tensors) if optimizer or part_of(name) == MODEL]
@@ -55,6 +55,8 @@ def chosen_names(source: TensorSource, *, optimizer: bool) -> list[str]:
     if not (source.path / FILE_NAME).is_file():
         what = f"{source.path}: does not fit its configuration; is the {CONFIG_NAME} beside it the one of its run?"
         require_sound(wrong_names(manifest, source.tensors), what)
+    elif not manifest.tensors:  # a list of tensors was compared when the folder was opened
+        require_sound(wrong_names(manifest, source.tensors), f"{source.path}: is not the model of its {FILE_NAME}")
     return names
 
 

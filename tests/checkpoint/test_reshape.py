@@ -237,3 +237,17 @@ def test_quantised_optimizer_state_comes_back(tmp_path: Path) -> None:
 def test_random_values_are_all_different() -> None:
     values = random_values(tiny_config())
     assert torch.cat([v.flatten() for n, v in values.items() if "step" not in n]).unique().numel() > 20_000
+
+
+def test_weights_must_be_those_of_a_manifest_that_lists_no_tensors(tmp_path: Path) -> None:
+    source = memory_source()
+    values = dict(source.values)
+    for name in [name for name in values if name.endswith(".norm.weight") and "blocks" not in name]:
+        values[name.replace("norm.weight", "norm.gain")] = values.pop(name)
+    step = write_checkpoint(tmp_path / "run", DictSource(values, source.manifest, tmp_path))
+    words = r"(?s)step-00000007: is not the model of its manifest.json: 2 problems.*norm.gain: not part of this model"
+    with open_source(step) as opened:
+        for write in (merge, write_run_folder):
+            with pytest.raises(CheckpointError, match=words):
+                write(opened, tmp_path / "result")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
