@@ -14,13 +14,10 @@ from megatron_vilg.checkpoint.canonical import FORMAT, CanonicalSource
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest
 from megatron_vilg.checkpoint.new_folder import new_folder
 from megatron_vilg.checkpoint.reshape import canonical_files, derived_manifest, write_folder
-from megatron_vilg.checkpoint.sources import companions
+from megatron_vilg.checkpoint.sources import RECONSTRUCTOR, companions
 from megatron_vilg.checkpoint.tensors import MODEL, TensorSource, in_order
 from megatron_vilg.checkpoint.transfer import Options
 from megatron_vilg.errors import CheckpointError
-
-RECONSTRUCTOR = "reconstructor"
-"""First word of the names of a reconstructor's weights in the whole model, and the kind of its folder."""
 
 
 class Selected(TensorSource):

@@ -9,10 +9,9 @@ from pathlib import Path
 from megatron_vilg.checkpoint.dcp_write import write_training_checkpoint
 from megatron_vilg.checkpoint.new_folder import new_folder
 from megatron_vilg.checkpoint.reshape import chosen_names
-from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, CONFIG_NAME, companions, manifest_of
+from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, CONFIG_NAME, GENERATOR, companions, manifest_of
 from megatron_vilg.checkpoint.tensors import MODEL, OPTIMIZER, TensorSource, part_of
 from megatron_vilg.checkpoint.transfer import Options
-from megatron_vilg.checkpoint.verify import GENERATOR
 from megatron_vilg.errors import CheckpointError
 
 

@@ -7,21 +7,33 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_vilg.checkpoint.canonical import CanonicalSource, FileSource
 from megatron_vilg.checkpoint.dcp_folder import METADATA, DcpSource
 from megatron_vilg.checkpoint.deepspeed_folder import DeepSpeedSource, is_deepspeed
 from megatron_vilg.checkpoint.export import holds_weights
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import FILE_NAME, TOKENIZERS, Manifest, read_manifest, read_sound_manifest
+from megatron_vilg.checkpoint.manifest import (
+    FILE_NAME,
+    REMEDY,
+    TOKENIZERS,
+    Manifest,
+    read_manifest,
+    read_sound_manifest,
+)
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
 from megatron_vilg.checkpoint.tensors import TensorSource
-from megatron_vilg.config.schema import RunConfig
-from megatron_vilg.errors import CheckpointError
+from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
+from megatron_vilg.data.text import TextTokenizer
+from megatron_vilg.errors import CheckpointError, DataError
 
 CONFIG_NAME = "config.json"
-IMAGE_TOKENIZER = "image-tokenizer"
+GENERATOR, IMAGE_TOKENIZER = "pretrain", "image-tokenizer"
+RECONSTRUCTOR = "reconstructor"
+"""First word of the names of a reconstructor's weights in the whole model, and the kind of its folder."""
 CHECKPOINT_FOLDER, EXPORT_FOLDER = "checkpoints", "export"
 
 
@@ -137,7 +149,8 @@ def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]
         that was found, by name.
 
     Raises:
-        CheckpointError: the configuration or a tokenizer beside the weights is not the one they were made with.
+        CheckpointError: the configuration or a tokenizer beside the weights is not the one they were made with, or
+            is damaged or incomplete.
     """
     manifest = manifest_of(source)
     if manifest.kind == IMAGE_TOKENIZER:
@@ -146,12 +159,12 @@ def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]
     config: Mapping[str, Any] = {"model": dict(manifest.model)}
     file_of_run = config_file(source)
     if file_of_run is not None:
-        config = _read_config(file_of_run, manifest)
+        config = _read_config(file_of_run, source)
     found = {}
-    for name, file in TOKENIZERS.items():
+    for name in TOKENIZERS:
         beside = next((folder / name for folder in folders if (folder / name).is_dir()), None)
         if beside is not None:
-            _check_tokenizer(beside / file, manifest.tokenizers.get(name))
+            _check_tokenizer(beside, manifest)
             found[name] = beside
     return config, found
 
@@ -168,17 +181,31 @@ def _folders_of(path: Path) -> list[Path]:
     return [path, *above, path.parent]
 
 
-def _read_config(path: Path, manifest: Manifest) -> Mapping[str, Any]:
+def _read_config(path: Path, source: TensorSource) -> Mapping[str, Any]:
+    """The content of a run's ``config.json``, whose model, pictures and reconstructor must be those of the weights."""
+    manifest = manifest_of(source)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    sections = ("model", "image_tokenizer", RECONSTRUCTOR)
+    if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in sections):
+        raise CheckpointError(
+            f"{path}: is no configuration of a run (an object with the objects {', '.join(sections)}). Works: the one "
+            "that the run wrote, or none"
+        )
     model = content.get("model", {})
     differing = [
         f"{key}: {manifest.model[key]!r} in the manifest, {model[key]!r} in {CONFIG_NAME}"
         for key in sorted(manifest.model.keys() & model.keys())
         if json.loads(json.dumps(manifest.model[key])) != model[key]
     ]
+    if manifest.kind == GENERATOR:
+        if "image_tokenizer" in content:
+            differing += _wrong_pictures(content["image_tokenizer"], manifest, CONFIG_NAME)
+        has_one = any(name.startswith(f"model.{RECONSTRUCTOR}.") for name in source.tensors)
+        if content.get(RECONSTRUCTOR, {}).get("enabled", has_one) != has_one:
+            differing.append(f"{RECONSTRUCTOR}.enabled: {has_one} by the weights, {not has_one} in {CONFIG_NAME}")
     if differing:
         raise CheckpointError(
             f"{path}: is not the configuration of these weights. Works: the one that the run wrote, or none\n  "
@@ -187,14 +214,39 @@ def _read_config(path: Path, manifest: Manifest) -> Mapping[str, Any]:
     return content
 
 
-def _check_tokenizer(file: Path, expected: str | None) -> None:
+def _wrong_pictures(values: Mapping[str, Any], manifest: Manifest, where: str) -> list[str]:
+    """How an image tokenizer's options contradict the codes that a generator draws."""
+    try:
+        config = TypeAdapter(ImageTokenizerConfig).validate_python(dict(values))
+    except ValidationError as error:
+        return [f"image_tokenizer: does not fit this version of the package: {error}"]
+    pairs = (("image_side", config.grid_side), ("image_vocab_size", config.codebook_size))
+    return [
+        f"{key}: {manifest.model[key]} in the manifest, {found} by image_tokenizer in {where}"
+        for key, found in pairs
+        if manifest.model.get(key, 0) not in (0, found)
+    ]
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """A tokenizer beside the weights must be complete by its own manifest, and the one that theirs names."""
+    file = folder / TOKENIZERS[folder.name]
     if not file.is_file():
         raise CheckpointError(f"{file}: is missing, the tokenizer is incomplete")
-    if expected is None:
-        return
-    found = sha256_of(file)
-    if found != expected:
+    expected, found = manifest.tokenizers.get(folder.name), sha256_of(file)
+    if expected not in (None, found):
         raise CheckpointError(
             f"{file}: is not the tokenizer of these weights (SHA-256 {found}, their manifest says {expected}). "
             "Put the right one there, or move the wrong one away"
         )
+    if folder.name == "image_tokenizer":
+        own = read_sound_manifest(folder)
+        if own.kind != IMAGE_TOKENIZER:
+            raise CheckpointError(f"{folder}: holds {own.kind!r}, not {IMAGE_TOKENIZER!r}. {REMEDY}")
+        if wrong := _wrong_pictures(own.model, manifest, FILE_NAME):
+            raise CheckpointError(f"{folder}: is not the tokenizer of these weights: {'; '.join(wrong)}")
+        return
+    try:
+        TextTokenizer.load(folder)
+    except (DataError, AttributeError) as error:  # the latter: its manifest is JSON, but no object
+        raise CheckpointError(f"{folder}: cannot be used ({error}). {REMEDY}") from error

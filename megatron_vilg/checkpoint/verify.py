@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage
 from megatron_vilg.checkpoint.new_folder import Progress
+from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, companions
 from megatron_vilg.checkpoint.tensors import (
     MODEL,
     MOMENTUM_SLOT,
@@ -33,13 +34,12 @@ from megatron_vilg.models.tokenizers import build_image_tokenizer
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.sequence import Direction
 
-GENERATOR, IMAGE_TOKENIZER = "pretrain", "image-tokenizer"
 _COARSE = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 """How far outputs of weights rounded to a type may be off, as a share of the largest output."""
 
 
 def problems_of(source: TensorSource, progress: Progress | None = None) -> list[str]:
-    """Digests of the files, names, shapes and number of tensors, values that are not finite, copies that differ.
+    """Digests of files, names and shapes, configuration and tokenizers beside the weights, bad values, unequal copies.
 
     Returns:
         One line per problem; empty when the folder is sound.
@@ -50,6 +50,10 @@ def problems_of(source: TensorSource, progress: Progress | None = None) -> list[
         if (source.path / FILE_NAME).is_file() and not source.is_verified:
             problems += find_damage(source.path, manifest)
         problems += wrong_names(manifest, source.tensors)
+        try:
+            companions(source)
+        except CheckpointError as error:
+            problems.append(str(error))
     if problems:
         return problems
     done, total = 0, sum(info.num_bytes for info in source.tensors.values())

@@ -8,11 +8,13 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +46,14 @@ def forms(folder: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return forms(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with everything that belongs to it."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    write_tiny_run(folder, export=False)
+    return folder
 
 
 def largest_file(folder: Path) -> Path:
@@ -254,6 +264,55 @@ def test_a_wrong_tokenizer_or_configuration_beside_the_weights_is_refused(tmp_pa
     (run / "config.json").unlink()
     with open_source(run) as again, pytest.raises(CheckpointError, match="no text_tokenizer beside it"):
         convert(again, tmp_path / "whole", "pretrained", options=Options())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def change_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda run: change_json(run / "image_tokenizer" / "config.json", lambda c: c.update(channels=16)),
+            "image_tokenizer: damaged: config.json has",
+        ),
+        (
+            lambda run: (run / "image_tokenizer" / "manifest.json").unlink(),
+            "image_tokenizer: no manifest.json, so this is no complete",
+        ),
+        (
+            lambda run: (run / "text_tokenizer" / "manifest.json").write_text("{}"),
+            "text_tokenizer: cannot be used .*one of them was replaced",
+        ),
+        (lambda run: (run / "text_tokenizer" / "manifest.json").write_text("[]"), "text_tokenizer: cannot be used"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json: is no configuration of a run"),
+        (lambda run: (run / "config.json").write_text("null"), "config.json: is no configuration of a run"),
+        (lambda run: (run / "config.json").write_text('{"model": null}'), "config.json: is no configuration of a run"),
+        (
+            lambda run: change_json(run / "config.json", lambda c: c["reconstructor"].update(enabled=True)),
+            "reconstructor.enabled: False by the weights, True in config.json",
+        ),
+        (
+            lambda run: change_json(run / "config.json", lambda c: c["image_tokenizer"].update(image_size=32)),
+            "image_side: 4 in the manifest, 8 by image_tokenizer in config.json",
+        ),
+    ],
+)
+def test_what_lies_beside_the_weights_is_checked_by_merge_and_verify(tmp_path: Path, tiny, damage, words: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny, run)
+    with open_source(run) as source:
+        assert problems_of(source) == []
+    damage(run)
+    with open_source(run) as source:
+        (problem,) = problems_of(source)
+        assert re.search(words, problem)
+        with pytest.raises(CheckpointError, match=words):
+            merge(source, tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
