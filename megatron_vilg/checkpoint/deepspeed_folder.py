@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.inert import Described, Record
-from megatron_vilg.checkpoint.manifest import TOKENIZERS, Manifest
+from megatron_vilg.checkpoint.manifest import REMEDY, TOKENIZERS, Manifest
 from megatron_vilg.checkpoint.tensors import MODEL, OPTIMIZER, TensorInfo, TensorSource, pieces
 from megatron_vilg.checkpoint.torch_file import TorchFile
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
@@ -102,7 +102,7 @@ class DeepSpeedSource(TensorSource):
         self._folder = _step_folder(path)
         self._ranks = [self._file(file) for file in _rank_files(self._folder)]
         self._states = [_mapping(file, "optimizer_state_dict") for file in self._ranks]
-        self._stage = _number(self._states[0].get("zero_stage"))
+        self._stage = _number(self._ranks[0], self._states[0], "zero_stage")
         names = ["mp_rank_00_model_states.pt"]
         if self._stage == 3:
             names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(len(self._ranks))]
@@ -172,8 +172,7 @@ class DeepSpeedSource(TensorSource):
     def _check_ranks(self) -> None:
         if self._stage not in (1, 2, 3):
             raise CheckpointError(f"{self._folder}: ZeRO stage {self._stage} is not read. Works: 1, 2 and 3")
-        counts = self._states[0].get("partition_count")
-        wanted = max(counts) if isinstance(counts, list) else int(counts or 0)
+        wanted = _number(self._ranks[0], self._states[0], "partition_count")
         if wanted != len(self._ranks):
             raise CheckpointError(
                 f"{self._folder}: {len(self._ranks)} files {STATES} of {wanted} ranks; the others are missing"
@@ -237,7 +236,7 @@ class DeepSpeedSource(TensorSource):
                 )
         for file in self._models if self._stage == 3 else ():
             counters = _mapping(file, None)
-            taken = int(counters.get("global_steps") or 0) - int(counters.get("skipped_steps") or 0)
+            taken = _number(file, counters, "global_steps") - _number(file, counters, "skipped_steps")
             if any(step != taken for step in found[0]):
                 raise CheckpointError(
                     f"{file.path}: counts {taken} updates (global_steps without skipped_steps), the optimizer's files "
@@ -308,8 +307,8 @@ class DeepSpeedSource(TensorSource):
         folder = next((f for f in beside if (f / RUN_FILE).is_file()), None)
         manifest = Manifest(
             kind="unknown",
-            step=int(model.get("global_steps") or 0),
-            samples_seen=int(model.get("global_samples") or 0),
+            step=_number(self._models[0], model, "global_steps"),
+            samples_seen=_number(self._models[0], model, "global_samples"),
             versions={"deepspeed": str(model.get("ds_version"))},
         )
         if folder is None:
@@ -340,7 +339,10 @@ def is_deepspeed(path: Path) -> bool:
 def _step_folder(path: Path) -> Path:
     if any(path.glob(STATES)):
         return path
-    tag = (path / LATEST).read_text(encoding="utf-8").strip()
+    try:
+        tag = (path / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path / LATEST}: cannot be read ({error}). {REMEDY}") from error
     folder = path / tag
     if not tag or folder.parent != path or not any(folder.glob(STATES)):
         raise CheckpointError(f"{path / LATEST}: names {tag!r}, and there is no such checkpoint of DeepSpeed")
@@ -378,9 +380,15 @@ def _shape(value: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in value)
 
 
-def _number(value: Any) -> int:
-    """A number, or the value of an enumeration."""
-    return int(value.arguments[0] if isinstance(value, Record) and value.arguments else value or 0)
+def _number(file: TorchFile, values: Mapping[str, Any], key: str) -> int:
+    """A number, the value of an enumeration, or the largest of a list; 0 where there is none."""
+    value = values.get(key)
+    try:
+        if isinstance(value, list):
+            return max(int(count) for count in value)
+        return int(value.arguments[0] if isinstance(value, Record) and value.arguments else value or 0)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{file.path}: is not what DeepSpeed writes ({key} is {value!r:.80})") from error
 
 
 def _scalar(file: TorchFile, value: Any) -> float:

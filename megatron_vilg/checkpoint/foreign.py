@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_vilg.checkpoint.foreign_names import ONE_HOT_INPUT, NameRule, dvae_rules, vqgan_rules
 from megatron_vilg.checkpoint.image_tokenizer import KIND
 from megatron_vilg.checkpoint.inert import Described
-from megatron_vilg.checkpoint.manifest import Manifest
+from megatron_vilg.checkpoint.manifest import REMEDY, Manifest
 from megatron_vilg.checkpoint.safetensors_file import SafetensorsFile
 from megatron_vilg.checkpoint.tensors import MODEL, DictSource, TensorSource
 from megatron_vilg.checkpoint.torch_file import TorchFile, named_tensors
@@ -208,13 +208,10 @@ def _find(files: TensorSource, path: Path, wrappers: Sequence[str] = WRAPPERS) -
 
         return {name: partial(whole, name) for name in file.tensors}
     archive = TorchFile(files.descriptor(path), path)
-    content = archive.content
-    for wrapper in wrappers:
-        inner = content.get(wrapper) if isinstance(content, dict) else None
-        if isinstance(inner, dict) and named_tensors(inner):
-            content = inner
-            log.info("%s: weights taken from %r", path, wrapper)
-    found = named_tensors(content)
+    try:
+        found = named_tensors(_unwrapped(archive.content, path, wrappers))
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: a dictionary in it contains itself; the file is damaged. {REMEDY}") from error
     if not found:
         raise CheckpointError(f"{path}: no tensors in it")
 
@@ -224,6 +221,16 @@ def _find(files: TensorSource, path: Path, wrappers: Sequence[str] = WRAPPERS) -
         return archive.rows(described, 0, rows).reshape(described.shape)
 
     return {name: partial(read, described) for name, described in found.items()}
+
+
+def _unwrapped(content: Any, path: Path, wrappers: Sequence[str]) -> Any:
+    """What the first of the wrappers holds, if that is tensors, and so on inwards."""
+    for wrapper in wrappers:
+        inner = content.get(wrapper) if isinstance(content, dict) else None
+        if isinstance(inner, dict) and named_tensors(inner):
+            content = inner
+            log.info("%s: weights taken from %r", path, wrapper)
+    return content
 
 
 def _read(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:

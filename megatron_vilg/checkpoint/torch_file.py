@@ -80,7 +80,10 @@ class TorchFile:
                 if order is not None and archive.read(order).strip() != b"little":
                     raise CheckpointError(f"{path}: was written on a big-endian machine, which is not supported")
                 self.content: Any = read_pickle(io.BytesIO(archive.read(f"{self.root}/data.pkl")), str(path))
-        except (zipfile.BadZipFile, zlib.error, KeyError, OSError, struct.error) as error:
+        except (
+            *(zipfile.BadZipFile, zlib.error, KeyError, OSError, struct.error, EOFError),
+            *(ValueError, OverflowError, RuntimeError),  # names, sizes or flags of entries that are damaged
+        ) as error:
             raise CheckpointError(
                 f"{path}: is no whole file of torch.save ({error}). {REMEDY}; what torch before 1.6 wrote has another "
                 "form: load and save it once with torch"
@@ -155,7 +158,11 @@ def _is_contiguous(tensor: Described) -> bool:
 
 
 def named_tensors(content: Any, prefix: str = "") -> dict[str, Described]:
-    """Tensors in nested mappings, and in modules pickled whole, by dotted name."""
+    """Tensors in nested mappings, and in modules pickled whole, by dotted name.
+
+    Raises:
+        RecursionError: a mapping contains itself.
+    """
     if isinstance(content, Described):
         return {prefix: content}
     if isinstance(content, Record) and isinstance(content.state, dict):

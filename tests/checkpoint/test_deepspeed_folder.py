@@ -166,6 +166,25 @@ def test_weights_by_rank_must_be_those_that_the_model_computed_with(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["ds"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"zero_stage": "x"}, "optim_states.pt: is not what DeepSpeed writes .zero_stage is 'x'"),
+        ({"partition_count": []}, "optim_states.pt: is not what DeepSpeed writes .partition_count is "),
+        ({"partition_count": {}}, "2 files .* of 0 ranks"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(tmp_path: Path, changes, words: str) -> None:
+    folder = write_deepspeed(tmp_path / "ds", CONFIG, random_values(CONFIG), stage=1, world=2)
+    first = folder / "global_step7" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    edit(first, lambda content: content["optimizer_state_dict"].update(changes))
+    with pytest.raises(CheckpointError, match=words):
+        open_source(folder)
+    (folder / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="latest: cannot be read .*utf-8.*Works: copy"):
+        open_source(folder)
+
+
 def test_a_flipped_byte_stops_the_way_to_the_trainer_too(tmp_path: Path) -> None:
     folder = write_deepspeed(tmp_path / "ds", CONFIG, random_values(CONFIG), stage=2, world=2)
     write_run_folder_config(RunConfig(model=CONFIG, image_tokenizer=TOKENIZER), folder)

@@ -225,6 +225,14 @@ def test_weights_and_configuration_must_be_of_one_kind(tmp_path: Path) -> None:
         read_taming(tmp_path)
 
 
+def test_a_dictionary_that_contains_itself_is_damage(tmp_path: Path) -> None:
+    content: dict[str, object] = {}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"a.ckpt: a dictionary in it contains itself; the file is damaged"):
+        read_llamagen(tmp_path)
+
+
 def test_several_files_are_not_guessed_among(tmp_path: Path) -> None:
     for name in ("a.ckpt", "b.ckpt"):
         torch.save({}, tmp_path / name)

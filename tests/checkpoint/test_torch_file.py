@@ -91,6 +91,18 @@ def test_other_files_are_refused_with_their_name(tmp_path: Path) -> None:
         TorchFile(os.open(path, os.O_RDONLY), path)
 
 
+def test_a_name_in_the_archive_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "f.pt"
+    torch.save({"x": torch.zeros(3)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 9] |= 8  # the flag that says that the name is UTF-8
+    content[entry + 46] = 0xFF
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"f.pt: is no whole file of torch.save .*utf-8"):
+        TorchFile(os.open(path, os.O_RDONLY), path)
+
+
 def test_a_tensor_that_reaches_beyond_its_numbers_is_refused(tmp_path: Path) -> None:
     file = opened(tmp_path / "f.pt", torch.zeros(4))
     storage = file.content.storage
