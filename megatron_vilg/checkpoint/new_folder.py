@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_vilg.errors import CheckpointError
 from megatron_vilg.log import get_logger
 
 log = get_logger(__name__)
+_NAME_BYTES = 255
+"""The longest name that file systems take."""
 SPARE_BYTES = 64 << 20
 """Space that must be left on the disk besides what is written."""
 Progress = Callable[[str, int, int], None]
@@ -38,7 +41,7 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
             writing failed. Then nothing is left.
     """
     require_new(final)
-    partial = partial_of(final, Process.this())
+    partial, is_ours = partial_of(final, Process.this()), False
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(final)
@@ -49,16 +52,17 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
                 f"disk has {gigabytes(free)} free. Works: another disk, or free space first"
             )
         partial.mkdir()
+        is_ours = True
         yield partial
         sync_tree(partial)
         _publish(partial, final)
     except OSError as error:
         raise CheckpointError(
-            f"{_named(final)}: cannot be written ({error.strerror or error}). Nothing was left behind; free space or "
+            f"{_named(final)}: cannot be written ({_reason(error)}). Nothing was left behind; free space or "
             "choose another folder, then run the same command again"
         ) from error
     finally:
-        if partial.exists():
+        if is_ours and partial.exists():
             remove(partial)
 
 
@@ -66,10 +70,45 @@ def require_new(final: Path) -> None:
     """Refuse a folder that exists; also for those who want to know before they read what is to be written.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: it does, be it a link to nothing; or its name is too long or cannot be looked up.
     """
-    if final.exists():
+    spare = _NAME_BYTES - len(os.fsencode(partial_of(final, Process.this()).name))
+    if spare < 0:
+        size = len(os.fsencode(final.name))
+        raise CheckpointError(
+            f"--save-dir={_named(final)}: its last part has {size} bytes, too many for a folder that has a longer name "
+            f"while it is written. Works: up to {size + spare} bytes"
+        )
+    try:
+        is_there = final.exists() or final.is_symlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"--save-dir={_named(final)}: cannot be looked up ({_reason(error)}). Works: another folder"
+        ) from error
+    if is_there:
         raise CheckpointError(f"--save-dir={_named(final)}: exists already, nothing is overwritten. Works: a new name")
+
+
+def require_outside(final: Path, folders: Mapping[str, Path]) -> None:
+    """Refuse a new folder inside one that is copied into it.
+
+    Raises:
+        CheckpointError: it lies there.
+    """
+    for path in folders.values():
+        if final.resolve().is_relative_to(path.resolve()):
+            raise CheckpointError(
+                f"--save-dir={_named(final)}: lies in {path}, which is copied into it. Works: a place outside of it"
+            )
+
+
+def _reason(error: OSError) -> str:
+    """One line, also of copying a folder, which raises a list of all files that failed."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        source, _, why = error.args[0][0]
+        more = f", and {len(error.args[0]) - 1} more files" if len(error.args[0]) > 1 else ""
+        return f"{source}: {why}{more}"
+    return error.strerror or str(error)
 
 
 def _clear_leftovers(final: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint.canonical import FORMAT, CanonicalSource
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest
-from megatron_vilg.checkpoint.new_folder import new_folder
+from megatron_vilg.checkpoint.new_folder import new_folder, require_outside
 from megatron_vilg.checkpoint.reshape import canonical_files, derived_manifest, write_folder
 from megatron_vilg.checkpoint.sources import RECONSTRUCTOR, companions
 from megatron_vilg.checkpoint.tensors import MODEL, TensorSource, in_order
@@ -66,6 +66,7 @@ def split_end_to_end(source: TensorSource, folder: Path, options: Options | None
         raise CheckpointError(f"{source.path}: no image_tokenizer beside it. Works: copy it there from the run")
     alone = {**config, RECONSTRUCTOR: {**config.get(RECONSTRUCTOR, {}), "enabled": False}}
     kept = {key: config[key] for key in ("model", "image_tokenizer", RECONSTRUCTOR) if key in config}
+    require_outside(folder, extra)
     size = sum(source.tensors[name].num_bytes for name in weights)
     with new_folder(folder, size) as partial:
         _write(Selected(source, outside, source.manifest), partial / "generator", options, alone, extra)

@@ -26,7 +26,7 @@ from megatron_vilg.checkpoint.manifest import (
     current_versions,
     write_manifest,
 )
-from megatron_vilg.checkpoint.new_folder import Background, new_folder
+from megatron_vilg.checkpoint.new_folder import Background, new_folder, require_outside
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
 from megatron_vilg.checkpoint.sources import CONFIG_NAME, IMAGE_TOKENIZER, companions, manifest_of
@@ -242,6 +242,7 @@ def write_folder(
     Raises:
         CheckpointError: something is wrong with the source, the disk or the result. Then ``folder`` is not there.
     """
+    require_outside(folder, extra)
     more = sum(file.stat().st_size for path in extra.values() for file in path.rglob("*") if file.is_file())
     with new_folder(folder, files.num_bytes + more) as partial:
         background = Background(partial)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_vilg.checkpoint.dcp_write import write_training_checkpoint
-from megatron_vilg.checkpoint.new_folder import new_folder
+from megatron_vilg.checkpoint.new_folder import new_folder, require_outside
 from megatron_vilg.checkpoint.reshape import chosen_names
 from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, CONFIG_NAME, GENERATOR, companions, manifest_of
 from megatron_vilg.checkpoint.tensors import MODEL, OPTIMIZER, TensorSource, part_of
@@ -27,6 +27,7 @@ def write_run_folder(source: TensorSource, folder: Path, *, options: Options | N
     """
     names = trainable_names(source)
     config, extra = companions(source)
+    require_outside(folder, extra)
     with new_folder(folder, sum(source.tensors[name].num_bytes for name in names)) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         for name, path in extra.items():

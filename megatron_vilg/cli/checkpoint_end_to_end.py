@@ -31,7 +31,7 @@ def start_end_to_end(args: argparse.Namespace) -> int:
     from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
     from megatron_vilg.checkpoint.manager import Checkpointer
     from megatron_vilg.checkpoint.manifest import TOKENIZERS, current_versions
-    from megatron_vilg.checkpoint.new_folder import new_folder
+    from megatron_vilg.checkpoint.new_folder import new_folder, require_outside
     from megatron_vilg.checkpoint.reshape import require_companions
     from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, companions, manifest_of, open_run
     from megatron_vilg.checkpoint.tensors import MODEL, part_of, read_whole
@@ -45,6 +45,7 @@ def start_end_to_end(args: argparse.Namespace) -> int:
         run = _new_run(args, source)
         require_companions(source, "pretrained")
         _, folders = companions(source)
+        require_outside(args.save_dir, folders)
         require_sound(problems_of(source), source.path)
         engine = EndToEndEngine(_alone(run), torch.device("cpu"), load_image_tokenizer(folders["image_tokenizer"]))
         weights = (name for name in source.tensors if part_of(name) == MODEL)

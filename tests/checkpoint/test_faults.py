@@ -316,6 +316,15 @@ def test_what_lies_beside_the_weights_is_checked_by_merge_and_verify(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_nothing_is_written_into_a_tokenizer_of_the_source(tmp_path: Path, tiny) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny, run)
+    inside = run / "image_tokenizer" / "inner"
+    with open_source(run) as source, pytest.raises(CheckpointError, match="inner: lies in .*image_tokenizer, which is"):
+        merge(source, inside)
+    assert not inside.exists()
+
+
 def test_a_disk_that_is_too_small_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(new_folder_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))

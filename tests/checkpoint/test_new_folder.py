@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_vilg.checkpoint.new_folder import new_folder
+from megatron_vilg.checkpoint.new_folder import new_folder, require_new, require_outside
 from megatron_vilg.checkpoint.owner import Process, final_name, partial_of, partials_of
 from megatron_vilg.errors import CheckpointError
 
@@ -50,6 +51,37 @@ def test_what_took_the_name_meanwhile_is_not_touched(tmp_path: Path, kind: str) 
                 (final / "file").write_text("theirs")
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
     assert kind == "empty folder" or (final / "file" if kind == "folder" else final).read_text() == "theirs"
+
+
+def test_names_that_cannot_be_are_told_at_once(tmp_path: Path) -> None:
+    for size in (300, 240):
+        with pytest.raises(CheckpointError, match=rf"its last part has {size} bytes, .*Works: up to \d+ bytes") as told:
+            require_new(tmp_path / ("n" * size))
+    works = int(str(told.value).split()[-2])
+    write(tmp_path / ("n" * works))
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="link: exists already, nothing is overwritten. Works: a new name"):
+        require_new(tmp_path / "link")
+    with pytest.raises(CheckpointError, match="n/new: cannot be looked up .File name too long.. Works: another folder"):
+        require_new(tmp_path / ("n" * 300) / "new")
+
+
+def test_a_new_folder_inside_one_that_is_copied_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "image_tokenizer"
+    for inside in (folder, folder / "inner", tmp_path / "other" / ".." / "image_tokenizer" / "inner"):
+        with pytest.raises(
+            CheckpointError, match=r"lies in .*image_tokenizer, which is copied into it. Works: a place"
+        ):
+            require_outside(inside, {"image_tokenizer": folder})
+    require_outside(tmp_path / "image_tokenizer-2", {"image_tokenizer": folder})
+
+
+def test_a_copied_folder_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+    failed = [("a/spm.model", "b/spm.model", "[Errno 28] No space left on device"), ("a/x", "b/x", "again")]
+    words = r"whole: cannot be written .a/spm.model: .Errno 28. No space left on device, and 1 more files.. Nothing was"
+    with pytest.raises(CheckpointError, match=words), new_folder(tmp_path / "whole", 0):
+        raise shutil.Error(failed)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_still_writes_is_left_alone(tmp_path: Path) -> None:
