@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -98,11 +99,15 @@ def find_tensor(source: TensorSource, name: str) -> str:
 
 
 def statistics(source: TensorSource, name: str) -> dict[str, Any]:
-    """Figures of one tensor's values, computed in float64 piece by piece."""
+    """Figures of one tensor's values, computed in float64 piece by piece.
+
+    Those that are not finite are the texts ``nan``, ``inf`` and ``-inf``, as JSON has no such numbers; ``nan`` is also
+    what there is to say of a tensor without finite values.
+    """
     info = source.tensors[name]
     digest, count, finite = hashlib.sha256(), 0, 0
     total = squares = torch.zeros((), dtype=torch.float64)
-    low, high, zeros = float("inf"), float("-inf"), 0
+    low, high, zeros = float("nan"), float("nan"), 0
     first: list[float] = []
     for start, stop in pieces(info):
         rows = source.rows(name, start, stop)
@@ -114,7 +119,8 @@ def statistics(source: TensorSource, name: str) -> dict[str, Any]:
         finite += values.numel()
         if values.numel():
             total, squares = total + values.sum(), squares + values.square().sum()
-            low, high = min(low, float(values.min())), max(high, float(values.max()))
+            # a number first: comparisons with NaN are false, and the first argument stays
+            low, high = min(float(values.min()), low), max(float(values.max()), high)
             zeros += int((values == 0).sum())
     mean = float(total) / finite if finite else float("nan")
     variance = max(0.0, float(squares) / finite - mean**2) if finite else float("nan")
@@ -123,16 +129,20 @@ def statistics(source: TensorSource, name: str) -> dict[str, Any]:
         "shape": list(info.shape),
         "dtype": dtype_name(info),
         "bytes": info.num_bytes,
-        "min": low,
-        "max": high,
-        "mean": mean,
-        "std": variance**0.5,
-        "norm": float(squares) ** 0.5,
+        "min": _plain(low),
+        "max": _plain(high),
+        "mean": _plain(mean),
+        "std": _plain(variance**0.5),
+        "norm": _plain(float(squares) ** 0.5),
         "zeros": zeros,
         "not_finite": count - finite,
-        "first": first,
+        "first": [_plain(value) for value in first],
         "sha256": digest.hexdigest(),
     }
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
 def manifest_differences(one: TensorSource, other: TensorSource) -> list[str]:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -54,11 +55,16 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file: under another name first, synced, then renamed."""
+    """Write a small file: under another name first, synced, then renamed. Where that fails, nothing is left."""
     partial = with_suffix(path, PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.rename(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.rename(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
     sync(path.parent)
 
 

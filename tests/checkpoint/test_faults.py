@@ -22,6 +22,8 @@ import torch
 from megatron_vilg.checkpoint import new_folder as new_folder_module
 from megatron_vilg.checkpoint import safetensors_file
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
+from megatron_vilg.checkpoint.describe import statistics
+from megatron_vilg.checkpoint.files import write_text
 from megatron_vilg.checkpoint.inert import read_pickle
 from megatron_vilg.checkpoint.manifest import REMEDY, read_manifest, read_sound_manifest, write_manifest
 from megatron_vilg.checkpoint.reshape import convert, merge, shard
@@ -323,6 +325,28 @@ def test_nothing_is_written_into_a_tokenizer_of_the_source(tmp_path: Path, tiny)
     with open_source(run) as source, pytest.raises(CheckpointError, match="inner: lies in .*image_tokenizer, which is"):
         merge(source, inside)
     assert not inside.exists()
+
+
+def test_statistics_are_json_whatever_the_values(tmp_path: Path) -> None:
+    values = {
+        "model.some": torch.tensor([float("inf"), -2.0, float("nan"), 3.0]),
+        "model.none": torch.full((2,), float("-inf")),
+    }
+    source = DictSource(values, None, tmp_path)
+    some, none = (statistics(source, name) for name in values)
+    assert (some["min"], some["max"], some["first"]) == (-2.0, 3.0, ["inf", -2.0, "nan", 3.0])
+    assert (none["min"], none["max"], none["mean"], none["first"]) == ("nan", "nan", "nan", ["-inf", "-inf"])
+    json.dumps([some, none], allow_nan=False)
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_vilg.checkpoint.files.sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "f.json", "{}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_too_small_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
