@@ -54,6 +54,11 @@ class SafetensorsFile:
             self._begin: dict[str, int] = {}
             spans = []
             for name, entry in header.items():
+                if entry["dtype"] not in DTYPES:
+                    raise CheckpointError(
+                        f"{path}: {name} has element type {entry['dtype']}, which is not read. "
+                        f"Works: {', '.join(DTYPES)}"
+                    )
                 info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
                 begin, end = entry["data_offsets"]
                 if end - begin != info.num_bytes or begin < 0:

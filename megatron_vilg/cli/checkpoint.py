@@ -231,11 +231,14 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from megatron_vilg.checkpoint.deepspeed_folder import DeepSpeedSource
     from megatron_vilg.checkpoint.foreign import read_dalle, read_llamagen, read_taming
     from megatron_vilg.checkpoint.reshape import chosen_names, convert, require_companions
     from megatron_vilg.checkpoint.sources import open_source
 
     def look(source: TensorSource) -> None:
+        if args.origin == "deepspeed" and not isinstance(source, DeepSpeedSource):
+            raise CheckpointError(f"--from=deepspeed: {source.path} is a {source.format}. Works: --from vilg")
         chosen_names(source, optimizer=args.optimizer)
         require_companions(source, args.to)
 
@@ -248,6 +251,8 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         foreign = open_source(args.load_dir, look)
     with _at_work(args, foreign) as (source, options):
+        if args.origin in ("vilg", "deepspeed"):
+            look(source)
         manifest = convert(source, args.save_dir, args.to, optimizer=args.optimizer, options=options)
         _done(args.save_dir, len(manifest.tensors), source)
     return 0

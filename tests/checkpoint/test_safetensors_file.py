@@ -15,6 +15,12 @@ from megatron_vilg.checkpoint.tensors import TensorInfo
 from megatron_vilg.errors import CheckpointError
 
 
+def test_an_element_type_that_is_not_read_is_no_damage(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="a: w has element type F8_E4M3, which is not read. Works: F64, F32, F16"):
+        opened(tmp_path / "a")
+
+
 def opened(path: Path) -> SafetensorsFile:
     return SafetensorsFile(os.open(path, os.O_RDONLY), path)
 

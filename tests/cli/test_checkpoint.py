@@ -147,6 +147,10 @@ def test_a_model_is_planned_without_weights(tmp_path: Path, capsys) -> None:
             "--config",
         ),
         (
+            ["convert", "--from", "deepspeed", "--to", "vilg", "--load-dir", "R", "--save-dir", "N"],
+            "is a training checkpoint (DCP). Works: --from vilg",
+        ),
+        (
             ["convert", "--from", "taming", "--to", "vilg", "--load-dir", "R", "--save-dir", "N", "--optimizer"],
             "only checkpoints of ours",
         ),
