@@ -150,9 +150,9 @@ class DeepSpeedSource(TensorSource):
             return []
         file, module = self._models[0], _mapping(self._models[0], "module")
         differing = []
-        for name in (name for name in self._cuts if name.startswith(f"{MODEL}.")):
-            info, whole = self.tensors[name], module.get(name.removeprefix(f"{MODEL}."))
-            if not isinstance(whole, Described) or whole.shape != info.shape:  # left out when it was saved
+        for name, info in self.tensors.items():
+            whole = module.get(name.removeprefix(f"{MODEL}.")) if name in self._cuts else None
+            if not isinstance(whole, Described) or whole.shape != info.shape:  # no weight, or left out when saved
                 continue
             for start, stop in pieces(info):
                 mine, theirs = self.rows(name, start, stop).to(whole.dtype), file.rows(whole, start, stop)
@@ -272,12 +272,9 @@ class DeepSpeedSource(TensorSource):
             if not slices:
                 continue
             first = rank * size
-            held = {name: self._cuts[prefix + name] for name in group}
-            expected = {
-                name: max(0, cut.offset - first)
-                for name, cut in held.items()
-                if cut.offset < first + size and cut.offset + cut.share > first
-            }
+            held = ((name, self._cuts[prefix + name]) for name in group)
+            held = ((name, cut) for name, cut in held if first - cut.share < cut.offset < first + size)
+            expected = {name: max(0, cut.offset - first) for name, cut in held}
             if {name: address.get("start") for name, address in slices[index].items()} != expected:
                 raise CheckpointError(f"{file.path}: holds the part of another rank than its name says. {ONE_SAVE}")
 

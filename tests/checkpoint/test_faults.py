@@ -8,13 +8,11 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,11 +20,10 @@ import torch
 from megatron_vilg.checkpoint import new_folder as new_folder_module
 from megatron_vilg.checkpoint import safetensors_file
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
-from megatron_vilg.checkpoint.describe import statistics
 from megatron_vilg.checkpoint.files import write_text
 from megatron_vilg.checkpoint.inert import read_pickle
 from megatron_vilg.checkpoint.manifest import REMEDY, read_manifest, read_sound_manifest, write_manifest
-from megatron_vilg.checkpoint.reshape import convert, merge, shard
+from megatron_vilg.checkpoint.reshape import merge, shard
 from megatron_vilg.checkpoint.run_folder import write_run_folder
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.checkpoint.transfer import Options
@@ -34,7 +31,6 @@ from megatron_vilg.checkpoint.verify import differences, problems_of
 from megatron_vilg.errors import CheckpointError
 from tests.checkpoint.ckpt_source import DictSource, assert_same, memory_source, write_checkpoint
 from tests.tiny import tiny_config
-from tests.tiny_run import write_tiny_run
 
 
 def forms(folder: Path) -> dict[str, Path]:
@@ -48,14 +44,6 @@ def forms(folder: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return forms(tmp_path_factory.mktemp("sound"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with everything that belongs to it."""
-    folder = tmp_path_factory.mktemp("tiny") / "run"
-    write_tiny_run(folder, export=False)
-    return folder
 
 
 def largest_file(folder: Path) -> Path:
@@ -150,34 +138,6 @@ def test_verify_finds_wrong_names_values_and_copies(tmp_path: Path, sound) -> No
     assert line == "model.norm.bias: values differ by up to 0.5"
 
 
-def test_types_are_compared_by_rounding_floats_only_and_in_both_directions(tmp_path: Path) -> None:
-    value = torch.tensor([0.3, 1.7, -2.4])
-
-    def found(one: torch.Tensor, other: torch.Tensor) -> list[str]:
-        sources = [DictSource({"model.w": tensor}, None, tmp_path) for tensor in (one, other)]
-        return differences(*sources)
-
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert found(value, value.to(dtype)) == found(value.to(dtype), value) == []
-    assert found(value, value.bfloat16() + 1) and found(value.bfloat16() + 1, value)
-    pairs = [(value, value.to(dtype)) for dtype in (torch.int8, torch.int32, torch.int64)]
-    pairs += [(value.half(), value.bfloat16()), (value.long(), value.int()), (value.half(), value.short())]
-    for one, other in pairs:
-        for pair in ((one, other), (other, one)):
-            (line,) = found(*pair)
-            types = f"{pair[0].dtype} and {pair[1].dtype}"
-            assert line == f"model.w: element types {types}, and neither rounds to the other"
-
-
-def test_a_weight_of_integers_is_not_sound() -> None:
-    source = memory_source()
-    values = dict(source.values)
-    values["model.norm.weight"] = values["model.norm.weight"].int()
-    assert problems_of(DictSource(values, source.manifest, source.path)) == [
-        "norm.weight: has element type torch.int32, expected a floating-point type"
-    ]
-
-
 def test_ranks_that_should_agree_must_agree(tmp_path: Path, sound) -> None:
     folder = tmp_path / "ranks"
     shutil.copytree(sound["ranks"], folder)
@@ -240,103 +200,6 @@ def test_metadata_cannot_point_outside_the_folder(tmp_path: Path, sound) -> None
     write_manifest(folder, read_manifest(folder))
     with pytest.raises(CheckpointError, match="names a file outside the folder: ../../stolen"):
         DcpSource(folder)
-
-
-def test_a_wrong_tokenizer_or_configuration_beside_the_weights_is_refused(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    write_tiny_run(run, export=False)
-    (step,) = (run / "checkpoints").iterdir()
-    manifest = json.loads((step / "manifest.json").read_text())
-    source = open_source(run)
-    assert source.manifest is not None and manifest["kind"] == "pretrain"
-    source.manifest = type(source.manifest)(
-        kind="pretrain", model=source.manifest.model, tokenizers={"text_tokenizer": "0" * 64}
-    )
-    with pytest.raises(CheckpointError, match=r"spm.model: is not the tokenizer of these weights .*0000"):
-        merge(source, tmp_path / "whole")
-    config = json.loads((run / "config.json").read_text())
-    config["model"]["width"] = 32
-    (run / "config.json").write_text(json.dumps(config))
-    with (
-        pytest.raises(CheckpointError, match="width: 16 in the manifest, 32 in config.json"),
-        open_source(run) as again,
-    ):
-        merge(again, tmp_path / "whole")
-    shutil.rmtree(run / "text_tokenizer")
-    (run / "config.json").unlink()
-    with open_source(run) as again, pytest.raises(CheckpointError, match="no text_tokenizer beside it"):
-        convert(again, tmp_path / "whole", "pretrained", options=Options())
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def change_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (
-            lambda run: change_json(run / "image_tokenizer" / "config.json", lambda c: c.update(channels=16)),
-            "image_tokenizer: damaged: config.json has",
-        ),
-        (
-            lambda run: (run / "image_tokenizer" / "manifest.json").unlink(),
-            "image_tokenizer: no manifest.json, so this is no complete",
-        ),
-        (
-            lambda run: (run / "text_tokenizer" / "manifest.json").write_text("{}"),
-            "text_tokenizer: cannot be used .*one of them was replaced",
-        ),
-        (lambda run: (run / "text_tokenizer" / "manifest.json").write_text("[]"), "text_tokenizer: cannot be used"),
-        (lambda run: (run / "config.json").write_text("[]"), "config.json: is no configuration of a run"),
-        (lambda run: (run / "config.json").write_text("null"), "config.json: is no configuration of a run"),
-        (lambda run: (run / "config.json").write_text('{"model": null}'), "config.json: is no configuration of a run"),
-        (
-            lambda run: change_json(run / "config.json", lambda c: c["reconstructor"].update(enabled=True)),
-            "reconstructor.enabled: False by the weights, True in config.json",
-        ),
-        (
-            lambda run: change_json(run / "config.json", lambda c: c["image_tokenizer"].update(image_size=32)),
-            "image_side: 4 in the manifest, 8 by image_tokenizer in config.json",
-        ),
-    ],
-)
-def test_what_lies_beside_the_weights_is_checked_by_merge_and_verify(tmp_path: Path, tiny, damage, words: str) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(tiny, run)
-    with open_source(run) as source:
-        assert problems_of(source) == []
-    damage(run)
-    with open_source(run) as source:
-        (problem,) = problems_of(source)
-        assert re.search(words, problem)
-        with pytest.raises(CheckpointError, match=words):
-            merge(source, tmp_path / "whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_nothing_is_written_into_a_tokenizer_of_the_source(tmp_path: Path, tiny) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(tiny, run)
-    inside = run / "image_tokenizer" / "inner"
-    with open_source(run) as source, pytest.raises(CheckpointError, match="inner: lies in .*image_tokenizer, which is"):
-        merge(source, inside)
-    assert not inside.exists()
-
-
-def test_statistics_are_json_whatever_the_values(tmp_path: Path) -> None:
-    values = {
-        "model.some": torch.tensor([float("inf"), -2.0, float("nan"), 3.0]),
-        "model.none": torch.full((2,), float("-inf")),
-    }
-    source = DictSource(values, None, tmp_path)
-    some, none = (statistics(source, name) for name in values)
-    assert (some["min"], some["max"], some["first"]) == (-2.0, 3.0, ["inf", -2.0, "nan", 3.0])
-    assert (none["min"], none["max"], none["mean"], none["first"]) == ("nan", "nan", "nan", ["-inf", "-inf"])
-    json.dumps([some, none], allow_nan=False)
 
 
 def test_a_small_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
