@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vilg.config.schema import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import Implementation
@@ -56,10 +56,16 @@ def tiny_batch(config: ModelConfig, num_pairs: int = 4, seed: int = 0) -> PairBa
 
 
 def tiny_run(model: ModelConfig | None = None, **train: object) -> RunConfig:
-    """A run of the tiny model in fp32."""
+    """A run of the tiny model in fp32, on codes of a tokenizer of four pixels a code."""
     values: dict[str, object] = {"num_steps": 8, "batch_size": 4, "precision": "fp32"}
+    model = model or tiny_config()
     return RunConfig(
-        model=model or tiny_config(),
+        model=model,
+        image_tokenizer=ImageTokenizerConfig(
+            image_size=4 * model.image_side,
+            channel_multipliers=(1, 1, 1),
+            codebook_size=model.image_vocab_size,
+        ),
         optim=OptimConfig(lr=1e-2, warmup_steps=2),
         train=TrainConfig(**(values | train)),  # type: ignore[arg-type]
     )
