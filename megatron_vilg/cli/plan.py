@@ -110,7 +110,10 @@ def layout_words(parallel: ParallelConfig) -> str:
 def _print_plan(config: RunConfig, cost: Estimate, hardware: Hardware) -> None:
     layout, rank, time = cost.layout, cost.fullest, step_time(cost, hardware)
     pairs = layout.pairs_each(config.train.batch_size)
-    _line("model", f"{cost.parameters / 1e9:.3f} B parameters, {cost.stack_parameters / 1e9:.3f} B of them in blocks")
+    model = f"{cost.parameters / 1e9:.3f} B parameters, {cost.stack_parameters / 1e9:.3f} B of them in blocks"
+    if cost.reconstructor_parameters:
+        model += f", {cost.reconstructor_parameters / 1e9:.3f} B in the reconstructor, on the last stage"
+    _line("model", model)
     _line(
         "layout",
         f"{layout.world_size} GPUs = tensor {layout.tensor} x pipeline {layout.pipeline} x replica {layout.replica} x "
@@ -179,6 +182,7 @@ def _as_json(config: RunConfig, cost: Estimate, hardware: Hardware) -> dict[str,
         "options": layout_words(config.parallel),
         "parameters": cost.parameters,
         "stack_parameters": cost.stack_parameters,
+        "reconstructor_parameters": cost.reconstructor_parameters,
         "ranks": [dataclasses.asdict(rank) for rank in cost.ranks],
         "peak_bytes": cost.fullest.peak,
         "fits": fits(cost, hardware),

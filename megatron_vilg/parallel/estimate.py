@@ -27,6 +27,7 @@ from megatron_vilg.models.cost import (
     parameter_shapes,
 )
 from megatron_vilg.ops.attention_choice import Implementation, executed_by, implementation_of
+from megatron_vilg.parallel.joint_estimate import JointCost, joint_cost
 from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
 from megatron_vilg.parallel.plan import Cut, rule_of
 
@@ -89,12 +90,15 @@ class Estimate:
 
     layout: Layout
     parameters: int
+    """Of the model: generator and reconstructor."""
     stack_parameters: int
+    reconstructor_parameters: int
     ranks: tuple[RankCost, ...]
     bubble: float
     """Share of a step in which a rank of the pipeline waits for others."""
     flops_kept: float
-    """Per optimizer step over all ranks: what the model needs, attention counted where its rules allow it."""
+    """Per optimizer step over all ranks: what the model needs, attention counted where its rules allow it; with a
+    reconstructor and critic theirs too."""
     flops_dense: float
     """The same with attention from everywhere to everywhere."""
     flops_executed: float
@@ -115,18 +119,20 @@ def estimate(run: RunConfig, world_size: int) -> Estimate:
     """Costs of a resolved configuration that ``config.check`` has nothing against, for ``world_size`` processes."""
     layout = Layout.of(run.parallel, world_size)
     flops, pairs = forward_flops(run.model), run.train.batch_size
+    joint = joint_cost(run, layout, OPTIMIZER_BYTES[run.optim.name])
     unread = flops.unread if _computes_all(run, layout) else 0
     again = {"none": 0, "selective": flops.attention_kept, "block": flops.linear + unread + flops.attention_kept}
-    ranks = tuple(_rank_cost(run, layout, rank) for rank in range(layout.pipeline))
+    ranks = tuple(_rank_cost(run, layout, rank, joint) for rank in range(layout.pipeline))
     return Estimate(
         layout=layout,
-        parameters=num_parameters(run.model),
+        parameters=num_parameters(run.model) + joint.parameters,
         stack_parameters=num_stack_parameters(run.model),
+        reconstructor_parameters=joint.parameters,
         ranks=ranks,
         bubble=bubble(layout),
-        flops_kept=3.0 * pairs * flops.kept,
-        flops_dense=3.0 * pairs * flops.dense,
-        flops_executed=pairs * (3.0 * (flops.kept + unread) + again[run.parallel.recompute]),
+        flops_kept=pairs * (3.0 * flops.kept + joint.flops_needed),
+        flops_dense=pairs * (3.0 * flops.dense + joint.flops_needed),
+        flops_executed=pairs * (3.0 * (flops.kept + unread) + again[run.parallel.recompute] + joint.flops_executed),
     )
 
 
@@ -184,16 +190,24 @@ def local_shape(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ..
     return (*shape[:dim], shape[dim] // tensor, *shape[dim + 1 :])
 
 
-def _rank_cost(run: RunConfig, layout: Layout, rank: int) -> RankCost:
+def _rank_cost(run: RunConfig, layout: Layout, rank: int, joint: JointCost) -> RankCost:
     part = part_of(run.model, dataclasses.replace(layout, replica=1, num_microbatches=1), rank)
     sizes = _sizes(run, layout)
-    memory, peak = _memory(run, layout, part, sizes, rank)
-    offloaded = ("weights", "gradients", "optimizer")
-    host = sum(memory[kind] for kind in offloaded) if run.parallel.cpu_offload else 0.0
-    if run.parallel.cpu_offload:
-        memory = memory | dict.fromkeys(offloaded, 0.0)
+    joint = joint if part.has_heads else JointCost()
+    memory, peak = _memory(run, layout, part, sizes, rank, joint)
+    host = 0.0
+    if run.parallel.cpu_offload:  # of the generator's; the reconstructor's stay
+        stays = {
+            "weights": joint.weights,
+            "gradients": joint.gradients + joint.critic_gradients,
+            "optimizer": joint.optimizer,
+        }
+        host = sum(memory[kind] - stays[kind] for kind in stays)
+        memory = memory | stays
         peak -= host
-    return RankCost(part.sharded, memory, peak, host, _sent(run, layout, part, sizes, rank))
+    sent = _sent(run, layout, part, sizes, rank)
+    sent |= {axis: sent[axis] + more for axis, more in joint.sent.items()}
+    return RankCost(part.sharded + joint.parameters, memory, peak, host, sent)
 
 
 def _sizes(run: RunConfig, layout: Layout) -> Sizes:
@@ -207,7 +221,9 @@ def _sizes(run: RunConfig, layout: Layout) -> Sizes:
     )
 
 
-def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int) -> tuple[dict[str, float], float]:
+def _memory(
+    run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int, joint: JointCost
+) -> tuple[dict[str, float], float]:
     """Bytes by kind, and of the fullest moment."""
     parallel, model = run.parallel, run.model
     rows = 2 * layout.pairs_each(run.train.batch_size)
@@ -223,30 +239,35 @@ def _memory(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int)
     kept = layout.micro_batches_in_flight(rank) * (part.layers * block_kept - _left_out(run, layout, part, sizes, rows))
     passing = rows * backward_bytes_per_row(model, sizes, scores=scores)
     masks = rows * mask_bytes_per_row(model, sizes, executed.count("dense") + executed.count("sdpa"))
-    weights, optimizer = MASTER_BYTES * part.sharded, OPTIMIZER_BYTES[run.optim.name] * part.sharded
+    weights, optimizer = float(MASTER_BYTES * part.sharded), OPTIMIZER_BYTES[run.optim.name] * part.sharded
     if run.optim.name == "muon":
         optimizer -= (OPTIMIZER_BYTES["muon"] - MUON_BYTES) * part.matrices
     has_earlier = layout.num_microbatches > 1
     keeps_whole_gradients = layout.world_size > 1 and parallel.zero == 1 and has_earlier
-    gradients = MASTER_BYTES * (part.whole if keeps_whole_gradients else part.sharded)
+    gradients = float(MASTER_BYTES) * (part.whole if keeps_whole_gradients else part.sharded)
     gathered, on_their_way = _buffers(run, layout, part, sizes)
-    logits = _logits(run, layout, part, sizes)
+    saved, chunk = _logits(run, layout, part, sizes)
+    lasting = weights + optimizer + joint.weights + joint.optimizer + joint.critic_gradients
     memory = {
-        "weights": float(weights),
-        "gradients": float(gradients),
-        "optimizer": float(optimizer),
-        "activations": kept + recomputed + passing + masks,
-        "logits": logits,
+        "weights": weights + joint.weights,
+        "gradients": gradients + joint.gradients + joint.critic_gradients,
+        "optimizer": optimizer + joint.optimizer,
+        "activations": kept + max(recomputed + passing, joint.turning) + masks,
+        "logits": saved + chunk,
         "buffers": gathered + on_their_way,
     }
     # Gradients of a single micro-batch come as activations go; those of earlier ones are there all the time.
-    earlier = gradients if has_earlier else 0.0
-    turning = kept + earlier + max(logits, recomputed + passing)
+    earlier, earlier_joint = (gradients, joint.gradients) if has_earlier else (0.0, 0.0)
+    # The reconstructor comes behind the heads, and its backward pass before that of the blocks.
+    pictures = saved + earlier_joint + joint.turning
+    behind = joint.gradients + recomputed + passing
+    turning = kept + earlier + max(earlier_joint + saved + chunk, pictures, behind)
     before_last = gradients * (1 - (part.block + part.rest) / part.whole) if part.layers > 1 else 0.0
     end = max(earlier, before_last) + block_kept + recomputed + passing + on_their_way
     # Autocast's copies of weights go as the backward pass goes.
     at_end = sizes.compute * part.block if sizes.autocast else gathered
-    return memory, weights + optimizer + masks + max(gathered + turning, at_end + end, at_end + gradients)
+    moments = (gathered + turning, at_end + end + joint.gradients, at_end + gradients + joint.gradients)
+    return memory, lasting + max(masks + max(moments), joint.judging)
 
 
 def _attention(run: RunConfig) -> list[Implementation]:
@@ -286,10 +307,10 @@ def _reduce_bytes(run: RunConfig) -> int:
     return 2 if run.parallel.reduce_precision == "bf16" else MASTER_BYTES
 
 
-def _logits(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> float:
-    """The heads: one chunk of logits, and gradients that are computed beside the loss."""
+def _logits(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[float, float]:
+    """The heads: gradients that are computed beside the loss and what is kept with them; one chunk of logits."""
     if not part.has_heads:
-        return 0.0
+        return 0.0, 0.0
     model, spec = run.model, run.model.spec
     pairs = layout.pairs_each(run.train.batch_size)
     saved = chunk = 0.0
@@ -301,7 +322,7 @@ def _logits(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> float:
         saved += sizes.residual * pairs * count * model.width * 3  # norm's input, its result, and the gradient
         saved += (MASTER_BYTES if layout.world_size == 1 or layout.tensor > 1 else sizes.compute) * share * model.width
         chunk = max(chunk, _chunk_rows(pairs * count, share) * share * (2.0 * sizes.compute + MASTER_BYTES))
-    return saved + chunk
+    return saved, chunk
 
 
 def _chunk_rows(rows: int, vocabulary: int) -> int:

@@ -87,3 +87,20 @@ def test_no_torch_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr.strip() == ""
+
+
+def test_a_reconstructor_is_part_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--preset", "e2e-300m", "--world-size", "8", "parallel.num_microbatches=32"]
+    joint = [*command, "reconstructor.enabled=true", "--json", str(tmp_path / "joint.json")]
+    assert main([*command, "--json", str(tmp_path / "alone.json")]) == main(joint) == 0
+    alone, both = (line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
+    assert "reconstructor" not in alone
+    assert both.endswith(
+        "0.391 B parameters, 0.302 B of them in blocks, 0.035 B in the reconstructor, on the last stage"
+    )
+    contents = [json.loads((tmp_path / name).read_text()) for name in ("alone.json", "joint.json")]
+    assert [content["reconstructor_parameters"] for content in contents] == [0, 35_123_347]
+    assert contents[1]["peak_bytes"] > contents[0]["peak_bytes"] + 2 * 2**30
+    # 20 GiB hold 32 pairs of the generator alone, but not what their pictures keep.
+    assert main([*command[:-1], "parallel.num_microbatches=2", "--gpu-memory", "20"]) == 0
+    assert main([*command[:-1], "parallel.num_microbatches=2", "--gpu-memory", "20", "reconstructor.enabled=true"]) == 1
