@@ -90,8 +90,8 @@ class ImageTokenizerTrainConfig:
     batch_size: PositiveInt = 64
     """Pictures per step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """``muon``: for the kernels between the first and the last convolution of encoder and decoder, AdamW for the rest.
-    The critic has AdamW."""
+    """``muon``: for the kernels between the first and the last convolution of encoder and decoder (of a dVAE's decoder
+    all but the last: its first is the codebook), AdamW for the rest. The critic has AdamW."""
     lr: Positive = 1e-4
     """Peak learning rate of encoder, decoder and codebook."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
