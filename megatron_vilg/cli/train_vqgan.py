@@ -10,7 +10,6 @@ from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
 from megatron_vilg.cli.outputs import require_writable
 from megatron_vilg.config.world import read_world
-from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
 
 _log = get_logger(__name__)
@@ -45,12 +44,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vilg.parallel.replicas import Replicas
     from megatron_vilg.train.host_memory import keep_freed_memory
     from megatron_vilg.train.precision import settle_precision
-    from megatron_vilg.train.vqgan import require_trainable, train_image_tokenizer, uneven_parts
+    from megatron_vilg.train.vqgan import require_trainable, train_image_tokenizer
 
-    require_trainable(config)
     world = read_world()
-    if problem := uneven_parts(config, world.size):
-        raise ConfigError([problem])
+    require_trainable(config, world.size)
     device = device_of(world, chosen_device(args.device))
     size = config.image_tokenizer.image_size
     train, held_out = read_train_and_held_out(

@@ -105,8 +105,6 @@ def prepare(
             if is_cache:
                 _require_given(data, out, given)
             settle_tokenizers(asked, out, given)
-            if not (out / IMAGE_TOKENIZER).is_dir():
-                require_trainable(run)  # before the pictures are read for the text tokenizer
         return _configuration(run, data, out, job.world)
 
     run, text = job.main_first("text", configured)
@@ -134,6 +132,8 @@ def _require_given(data: Path, out: Path, given: Mapping[str, Path | None]) -> N
 
 def _configuration(run: RunConfig, data: Path, out: Path, world: World) -> tuple[RunConfig, TextTokenizer]:
     """Train the text tokenizer if there is none; the checked and resolved configuration."""
+    if world.is_main and not (out / IMAGE_TOKENIZER).is_dir():
+        require_trainable(run)  # before the pictures are read for the text tokenizer
     text = _text_tokenizer(run, data, out)
     run = run.resolve(text_vocab_size=text.vocab_size)
     if run.model.text_vocab_size != text.vocab_size:

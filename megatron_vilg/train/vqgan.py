@@ -132,9 +132,7 @@ def train_image_tokenizer(
     if run.train.num_threads:
         torch.set_num_threads(run.train.num_threads)
     options, replicas = run.image_tokenizer_train, replicas or Replicas()
-    require_trainable(run)
-    if problem := uneven_parts(run, replicas.size):
-        raise ConfigError([problem])
+    require_trainable(run, replicas.size)
     pixels = PixelsInMemory(source, run) if isinstance(source, Tensor) else source
     held_out = held_out[:MAX_EVALUATED]
     work = out.with_name(WORK_NAME)
@@ -159,8 +157,8 @@ def train_image_tokenizer(
     return quality
 
 
-def require_trainable(run: RunConfig) -> None:
-    """Refuse image tokenizers that can only be imported, and feature networks that are not here.
+def require_trainable(run: RunConfig, num_processes: int = 1) -> None:
+    """Refuse image tokenizers that can only be imported, feature networks that are not here, and uneven batches.
 
     Raises:
         ConfigError: says what works.
@@ -171,6 +169,8 @@ def require_trainable(run: RunConfig) -> None:
         raise ConfigError([f"image_tokenizer.code_choice={run.image_tokenizer.code_choice}: {rule}. Works: nearest."])
     if run.image_tokenizer_train.perceptual_weight:
         find_feature_network(run.image_tokenizer_train.perceptual_network)
+    if problem := uneven_parts(run, num_processes):
+        raise ConfigError([problem])
 
 
 def uneven_parts(run: RunConfig, num_processes: int) -> str:
