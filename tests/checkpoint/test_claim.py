@@ -41,6 +41,18 @@ def test_a_folder_is_free_again_after_the_owner_has_left(tmp_path: Path) -> None
         assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_a_process_does_not_take_a_folder_twice(tmp_path: Path) -> None:
+    owner, again = claim(tmp_path), claim(tmp_path)
+    again.owner = owner.owner  # both of the same second
+    owner.take()
+    with pytest.raises(CheckpointError, match=f"process {os.getpid()} on .* trains in it"):
+        again.take()
+    again.release()
+    owner.require()
+    owner.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_living_process_of_this_machine_keeps_its_folder(tmp_path: Path) -> None:
     path = leave(tmp_path, living(), job="12")
     before = path.read_text()

@@ -64,7 +64,7 @@ def test_rows_must_come_in_the_order_of_the_header(tmp_path: Path) -> None:
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4, "a has 4 bytes instead of 8"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "overlap or leave gaps"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 3, "it was cut short"),
-        ({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, 4, "its header cannot be read"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, 4, "its header cannot be read"),
     ],
 )
 def test_headers_that_do_not_fit_are_refused(tmp_path: Path, header, size: int, words: str) -> None:

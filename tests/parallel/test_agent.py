@@ -90,7 +90,7 @@ def test_the_nodes_of_a_step_meet_on_the_first(monkeypatch: pytest.MonkeyPatch) 
     assert nodes_of_step(step) == [
         "--nnodes=4",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=gpu07.cluster:{12_000 + (1234 * 31 + 2) % 18_000}",
+        f"--rdzv-endpoint=gpu07.cluster:{12_000 + (1234 * 31 + 2 + 997) % 18_000}",
         "--rdzv-id=1234.2.1",
     ]
     assert nodes_of_step({}) == [] and nodes_of_step({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == []
