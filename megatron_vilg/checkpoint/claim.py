@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -33,6 +34,8 @@ BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0
 """A process of another machine that gives none for so long is gone. Clocks of different machines are not compared."""
 
+_LOCK_SECONDS = 2.0
+"""Longest wait for other newcomers, who need milliseconds."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems without hard links say."""
 
@@ -102,11 +105,15 @@ class Claim:
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            while not self._publish(mine):
-                other = _read(self.path)
+            while True:
+                with self._alone():
+                    if self._publish(mine):
+                        break
+                    other = _read(self.path)
                 if other is not None and not self._may_follow(other):
                     raise CheckpointError(self._refusal(other))
-                self._set_aside(other)
+                with self._alone():
+                    self._set_aside(other)
         except OSError as error:
             raise self._unwritable(error) from error
         finally:
@@ -140,6 +147,22 @@ class Claim:
             with suppress(OSError):
                 self.path.unlink()
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Lock the folder against other newcomers, until the end of the block or of this process.
+
+        Without it, while one looks at a file that it has moved, another could publish its own. Where the file system
+        has no such lock, or does not let go of one, both may take the folder; the slower one notices before it writes.
+        """
+        folder = os.open(self.run, os.O_RDONLY)
+        try:
+            end = time.monotonic() + _LOCK_SECONDS
+            while not _lock(folder) and time.monotonic() < end:
+                time.sleep(0.01)
+            yield
+        finally:
+            os.close(folder)
+
     def _publish(self, mine: Path) -> bool:
         """Give the file its name, which only one of several newcomers can do; False if it is taken."""
         if _link(mine, self.path):
@@ -153,7 +176,7 @@ class Claim:
 
     def _set_aside(self, judged: Owner | None) -> None:
         """Remove the file of an owner that may be followed. It gets another name first, which only one newcomer can do;
-        the file of one that was faster is put back."""
+        that of another owner, who was faster, is put back."""
         aside = partial_of(with_suffix(self.path, REPLACED), self.owner.process)
         with suppress(FileNotFoundError):
             self.path.rename(aside)
@@ -228,6 +251,17 @@ def claimed(run: Path, ranks: Mesh | Replicas) -> Iterator[Claim]:
         yield claim
     finally:
         claim.release()
+
+
+def _lock(folder: int) -> bool:
+    """Lock an open folder; False if another process has it. True too where there are no such locks."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.debug("no lock: %s", error)
+    return True
 
 
 def _link(path: Path, name: Path) -> bool:

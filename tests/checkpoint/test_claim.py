@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -195,6 +196,18 @@ def test_several_processes_that_start_at_once_agree_on_one_owner(tmp_path: Path)
         for process in processes:
             process.join(60)
         assert sorted(taken) == [False, False, False, True]
+
+
+def test_a_lock_that_nobody_lets_go_of_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vilg.checkpoint.claim._LOCK_SECONDS", 0.05)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        owner = claim(tmp_path)
+        owner.take()
+        owner.release()
+    finally:
+        os.close(folder)
 
 
 def take_and_stay(run: Path, barrier: Any, answers: Any) -> None:
