@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _refuse_unused(args: argparse.Namespace, task: str) -> None:
     """Refuse what the task would not read."""
-    what = f"`vilg evaluate {task}`".replace(" `", "`")
+    what = f"`{f'vilg evaluate {task}'.strip()}`"
     works = ", ".join("--" + name.replace("_", "-") for name in _MEANT[task])
     options = {name for names in _MEANT.values() for name in names} - set(_MEANT[task])
     given = [name for name in sorted(options) if getattr(args, name) is not None]

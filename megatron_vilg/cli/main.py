@@ -105,9 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vilg: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_ERROR
     log.configure(rank=world.rank, size=world.size)
-    if (
-        world.size > 1
-    ):  # torch's C++ side prints a stack of 20 frames for each partner that has left; ours say who and why
+    if world.size > 1:
+        # torch's C++ side prints a stack of 20 frames for each partner that has left; our messages say who and why.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = _parsed(arguments, world)
     try:
