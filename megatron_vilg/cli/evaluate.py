@@ -191,9 +191,9 @@ def _measure(
 
 def _as_trained(load: Path, data: Path, pairs: EvalSet, scenes: EvalSet, max_share: float) -> tuple[EvalSet, EvalSet]:
     """The pairs, held against those that the run was trained on, as far as its token cache is there to say."""
+    from megatron_vilg.checkpoint.sources import EXPORT_FOLDER
     from megatron_vilg.data.token_cache import TokenCache
     from megatron_vilg.evaluate.pairs import hold_against_training
-    from megatron_vilg.generate.load import EXPORT_FOLDER
     from megatron_vilg.train.same_pairs import require_own_tokens
     from megatron_vilg.train.stages import TOKENS
 

@@ -14,6 +14,7 @@ from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.checkpoint.share import load_share
+from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, EXPORT_FOLDER
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
 from megatron_vilg.config.schema import ModelConfig, RunConfig
 from megatron_vilg.data.text import TextTokenizer
@@ -30,7 +31,6 @@ from megatron_vilg.parallel.mesh import Mesh
 log = get_logger(__name__)
 
 MODEL_KIND = "pretrain"
-EXPORT_FOLDER, CHECKPOINT_FOLDER = "export", "checkpoints"
 TEXT_TOKENIZER_FOLDER, IMAGE_TOKENIZER_FOLDER = "text_tokenizer", "image_tokenizer"
 
 
