@@ -46,8 +46,9 @@ demo: $(BASE_STAMP)
 demo-full: $(BASE_STAMP)
 	VILG=$(BIN)/vilg PYTHON=$(BIN)/python FULL=1 examples/quickstart.sh
 
+# One process per core, up to four: each test file stays in one of them, so what its tests share is made once.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.checkpoint.share import load_share
-from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, EXPORT_FOLDER
+from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, EXPORT_FOLDER, GENERATOR
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
 from megatron_vilg.config.schema import ModelConfig, RunConfig
 from megatron_vilg.data.text import TextTokenizer
@@ -30,7 +30,6 @@ from megatron_vilg.parallel.mesh import Mesh
 
 log = get_logger(__name__)
 
-MODEL_KIND = "pretrain"
 TEXT_TOKENIZER_FOLDER, IMAGE_TOKENIZER_FOLDER = "text_tokenizer", "image_tokenizer"
 
 
@@ -110,8 +109,8 @@ def require_generator(source: Path, manifest: Manifest) -> None:
     Raises:
         CheckpointError: says what they are.
     """
-    if manifest.kind != MODEL_KIND:
-        raise CheckpointError(f"{source}: holds {manifest.kind!r}, not a generator ({MODEL_KIND!r}); name a run folder")
+    if manifest.kind != GENERATOR:
+        raise CheckpointError(f"{source}: holds {manifest.kind!r}, not a generator ({GENERATOR!r}); name a run folder")
 
 
 def _read_config(folder: Path, manifest: Manifest) -> RunConfig:

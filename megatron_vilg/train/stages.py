@@ -134,7 +134,7 @@ def _configuration(run: RunConfig, data: Path, out: Path, world: World) -> tuple
     """Train the text tokenizer if there is none; the checked and resolved configuration."""
     if world.is_main and not (out / IMAGE_TOKENIZER).is_dir():
         require_trainable(run)  # before the pictures are read for the text tokenizer
-    text = _text_tokenizer(run, data, out)
+    text = _text_tokenizer(run, data, out, world)
     run = run.resolve(text_vocab_size=text.vocab_size)
     if run.model.text_vocab_size != text.vocab_size:
         raise ConfigError(
@@ -198,9 +198,10 @@ def _train_image_tokenizer(
     return _has_image_tokenizer(out, everyone)
 
 
-def _text_tokenizer(run: RunConfig, data: Path, out: Path) -> TextTokenizer:
+def _text_tokenizer(run: RunConfig, data: Path, out: Path, world: World) -> TextTokenizer:
     folder = out / TEXT_TOKENIZER
-    if folder.is_dir():
+    # Other processes come once it is there; one that sees a shared folder late must not train a second one into it.
+    if folder.is_dir() or not world.is_main:
         return TextTokenizer.load(folder)
     with timed(out, TEXT_TOKENIZER):
         captions: list[str] = []

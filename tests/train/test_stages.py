@@ -17,7 +17,7 @@ from megatron_vilg.config.world import World
 from megatron_vilg.data.records import read_records
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.parallel.launch import Job
-from megatron_vilg.train.run_tokenizers import IMAGE_TOKENIZER
+from megatron_vilg.train.run_tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from megatron_vilg.train.stages import prepare, timed
 from tests.helpers import run_distributed
 
@@ -116,12 +116,15 @@ def test_a_cache_of_another_tokenizer_is_refused(
     assert "image_tokenizer_sha256" in capsys.readouterr().err
 
 
+LATE = (TEXT_TOKENIZER, IMAGE_TOKENIZER)
+
+
 def prepared_late(data: Path, out: Path, notes: Path) -> tuple[bool, float]:
-    """Whether this rank is ready to train, where rank 1 does not see the image tokenizer yet; and its first code."""
+    """Whether this rank is ready to train, where rank 1 does not see the tokenizers yet; and its first code."""
     job = Job(World(dist.get_rank(), 2, dist.get_rank()), dist.FileStore(str(notes), 2))
     is_there = Path.is_dir
     if dist.get_rank() == 1:
-        Path.is_dir = lambda path: path.name != IMAGE_TOKENIZER and is_there(path)  # type: ignore[method-assign, assignment]
+        Path.is_dir = lambda path: path.name not in LATE and is_there(path)  # type: ignore[method-assign, assignment]
     ready = prepare(load_run_config("demo", None, TINY), data, out, job=job)
     return ready is not None, 0.0 if ready is None else float(ready.image_tokenizer.codebook[0, 0])
 
@@ -129,8 +132,10 @@ def prepared_late(data: Path, out: Path, notes: Path) -> tuple[bool, float]:
 def test_ranks_that_see_a_shared_folder_late_take_the_main_ranks_word(tmp_path: Path, pairs: Path) -> None:
     assert train(pairs, tmp_path / "run") == 0
     first = float(load_image_tokenizer(tmp_path / "run" / IMAGE_TOKENIZER).codebook[0, 0])
+    text = (tmp_path / "run" / TEXT_TOKENIZER).stat().st_ino
     answers = run_distributed(prepared_late, 2, pairs, tmp_path / "run", tmp_path / "notes", timeout=60)
     assert answers == [(True, first)] * 2
+    assert (tmp_path / "run" / TEXT_TOKENIZER).stat().st_ino == text, "rank 1 trained another text tokenizer"
 
 
 def test_wrong_vocabulary_is_refused(tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
