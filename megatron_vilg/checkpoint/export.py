@@ -17,13 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_vilg.checkpoint.averages import AVERAGES, averages_in
 from megatron_vilg.checkpoint.files import PARTIAL, publish, recover, remove, sync_tree, with_suffix
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_sound_manifest, write_manifest
+from megatron_vilg.checkpoint.tensors import MODEL, part_of
 from megatron_vilg.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_TENSORS = re.compile(r"(?P<part>[a-z_]+?)(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def save_model_folder(
@@ -64,6 +66,8 @@ def save_model_folder(
         save_file(whole, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(config, ensure_ascii=False, indent=1)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        # safetensors makes files that nobody else may read, whatever the umask says.
+        (partial / WEIGHTS_NAME).chmod((partial / CONFIG_NAME).stat().st_mode)
         for name, source in extra.items():
             if source.is_dir():
                 shutil.copytree(source, partial / name)
@@ -88,13 +92,14 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a model folder after checking every file against its manifest.
 
     Returns:
-        The configuration and the tensors by canonical name, on the CPU.
+        The configuration and the tensors by canonical name, on the CPU: averaged ones, where the folder has any.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or damaged.
     """
     manifest = read_sound_manifest(folder)
-    weights = [name for name in manifest.files if _WEIGHTS.fullmatch(name)]
+    files = {name: match["part"] for name in manifest.files if (match := _TENSORS.fullmatch(name))}
+    weights = [name for name, part in files.items() if part == MODEL]
     missing = [
         name for name, there in ((WEIGHTS_NAME, weights), (CONFIG_NAME, CONFIG_NAME in manifest.files)) if not there
     ]
@@ -102,6 +107,14 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{folder}: no model folder, its manifest lists no {' and no '.join(missing)}")
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        return config, {name: tensor for file in weights for name, tensor in load_file(folder / file).items()}
+        found = {
+            f"{part}.{name}": tensor
+            for file, part in files.items()
+            if part == MODEL or part in AVERAGES
+            for name, tensor in load_file(folder / file).items()
+        }
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+    averages = averages_in(found)
+    names = [name for name in found if part_of(name) == MODEL]
+    return config, {name.partition(".")[2]: found[averages.get(name, name)] for name in names}

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_vilg.checkpoint.export import WEIGHTS_NAME, load_model_folder, save_model_folder
 from megatron_vilg.checkpoint.files import sha256_of
-from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
+from megatron_vilg.checkpoint.manifest import ORIGIN, Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.config.schema import ImageTokenizerConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.models.tokenizers import AnyTokenizer, build_image_tokenizer
@@ -68,13 +68,13 @@ def load_image_tokenizer(folder: Path) -> AnyTokenizer:
 
 
 def image_tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of the weights file: what a token cache was made with.
+    """SHA-256 of the weights file, or of the one it was converted from bit by bit: what a token cache was made with.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, or holds something else.
     """
-    _checked(folder, read_sound_manifest(folder))
-    return sha256_of(folder / WEIGHTS_NAME)
+    manifest = _checked(folder, read_sound_manifest(folder))
+    return manifest.source.get(ORIGIN) or sha256_of(folder / WEIGHTS_NAME)
 
 
 def _checked(folder: Path, manifest: Manifest) -> Manifest:

@@ -24,6 +24,9 @@ REMEDY = "Works: copy what is damaged again from where it came from, or take an 
 FILE_NAME = "manifest.json"
 TOKENIZERS = {"text_tokenizer": "spm.model", "image_tokenizer": "model.safetensors"}
 """Folder of each tokenizer in a run, and the file in it whose digest manifests state."""
+ORIGIN = "sha256"
+"""Key in ``source`` of an image tokenizer that was converted without changing a value: digest of the weights file that
+it had before, by which generators and token caches know it."""
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Version 1 has SHA-256 of every file."""
@@ -88,7 +91,7 @@ class Manifest:
     format: str = ""
     """How tensors are stored: ``canonical``, ``ranks``; empty where only one form is possible."""
     source: Mapping[str, str] = field(default_factory=dict)
-    """What the folder was converted from; only a record."""
+    """What the folder was converted from; only a record, but for :data:`ORIGIN`."""
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
     """Every tensor by full name, where a tool wrote the folder."""
     files: Mapping[str, FileEntry] = field(default_factory=dict)

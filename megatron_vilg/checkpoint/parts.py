@@ -8,36 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from megatron_vilg.checkpoint.averages import Selected, as_exported
 from megatron_vilg.checkpoint.canonical import FORMAT, CanonicalSource
-from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest
 from megatron_vilg.checkpoint.new_folder import new_folder, require_outside
 from megatron_vilg.checkpoint.reshape import canonical_files, derived_manifest, write_folder
 from megatron_vilg.checkpoint.sources import RECONSTRUCTOR, companions
 from megatron_vilg.checkpoint.tensors import MODEL, TensorSource, in_order
 from megatron_vilg.checkpoint.transfer import Options
 from megatron_vilg.errors import CheckpointError
-
-
-class Selected(TensorSource):
-    """Some tensors of a source, under other names."""
-
-    def __init__(self, source: TensorSource, names: Mapping[str, str], manifest: Manifest) -> None:
-        super().__init__(source.path)
-        self.source, self.names, self.manifest = source, names, manifest
-        self.format, self.is_verified = source.format, source.is_verified
-        self.tensors = {new: source.tensors[old] for new, old in names.items()}
-        if not self.is_verified and source.manifest is not None and (source.path / FILE_NAME).is_file():
-            self.manifest = dataclasses.replace(manifest, files=source.manifest.files)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See :meth:`TensorSource.rows`."""
-        return self.source.rows(self.names[name], start, stop)
-
-    def verify(self) -> list[str]:
-        """See :meth:`TensorSource.verify`."""
-        return self.source.verify()
 
 
 def split_end_to_end(source: TensorSource, folder: Path, options: Options | None = None) -> dict[str, int]:
@@ -55,6 +33,7 @@ def split_end_to_end(source: TensorSource, folder: Path, options: Options | None
         CheckpointError: there is no reconstructor in it, or what belongs to it is missing, or writing failed.
     """
     options = options or Options()
+    source = as_exported(source)
     prefix = f"{MODEL}.{RECONSTRUCTOR}."
     weights = [name for name in in_order(source.tensors) if name.startswith(f"{MODEL}.")]
     inside = {f"{MODEL}.{name.removeprefix(prefix)}": name for name in weights if name.startswith(prefix)}

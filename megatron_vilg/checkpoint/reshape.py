@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vilg.checkpoint.averages import as_exported
 from megatron_vilg.checkpoint.canonical import (
     FILE_BYTES,
     FORMAT,
@@ -17,9 +18,12 @@ from megatron_vilg.checkpoint.canonical import (
     plan_files,
     write_indices,
 )
+from megatron_vilg.checkpoint.export import WEIGHTS_NAME
+from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash
 from megatron_vilg.checkpoint.layout import Layout, check_layout, cut_of
 from megatron_vilg.checkpoint.manifest import (
     FILE_NAME,
+    ORIGIN,
     TOKENIZERS,
     Manifest,
     TensorEntry,
@@ -73,7 +77,8 @@ def merge(
     Args:
         source: any checkpoint with a manifest.
         folder: must not exist.
-        optimizer: whether everything besides the weights is written too.
+        optimizer: whether everything besides the weights is written too; without it the weights are the averaged ones
+            where the run averages any, as it exports them.
         options: conversion, tolerance, progress.
         file_bytes: largest file.
 
@@ -81,6 +86,7 @@ def merge(
         CheckpointError: the source is damaged or incomplete, or writing failed. Then ``folder`` is not there.
     """
     options = options or Options()
+    source = source if optimizer else as_exported(source)
     names = chosen_names(source, optimizer=optimizer)
     files, plan = canonical_files(source.tensors, names, options, file_bytes)
     config, extra = companions(source)
@@ -159,6 +165,7 @@ def shard(
             is not there.
     """
     options = options or Options()
+    source = source if optimizer else as_exported(source)
     names = chosen_names(source, optimizer=optimizer)
     layout, cuts = rank_layout(manifest_of(source), source.tensors, names, tensor, pipeline)
     files = rank_files(source.tensors, names, layout, cuts, options)
@@ -211,11 +218,15 @@ def derived_manifest(
     cuts = cuts or {}
     stored = {name: converted(name, source.tensors[name], options) for name in names}
     base = manifest_of(source)
+    origin = {"name": source.path.resolve().name, "format": source.format, **dict(base.versions)}
+    is_same = all(info.dtype == source.tensors[name].dtype for name, info in stored.items())
+    if base.kind == IMAGE_TOKENIZER and is_same and (source.path / WEIGHTS_NAME).is_file():
+        origin[ORIGIN] = image_tokenizer_hash(source.path)
     return dataclasses.replace(
         base,
         layout=layout,
         format=format,
-        source={"name": source.path.resolve().name, "format": source.format, **dict(base.versions)},
+        source=origin,
         tensors={
             name: TensorEntry(shape=info.shape, dtype=dtype_name(info), cut=cuts.get(name))
             for name, info in stored.items()

@@ -17,6 +17,7 @@ from megatron_vilg.checkpoint.files import sha256_of
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import (
     FILE_NAME,
+    ORIGIN,
     REMEDY,
     TOKENIZERS,
     Manifest,
@@ -26,9 +27,10 @@ from megatron_vilg.checkpoint.manifest import (
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
 from megatron_vilg.checkpoint.tensors import TensorSource
+from megatron_vilg.config.load import read_run_folder_config
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 from megatron_vilg.data.text import TextTokenizer
-from megatron_vilg.errors import CheckpointError, DataError
+from megatron_vilg.errors import CheckpointError, ConfigError, DataError
 
 CONFIG_NAME = "config.json"
 GENERATOR, IMAGE_TOKENIZER = "pretrain", "image-tokenizer"
@@ -164,7 +166,7 @@ def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]
     for name in TOKENIZERS:
         beside = next((folder / name for folder in folders if (folder / name).is_dir()), None)
         if beside is not None:
-            _check_tokenizer(beside, manifest)
+            require_tokenizer(beside, manifest)
             found[name] = beside
     return config, found
 
@@ -194,6 +196,13 @@ def _read_config(path: Path, source: TensorSource) -> Mapping[str, Any]:
             f"{path}: is no configuration of a run (an object with the objects {', '.join(sections)}). Works: the one "
             "that the run wrote, or none"
         )
+    try:
+        read_run_folder_config(path.parent)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path}: is no configuration of a run that this version of the package reads, and lies where that of the "
+            f"weights would. Works: the one that the run wrote, or none: {error}"
+        ) from error
     model = content.get("model", {})
     differing = [
         f"{key}: {manifest.model[key]!r} in the manifest, {model[key]!r} in {CONFIG_NAME}"
@@ -228,13 +237,21 @@ def _wrong_pictures(values: Mapping[str, Any], manifest: Manifest, where: str) -
     ]
 
 
-def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    """A tokenizer beside the weights must be complete by its own manifest, and the one that theirs names."""
+def require_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """A tokenizer beside weights must be complete by its own manifest, and the one that theirs names.
+
+    Args:
+        folder: named as in a run.
+        manifest: of the weights.
+
+    Raises:
+        CheckpointError: it is not; says which one it should be.
+    """
     file = folder / TOKENIZERS[folder.name]
     if not file.is_file():
         raise CheckpointError(f"{file}: is missing, the tokenizer is incomplete")
     expected, found = manifest.tokenizers.get(folder.name), sha256_of(file)
-    if expected not in (None, found):
+    if expected not in (None, found) and expected != _origin_of(folder):
         raise CheckpointError(
             f"{file}: is not the tokenizer of these weights (SHA-256 {found}, their manifest says {expected}). "
             "Put the right one there, or move the wrong one away"
@@ -250,3 +267,9 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
         TextTokenizer.load(folder)
     except (DataError, AttributeError) as error:  # the latter: its manifest is JSON, but no object
         raise CheckpointError(f"{folder}: cannot be used ({error}). {REMEDY}") from error
+
+
+def _origin_of(folder: Path) -> str | None:
+    """SHA-256 of the weights file that an image tokenizer was converted from bit by bit; None where it was not."""
+    is_converted = folder.name == "image_tokenizer" and (folder / FILE_NAME).is_file()
+    return read_manifest(folder).source.get(ORIGIN) if is_converted else None

@@ -9,6 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from megatron_vilg.checkpoint.averages import as_exported, averages_in
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage
 from megatron_vilg.checkpoint.new_folder import Progress
 from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, companions
@@ -136,11 +137,14 @@ def differences(one: TensorSource, other: TensorSource, progress: Progress | Non
     Only floating-point types are rounded, both to the one of fewer bits. Neither fp16 nor bf16 holds all values of the
     other one, so they are never the same, and nor are integers and anything else. The order of the two does not matter.
 
-    Parts that only one of them has at all, such as optimizer state, are not compared.
+    Parts that only one of them has at all, such as optimizer state, are not compared. Where only one of them has
+    averaged weights beside those of the last step, it is those that the other's weights should be.
 
     Returns:
         One line per tensor that is missing or differs; empty when they hold the same.
     """
+    if bool(averages_in(one.tensors)) != bool(averages_in(other.tensors)):
+        one, other = as_exported(one), as_exported(other)
     parts = {part_of(name) for name in one.tensors} & {part_of(name) for name in other.tensors}
     names = sorted(name for name in one.tensors.keys() | other.tensors.keys() if part_of(name) in parts)
     problems, done, total = [], 0, sum(one.tensors[name].num_bytes for name in names if name in one.tensors)
@@ -193,7 +197,7 @@ def output_difference(one: TensorSource, other: TensorSource) -> tuple[float, fl
     Raises:
         CheckpointError: there is no generator and no image tokenizer in it, or the two are of different kinds.
     """
-    outputs = [_outputs(source) for source in (one, other)]
+    outputs = [_outputs(as_exported(source)) for source in (one, other)]
     if [x.shape for x in outputs[0]] != [x.shape for x in outputs[1]]:
         raise CheckpointError(f"{one.path} and {other.path}: outputs have different shapes, the models differ")
     largest = max(float((a - b).abs().max()) for a, b in zip(*outputs, strict=True))

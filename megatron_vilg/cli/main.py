@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import difflib
+import errno
 import importlib
 import io
 import itertools
@@ -27,6 +28,8 @@ EXIT_STOPPED = 75
 """A signal stopped the run and nothing is lost; the same command goes on (EX_TEMPFAIL of sysexits.h: try again)."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C, as shells count it (128 + SIGINT)."""
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors that any file or folder may give wherever it is opened, and whose text with its name says everything."""
 PATIENCE_SECONDS = 5.0
 """How long a rank keeps a message to itself that another one has probably printed."""
 
@@ -127,6 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (``vilg config | head``) has left; Python would complain again while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _NOT_ALLOWED or error.filename is None:
+            raise
+        works = "a folder that can be written" if error.errno == errno.EROFS else "as a user who may, or after chmod"
+        text = f"vilg {args.verb}: {type(error).__name__}: {error.filename}: {error.strerror}. Works: {works}\n"
+        _say(text, world, is_known=False)
+        return EXIT_ERROR
 
 
 def _parsed(arguments: list[str], world: World) -> argparse.Namespace:

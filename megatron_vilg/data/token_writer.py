@@ -182,6 +182,7 @@ class _Writer:
         safetensors.numpy.save_file(arrays, partial)
         records = partial_path(self.out / f"{stem}.jsonl")
         records.write_text("".join(columns.lines), encoding="utf-8")
+        partial.chmod(records.stat().st_mode)  # safetensors makes files that nobody else may read
         checksum = file_sha256(partial)
         partial.rename(shard)
         records.rename(self.out / f"{stem}.jsonl")

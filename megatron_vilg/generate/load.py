@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_vilg.checkpoint.averages import as_exported
 from megatron_vilg.checkpoint.canonical import CanonicalSource
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.export import WEIGHTS_NAME, holds_weights, load_model_folder
@@ -14,7 +15,7 @@ from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.checkpoint.share import load_share
-from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, EXPORT_FOLDER, GENERATOR
+from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, EXPORT_FOLDER, GENERATOR, require_tokenizer
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
 from megatron_vilg.config.schema import ModelConfig, RunConfig
 from megatron_vilg.data.text import TextTokenizer
@@ -73,12 +74,15 @@ def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in
         log.warning("%s holds step %d, but there is a checkpoint of step %d", source, manifest.step, newest)
     config = _read_config(source if (source / RUN_FILE).is_file() else path, manifest)
     _check_ranks(config.model, mesh.size("tp"))
+    text_folder, image_folder = _beside(folders, TEXT_TOKENIZER_FOLDER), _beside(folders, IMAGE_TOKENIZER_FOLDER)
     try:
-        text_tokenizer = TextTokenizer.load(_beside(folders, TEXT_TOKENIZER_FOLDER))
+        text_tokenizer = TextTokenizer.load(text_folder)
     except DataError as error:
         raise CheckpointError(str(error)) from error
-    image_tokenizer = load_image_tokenizer(_beside(folders, IMAGE_TOKENIZER_FOLDER))
+    image_tokenizer = load_image_tokenizer(image_folder)
     _check_fit(source, config.model, text_tokenizer, image_tokenizer)
+    for folder in (text_folder, image_folder):  # others of the same sizes draw nonsense
+        require_tokenizer(folder, manifest)
     model = _load_model(source, config, device, mesh, in_bf16)
     return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step)
 
@@ -198,7 +202,7 @@ def _load_share(source: Path, model: ViLG, mesh: Mesh) -> None:
         _require_sound(source, mesh)
     # Both are read as data: torch's own reader of checkpoints would execute what is in their pickle.
     with CanonicalSource(source) if is_exported else DcpSource(source) as tensors:
-        load_share(tensors, model.state_dict(), ranks=mesh.size("tp"), rank=mesh.rank("tp"))
+        load_share(as_exported(tensors), model.state_dict(), ranks=mesh.size("tp"), rank=mesh.rank("tp"))
     if mesh.size("tp") > 1:
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         log.info("each of %d ranks holds %.1f MB of weights", mesh.size("tp"), held / 1e6)

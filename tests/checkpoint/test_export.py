@@ -47,6 +47,11 @@ def test_round_trip(folder: Path) -> None:
         assert sorted(file.keys()) == sorted(weights())
 
 
+def test_others_may_read_what_the_umask_lets_them(folder: Path) -> None:
+    modes = {name: (folder / name).stat().st_mode & 0o777 for name in ("model.safetensors", "manifest.json")}
+    assert modes["model.safetensors"] == modes["manifest.json"], modes
+
+
 def test_writing_again_replaces_the_folder(folder: Path) -> None:
     save_model_folder(folder, {"w": torch.ones(2)}, {"a": 1}, MANIFEST)
     config, state = load_model_folder(folder)

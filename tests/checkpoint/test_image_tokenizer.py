@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer, save_image_tokenizer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
+from megatron_vilg.checkpoint.reshape import convert
+from megatron_vilg.checkpoint.sources import open_source, require_tokenizer
+from megatron_vilg.checkpoint.transfer import Options
 from megatron_vilg.config.schema import ImageTokenizerConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.models.vqgan import VQGAN
@@ -42,6 +46,26 @@ def test_hash_follows_the_weights_and_nothing_else(tmp_path: Path) -> None:
     other = image_tokenizer_hash(save_image_tokenizer(tokenizer(seed=1), tmp_path / "a", step=1))
     assert first == again != other
     assert len(first) == 64
+
+
+def test_a_copy_of_the_same_values_is_the_same_tokenizer(tmp_path: Path) -> None:
+    first = save_image_tokenizer(tokenizer(), tmp_path / "a")
+    for folder, into, options in (
+        ("a", "b", Options()),
+        ("b", "c", Options()),
+        ("c", "rounded", Options(dtype=torch.bfloat16)),
+    ):
+        with open_source(tmp_path / folder) as source:
+            convert(source, tmp_path / into, "vilg", options=options)
+    assert (tmp_path / "b" / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+    assert image_tokenizer_hash(tmp_path / "c") == image_tokenizer_hash(first)
+    assert image_tokenizer_hash(tmp_path / "rounded") != image_tokenizer_hash(first)
+    weights = Manifest(kind="pretrain", tokenizers={"image_tokenizer": image_tokenizer_hash(first)})
+    shutil.copytree(tmp_path / "c", tmp_path / "run" / "image_tokenizer")
+    require_tokenizer(tmp_path / "run" / "image_tokenizer", weights)
+    shutil.copytree(tmp_path / "rounded", tmp_path / "other" / "image_tokenizer")
+    with pytest.raises(CheckpointError, match="is not the tokenizer of these weights"):
+        require_tokenizer(tmp_path / "other" / "image_tokenizer", weights)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

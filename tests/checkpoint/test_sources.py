@@ -78,6 +78,10 @@ def change_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda run: (run / "text_tokenizer" / "manifest.json").write_text("[]"), "text_tokenizer: cannot be used"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json: is no configuration of a run"),
         (lambda run: (run / "config.json").write_text("null"), "config.json: is no configuration of a run"),
+        (
+            lambda run: (run / "config.json").write_text('{"_class_name": "UNet", "model": {}}'),
+            r"(?s)is no configuration of a run .*_class_name",
+        ),
         (lambda run: (run / "config.json").write_text('{"model": null}'), "config.json: is no configuration of a run"),
         (
             lambda run: change_json(run / "config.json", lambda c: c["reconstructor"].update(enabled=True)),

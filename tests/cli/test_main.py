@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import subprocess
@@ -127,6 +128,16 @@ def test_a_lost_rank_is_named_at_once_unless_it_has_said_why(
     start = time.monotonic()
     assert main(["probe"]) == EXIT_ERROR and time.monotonic() - start < 30
     assert "vilg probe: LostRankError: rank 0 gives no sign of life" in capsys.readouterr().err
+
+
+def test_what_may_not_be_read_is_one_message(probe: ProbeVerb, capsys: pytest.CaptureFixture[str]) -> None:
+    probe.result = PermissionError(errno.EACCES, "Permission denied", "/runs/big/config.json")
+    assert main(["probe"]) == EXIT_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("vilg probe: PermissionError: /runs/big/config.json: Permission denied. Works: as a user")
+    probe.result = OSError(errno.EIO, "Input/output error", "/runs/big/config.json")
+    with pytest.raises(OSError, match="Input/output error"):
+        main(["probe"])
 
 
 def test_a_bug_is_not_hidden(probe: ProbeVerb) -> None:

@@ -52,6 +52,13 @@ def test_tokens_are_those_of_the_tokenizers(tmp_path: Path, make_shards: Shards,
     assert make_cache.tokenizer.decode(other[0][: other_len[0]]) == records[12].alternates[1]
 
 
+def test_others_may_read_the_tokens_where_the_umask_lets_them(
+    tmp_path: Path, make_shards: Shards, make_cache: Any
+) -> None:
+    assert make_cache.write(make_shards(tmp_path / "d", {"train": 3}), tmp_path / "c")
+    assert len({path.stat().st_mode for path in (tmp_path / "c").iterdir() if path.is_file()}) == 1
+
+
 def test_views_belong_to_training_and_differ(tmp_path: Path, make_shards: Shards, make_cache: Any) -> None:
     source = make_shards(tmp_path / "d", {"train": 10, "val": 2})
     make_cache.write(source, tmp_path / "c")

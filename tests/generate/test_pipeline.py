@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 import pickle
@@ -16,7 +17,7 @@ from PIL import Image
 
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.export import save_model_folder
-from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from megatron_vilg.checkpoint.manifest import TOKENIZERS, Manifest, read_manifest, write_manifest
 from megatron_vilg.checkpoint.share import load_share
 from megatron_vilg.config.load import dump_run_config
 from megatron_vilg.config.schema import SampleConfig
@@ -198,6 +199,18 @@ def test_tokenizers_of_another_model_are_refused(run_folder: Path, pipeline: Pip
     save_model_folder(tmp_path / "other", pipeline.model.state_dict(), dump_run_config(config), manifest, extra)
     with pytest.raises(CheckpointError, match="text tokens: the model has 99.*image codes: the model has 12"):
         Pipeline.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["text_tokenizer", "image_tokenizer"])
+def test_another_tokenizer_of_the_same_size_is_refused(run_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(run_folder / "export", tmp_path / "export")
+    files = {name: hashlib.sha256((folder / name / file).read_bytes()) for name, file in TOKENIZERS.items()}
+    named = dataclasses.replace(read_manifest(folder), tokenizers={n: file.hexdigest() for n, file in files.items()})
+    write_manifest(folder, named)
+    Pipeline.load(folder)
+    write_manifest(folder, dataclasses.replace(named, tokenizers={**named.tokenizers, name: "0" * 64}))
+    with pytest.raises(CheckpointError, match=f"(?s){name}/.*: is not the tokenizer of these weights .*0000"):
+        Pipeline.load(folder)
 
 
 def test_weights_that_do_not_fit_are_named(run_folder: Path, pipeline: Pipeline) -> None:
