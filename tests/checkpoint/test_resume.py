@@ -16,16 +16,24 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_vilg.checkpoint.files import sha256_of
+from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, save_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import read_sound_manifest
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.checkpoint.verify import differences
 from megatron_vilg.cli.main import main
 from megatron_vilg.config.load import write_run_folder_config
-from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, ParallelConfig, RunConfig
+from megatron_vilg.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ImageTokenizerConfig,
+    LogConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.models.vqgan import VQGAN
 from megatron_vilg.parallel.mesh import Mesh, build_mesh
 from megatron_vilg.train import pretrain as loop
 from megatron_vilg.train.engine import Engine
@@ -220,11 +228,19 @@ def test_a_folder_that_deepspeed_itself_wrote_goes_on_natively(
         run, parallel=ParallelConfig(zero=zero), train=dataclasses.replace(run.train, engine="deepspeed")
     )
     shutil.copytree(home / "text_tokenizer", tmp_path / "own" / "text_tokenizer")
-    (tmp_path / "own" / "image_tokenizer").mkdir()
-    weights = tmp_path / "own" / "image_tokenizer" / "model.safetensors"
-    weights.write_bytes(b"stands for its weights")
+    pictures = ImageTokenizerConfig(
+        image_size=4 * run.model.image_side,
+        patch=2,
+        channels=8,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        bottom_attention=False,
+        norm_groups=4,
+        codebook_size=run.model.image_vocab_size,
+    )
+    folder = save_image_tokenizer(VQGAN(pictures), tmp_path / "own" / "image_tokenizer")
     cache = copy.copy(cache)
-    cache.settings = {**cache.settings, "image_tokenizer_sha256": sha256_of(weights)}
+    cache.settings = {**cache.settings, "image_tokenizer_sha256": image_tokenizer_hash(folder)}
     run_distributed(save_as_deepspeed, 2, theirs, cache, tmp_path / "out", tmp_path / "own", timeout=600)
     again = through_the_tools(run, tmp_path / "own", (1, 2))
     with open_source(tmp_path / "out") as ours, open_source(again) as others:
