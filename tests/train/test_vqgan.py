@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megatron_vilg.checkpoint.image_tokenizer import WORK_NAME, load_image_tokenizer
 from megatron_vilg.checkpoint.manifest import read_manifest
+from megatron_vilg.checkpoint.reshape import merge
+from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.errors import CheckpointError, TrainingError
 from megatron_vilg.train.pixel_source import PixelsInMemory
@@ -66,6 +68,10 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, kind: str, 
     assert straight == resumed and straight is not None
     first, second = (load_image_tokenizer(tmp_path / n / "image_tokenizer").state_dict() for n in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
+    with open_source(tmp_path / "a" / WORK_NAME) as source:
+        merge(source, tmp_path / "merged")
+    merged = load_image_tokenizer(tmp_path / "merged").state_dict()
+    assert all(torch.equal(first[name], merged[name]) for name in first), "the averages, as they were saved"
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     assert [line["step"] for line in lines(tmp_path / "a")] == [3, 5, 6, 9, 10]
 
