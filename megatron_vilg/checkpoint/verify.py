@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from megatron_vilg.checkpoint.averages import as_exported, averages_in
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage
 from megatron_vilg.checkpoint.new_folder import Progress
-from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, companions
+from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, RECONSTRUCTOR, companions
 from megatron_vilg.checkpoint.tensors import (
     MODEL,
     MOMENTUM_SLOT,
@@ -27,16 +28,18 @@ from megatron_vilg.checkpoint.tensors import (
     read_whole,
 )
 from megatron_vilg.checkpoint.transfer import equal_bits
-from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig
+from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig, ReconstructorConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.models.cost import is_hidden_matrix
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.models.tokenizers import build_image_tokenizer
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.sequence import Direction
 
 _COARSE = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 """How far outputs of weights rounded to a type may be off, as a share of the largest output."""
+_PREFIX = f"{RECONSTRUCTOR}."
 
 
 def problems_of(source: TensorSource, progress: Progress | None = None) -> list[str]:
@@ -50,11 +53,12 @@ def problems_of(source: TensorSource, progress: Progress | None = None) -> list[
     if manifest is not None:
         if (source.path / FILE_NAME).is_file() and not source.is_verified:
             problems += find_damage(source.path, manifest)
-        problems += wrong_names(manifest, source.tensors)
+        config, beside = None, []
         try:
-            companions(source)
+            config, _ = companions(source)
         except CheckpointError as error:
-            problems.append(str(error))
+            beside.append(str(error))
+        problems += wrong_names(manifest, source.tensors, config) + beside
     if problems:
         return problems
     done, total = 0, sum(info.num_bytes for info in source.tensors.values())
@@ -96,8 +100,35 @@ def _build(manifest: Manifest) -> nn.Module | None:
     return None
 
 
-def wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Names and shapes: weights against the manifest's configuration, optimizer state against the weights.
+def _expected_reconstructor(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Shape of every weight of a reconstructor, named as where it is alone; None where sections are missing."""
+    model = manifest.model or config.get("model")
+    if not model or RECONSTRUCTOR not in config or "image_tokenizer" not in config:
+        return None
+    try:
+        with torch.device("meta"):
+            part = Reconstructor(
+                TypeAdapter(ReconstructorConfig).validate_python(dict(config[RECONSTRUCTOR])),
+                TypeAdapter(ModelConfig).validate_python(dict(model)),
+                TypeAdapter(ImageTokenizerConfig).validate_python(dict(config["image_tokenizer"])),
+            )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the reconstructor's configuration does not fit this version of the package: {error}"
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
+
+
+def wrong_names(
+    manifest: Manifest, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Names and shapes: weights against the configuration, optimizer state against the weights.
+
+    Args:
+        manifest: says all of a generator and of an image tokenizer.
+        tensors: by full name.
+        config: what lies beside the weights; without it, or without its sections ``reconstructor`` and
+            ``image_tokenizer``, any names and shapes of a reconstructor will do.
 
     Returns:
         One line per tensor that is missing, too many, of another shape, or of integers.
@@ -108,13 +139,18 @@ def wrong_names(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> list[s
     problems = []
     expected = expected_weights(manifest)
     weights = {name.partition(".")[2]: info for name, info in tensors.items() if part_of(name) == MODEL}
+    if manifest.kind == RECONSTRUCTOR:
+        expected = _expected_reconstructor(manifest, config or {})
+    elif expected is not None and (held := {n: info.shape for n, info in weights.items() if n.startswith(_PREFIX)}):
+        wanted_part = _expected_reconstructor(manifest, config or {})
+        expected |= held if wanted_part is None else {_PREFIX + name: shape for name, shape in wanted_part.items()}
     if expected is not None:
         for name in sorted(expected.keys() | weights.keys()):
             if name not in weights:
                 problems.append(f"{name}: missing")
-            elif name not in expected and not name.startswith("reconstructor."):
+            elif name not in expected:
                 problems.append(f"{name}: not part of this model")
-            elif name in expected and weights[name].shape != expected[name]:
+            elif weights[name].shape != expected[name]:
                 problems.append(f"{name}: has shape {list(weights[name].shape)}, expected {list(expected[name])}")
             elif not weights[name].dtype.is_floating_point:
                 problems.append(f"{name}: has element type {weights[name].dtype}, expected a floating-point type")
@@ -186,7 +222,7 @@ def _largest_difference(one: TensorSource, other: TensorSource, name: str) -> fl
 
 
 def output_difference(one: TensorSource, other: TensorSource) -> tuple[float, float]:
-    """Run both models on the same random input.
+    """Run both models on the same random input; a generator's reconstructor is left out.
 
     Needs memory for one model at a time.
 
@@ -212,7 +248,7 @@ def _outputs(source: TensorSource) -> list[Tensor]:
     model = None if manifest is None else _build(manifest)
     if model is None:
         raise CheckpointError(f"{source.path}: holds no generator and no image tokenizer that could be run")
-    names = [name for name in source.tensors if part_of(name) == MODEL]
+    names = [n for n in source.tensors if part_of(n) == MODEL and not n.startswith(f"{MODEL}.{_PREFIX}")]
     model.load_state_dict({name.partition(".")[2]: read_whole(source, name) for name in names})
     run: Callable[[nn.Module, torch.Generator], list[Tensor]] = _logits if isinstance(model, ViLG) else _pixels
     return run(model.eval(), torch.Generator().manual_seed(0))
