@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_manifest
+from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage, read_manifest
 from megatron_vilg.checkpoint.safetensors_file import SafetensorsFile
 from megatron_vilg.checkpoint.tensors import MODEL, TensorInfo, TensorSource, part_of
 from megatron_vilg.errors import CheckpointError
@@ -82,6 +82,24 @@ class FileSource(TensorSource):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See :meth:`TensorSource.rows`."""
         return self._file.rows(name.removeprefix(f"{MODEL}."), start, stop)
+
+    def listed_by(self) -> Manifest | None:
+        """The manifest beside the file, if it lists it: without a digest a changed value cannot be told.
+
+        Raises:
+            CheckpointError: there is one that cannot be used.
+        """
+        folder = self.path.parent
+        manifest = read_manifest(folder) if (folder / FILE_NAME).is_file() else None
+        return manifest if manifest is not None and self.path.name in manifest.files else None
+
+    def verify(self) -> list[str]:
+        """Compare the file with its digest, where there is one."""
+        try:
+            manifest = self.listed_by()
+        except CheckpointError as error:
+            return [str(error)]
+        return find_damage(self.path.parent, manifest, [self.path.name]) if manifest is not None else []
 
 
 def require_tensors(path: Path, manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:

@@ -10,7 +10,6 @@ read without executing anything, and plain numbers live in the manifest. For pas
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_vilg.checkpoint.background import BackgroundWrite
 from megatron_vilg.checkpoint.files import PARTIAL, REPLACED, publish, recover, remove, sync, with_suffix
 from megatron_vilg.checkpoint.manifest import (
+    STEP_NAME,
     FileEntry,
     Manifest,
     entry_of,
@@ -33,6 +33,7 @@ from megatron_vilg.checkpoint.manifest import (
     find_damage,
     read_manifest,
     require_no_damage,
+    require_own_step,
     write_manifest,
 )
 from megatron_vilg.checkpoint.nested_state import flatten, mismatches
@@ -43,7 +44,6 @@ from megatron_vilg.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
 Value = TypeVar("Value")
-_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpointer:
@@ -83,7 +83,7 @@ class Checkpointer:
         """Steps that have a folder under a final name, in rising order; nothing is verified."""
         if not self.folder.is_dir():
             return []
-        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        matches = (STEP_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, step: int, state: Mapping[str, Any], manifest: Manifest, keep_from: int = -1) -> Path:
@@ -201,7 +201,7 @@ class Checkpointer:
         return [result for _, result in answers]
 
     def latest(self, until: int | None = None) -> Path | None:
-        """The newest complete and undamaged checkpoint, or None if there is none at all.
+        """The newest complete and undamaged checkpoint under its own name, or None if there is none at all.
 
         It warns about each one that it passes over; ``save`` neither counts nor deletes those. Ranks may see a shared
         folder differently for a while: the main one looks, for all.
@@ -218,7 +218,9 @@ class Checkpointer:
                 continue
             path = self.path(step)
             try:
-                self._checked = (path, self._sound_manifest(path))
+                manifest = self._sound_manifest(path)
+                require_own_step(path, manifest)
+                self._checked = (path, manifest)
             except CheckpointError as error:
                 reasons.append(str(error))
                 self._unusable.add(step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -27,6 +28,8 @@ TOKENIZERS = {"text_tokenizer": "spm.model", "image_tokenizer": "model.safetenso
 ORIGIN = "sha256"
 """Key in ``source`` of an image tokenizer that was converted without changing a value: digest of the weights file that
 it had before, by which generators and token caches know it."""
+STEP_NAME = re.compile(r"step-(\d{8,})")
+"""Name of a run's checkpoint after so many finished optimizer steps."""
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Version 1 has SHA-256 of every file."""
@@ -251,6 +254,20 @@ def read_sound_manifest(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     require_no_damage(folder, find_damage(folder, manifest))
     return manifest
+
+
+def require_own_step(folder: Path, manifest: Manifest) -> None:
+    """Refuse a checkpoint under the name of another step, which would be taken for an older or a newer one.
+
+    Raises:
+        CheckpointError: the folder is called ``step-N``, and its manifest says another step.
+    """
+    named = STEP_NAME.fullmatch(folder.name)
+    if named is not None and int(named[1]) != manifest.step:
+        raise CheckpointError(
+            f"{folder}: the folder is named for step {int(named[1])}, its {FILE_NAME} says step {manifest.step}. "
+            f"Works: the name step-{manifest.step:08d}"
+        )
 
 
 def require_no_damage(folder: Path, problems: Sequence[str]) -> None:

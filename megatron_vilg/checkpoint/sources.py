@@ -23,6 +23,7 @@ from megatron_vilg.checkpoint.manifest import (
     Manifest,
     read_manifest,
     read_sound_manifest,
+    require_own_step,
 )
 from megatron_vilg.checkpoint.rank_folder import FORMAT as RANKS
 from megatron_vilg.checkpoint.rank_folder import RankSource
@@ -117,7 +118,8 @@ def open_newest(path: Path) -> TensorSource:
     """:func:`open_source` to judge by: a run folder stands for its newest checkpoint, never for an older one.
 
     Raises:
-        CheckpointError: as there, or the newest checkpoint is damaged; says which older ones are sound.
+        CheckpointError: as there, or the newest checkpoint is damaged or has the name of another step; says which
+            older ones are sound.
     """
     checkpoints = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint)
     steps = checkpoints.steps()
@@ -125,7 +127,7 @@ def open_newest(path: Path) -> TensorSource:
         return open_source(path)
     newest = checkpoints.path(steps[-1])
     try:
-        read_sound_manifest(newest)
+        require_own_step(newest, read_sound_manifest(newest))
     except CheckpointError as error:
         sound = [older.name for older in map(checkpoints.path, steps[:-1]) if _is_sound(older)]
         found = f"of the older ones are sound: {', '.join(sound)}" if sound else "no older one is sound"
@@ -137,7 +139,7 @@ def open_newest(path: Path) -> TensorSource:
 
 def _is_sound(folder: Path) -> bool:
     try:
-        read_sound_manifest(folder)
+        require_own_step(folder, read_sound_manifest(folder))
     except CheckpointError:
         return False
     return True

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from megatron_vilg.checkpoint.averages import as_exported, averages_in
+from megatron_vilg.checkpoint.canonical import FileSource
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage
 from megatron_vilg.checkpoint.new_folder import Progress
 from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, RECONSTRUCTOR, companions
@@ -73,6 +74,17 @@ def problems_of(source: TensorSource, progress: Progress | None = None) -> list[
         if bad:
             problems.append(f"{name}: {bad} of {info.numel} values are not finite")
     return problems + source.verify()
+
+
+def verdict(source: TensorSource) -> str:
+    """What is right where :func:`problems_of` has found no problem; of a file that no manifest lists that is little."""
+    count = f"{len(source.tensors)} tensors, {source.format}"
+    if isinstance(source, FileSource) and source.listed_by() is None:
+        return (
+            f"{source.path}: header right and all values finite, but no {FILE_NAME} beside it lists it, so there is no "
+            f"digest to compare with; {count}"
+        )
+    return f"{source.path}: sound; {count}"
 
 
 def expected_weights(manifest: Manifest) -> dict[str, tuple[int, ...]] | None:

@@ -323,13 +323,13 @@ def _inspect_preset(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """Check; raises with every problem."""
     from megatron_vilg.checkpoint.sources import open_newest
-    from megatron_vilg.checkpoint.verify import differences, output_difference, problems_of, require_sound
+    from megatron_vilg.checkpoint.verify import differences, output_difference, problems_of, require_sound, verdict
 
     if args.logits and args.against is None:
         raise ConfigError(["--logits: compares two models. Works: with --against E"])
     with open_newest(args.path) as source, _progress() as progress:
         require_sound(problems_of(source, progress), source.path)
-        print(f"{source.path}: sound; {len(source.tensors)} tensors, {source.format}")
+        print(verdict(source))
         if args.against is None:
             return 0
         with open_newest(args.against) as other:

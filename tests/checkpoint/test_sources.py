@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from megatron_vilg.checkpoint.manifest import read_manifest, write_manifest
 from megatron_vilg.checkpoint.reshape import convert, merge
-from megatron_vilg.checkpoint.sources import open_source
+from megatron_vilg.checkpoint.sources import open_newest, open_source
 from megatron_vilg.checkpoint.transfer import Options
 from megatron_vilg.checkpoint.verify import problems_of
 from megatron_vilg.errors import CheckpointError
@@ -105,6 +107,26 @@ def test_what_lies_beside_the_weights_is_checked_by_merge_and_verify(tmp_path: P
         with pytest.raises(CheckpointError, match=words):
             merge(source, tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_the_newest(tmp_path: Path, tiny) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny, run)
+    steps = run / "checkpoints"
+    words = (
+        r"step-00000007: the folder is named for step 7, its manifest.json says step 3. Works: the name step-00000003"
+    )
+    (steps / "step-00000003").rename(steps / "step-00000007")
+    for opened in (open_source, open_newest):
+        with pytest.raises(CheckpointError, match=words):
+            opened(run)
+    later = steps / "step-00000005"
+    shutil.copytree(steps / "step-00000007", later)
+    write_manifest(later, dataclasses.replace(read_manifest(later), step=5))
+    with open_source(run) as source:
+        assert source.path == later
+    with pytest.raises(CheckpointError, match=rf"{words}\n.*older ones are sound: step-00000005"):
+        open_newest(run)
 
 
 def test_nothing_is_written_into_a_tokenizer_of_the_source(tmp_path: Path, tiny) -> None:

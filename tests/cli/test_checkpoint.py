@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_vilg.checkpoint.manifest import read_manifest, write_manifest
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.checkpoint.tensors import read_whole
 from megatron_vilg.cli.main import main
@@ -77,8 +79,9 @@ def test_sharded_and_back_to_the_trainer(tmp_path: Path, capsys) -> None:
 def test_verify_does_not_pass_over_a_damaged_newest_checkpoint(tmp_path: Path, run: Path, capsys) -> None:
     shutil.copytree(run, tmp_path / "run")
     steps = tmp_path / "run" / "checkpoints"
-    for step in ("step-00000008", "step-00000009"):
-        shutil.copytree(steps / "step-00000003", steps / step)
+    for number in (8, 9):
+        step = shutil.copytree(steps / "step-00000003", steps / f"step-{number:08d}")
+        write_manifest(step, dataclasses.replace(read_manifest(step), step=number))
     assert vilg("verify", tmp_path / "run") == 0
     for step in ("step-00000008", "step-00000009"):
         file = next((steps / step).glob("*.distcp"))
@@ -91,6 +94,22 @@ def test_verify_does_not_pass_over_a_damaged_newest_checkpoint(tmp_path: Path, r
     shutil.rmtree(steps / "step-00000003")
     assert vilg("verify", tmp_path / "run") == 2
     assert "checkpoints: no older one is sound" in capsys.readouterr().err
+
+
+def test_a_changed_bit_in_a_file_is_told_by_the_manifest_beside_it(tmp_path: Path, run: Path, capsys) -> None:
+    assert vilg("merge", "--load-dir", run, "--save-dir", tmp_path / "whole") == 0
+    file = tmp_path / "whole" / "model.safetensors"
+    capsys.readouterr()
+    assert vilg("verify", file) == 0 and f"{file}: sound; " in capsys.readouterr().out
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 & ~3] ^= 1
+    file.write_bytes(content)
+    assert vilg("verify", file) == 2
+    assert "model.safetensors has the right size but its content changed" in capsys.readouterr().err
+    shutil.copy(file, tmp_path / "alone.safetensors")
+    assert vilg("verify", tmp_path / "alone.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "no manifest.json beside it lists it, so there is no digest to compare with" in said and "sound" not in said
 
 
 def test_inspect_folds_layers_and_describes_one_tensor(tmp_path: Path, run: Path, capsys) -> None:
