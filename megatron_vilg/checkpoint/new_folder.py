@@ -72,6 +72,8 @@ def require_new(final: Path) -> None:
     Raises:
         CheckpointError: it does, be it a link to nothing; or its name is too long or cannot be looked up.
     """
+    if not final.name:  # of "." and "/", beside which nothing can be written
+        raise _exists(final)
     spare = _NAME_BYTES - len(os.fsencode(partial_of(final, Process.this()).name))
     if spare < 0:
         size = len(os.fsencode(final.name))
@@ -80,13 +82,14 @@ def require_new(final: Path) -> None:
             f"while it is written. Works: up to {size + spare} bytes"
         )
     try:
-        is_there = final.exists() or final.is_symlink()
+        final.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except OSError as error:
         raise CheckpointError(
             f"--save-dir={_named(final)}: cannot be looked up ({_reason(error)}). Works: another folder"
         ) from error
-    if is_there:
-        raise CheckpointError(f"--save-dir={_named(final)}: exists already, nothing is overwritten. Works: a new name")
+    raise _exists(final)
 
 
 def require_outside(final: Path, folders: Mapping[str, Path]) -> None:
@@ -100,6 +103,10 @@ def require_outside(final: Path, folders: Mapping[str, Path]) -> None:
             raise CheckpointError(
                 f"--save-dir={_named(final)}: lies in {path}, which is copied into it. Works: a place outside of it"
             )
+
+
+def _exists(final: Path) -> CheckpointError:
+    return CheckpointError(f"--save-dir={_named(final)}: exists already, nothing is overwritten. Works: a new name")
 
 
 def _reason(error: OSError) -> str:

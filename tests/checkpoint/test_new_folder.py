@@ -66,6 +66,20 @@ def test_names_that_cannot_be_are_told_at_once(tmp_path: Path) -> None:
         require_new(tmp_path / ("n" * 300) / "new")
 
 
+@pytest.mark.parametrize("name", [".", "/", ""])
+def test_a_folder_without_a_name_exists_already(name: str) -> None:
+    with pytest.raises(CheckpointError, match="--save-dir=[./]: exists already, nothing is overwritten. Works: a new"):
+        require_new(Path(name))
+
+
+def test_a_loop_of_links_is_no_place(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match="loop/new: cannot be looked up .Too many levels of symbolic links.. Wor"):
+        require_new(tmp_path / "loop" / "new")
+    with pytest.raises(CheckpointError, match="loop: exists already, nothing is overwritten. Works: a new name"):
+        require_new(tmp_path / "loop")
+
+
 def test_a_new_folder_inside_one_that_is_copied_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "image_tokenizer"
     for inside in (folder, folder / "inner", tmp_path / "other" / ".." / "image_tokenizer" / "inner"):
