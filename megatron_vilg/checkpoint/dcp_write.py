@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
+from megatron_vilg.checkpoint.files import FULL, is_full
 from megatron_vilg.checkpoint.manifest import Manifest, current_versions, write_manifest
 from megatron_vilg.checkpoint.new_folder import Background, new_folder
 from megatron_vilg.checkpoint.safetensors_file import WRITE_BYTES
@@ -196,7 +197,8 @@ def _save(source: TensorSource, names: Sequence[str], partial: Path, options: Op
         cause = next((cause for cause, _ in error.failures.values()), error)
         if isinstance(cause, CheckpointError | OSError) or not isinstance(cause, Exception):
             raise cause from error
-        raise CheckpointError(f"{partial}: cannot be written ({cause!r})") from error
+        # new_folder says then which folder cannot be written, by the name that it was going to have
+        raise OSError(FULL if is_full(partial) else repr(cause)) from error
     bad = [
         f"{name} ({count} of {source.tensors[name].numel} values)"
         for name, count in planner.not_finite.items()

@@ -19,6 +19,10 @@ PARTIAL = ".partial"
 """Suffix of a folder or file that is being written or deleted; it never counts."""
 REPLACED = ".replaced"
 """Suffix of a folder that a new one of the same name is about to replace."""
+FULL = "the disk is full"
+"""What is said where :func:`is_full`."""
+_NOTHING_LEFT = 1 << 20
+"""Bytes: a write of more may have failed, and file systems keep some for themselves."""
 
 
 def with_suffix(path: Path, suffix: str) -> Path:
@@ -105,6 +109,14 @@ def recover(final: Path) -> None:
         remove(aside)
     else:
         aside.rename(final)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk of a folder has next to nothing left; torch tells only that it could not write."""
+    try:
+        return shutil.disk_usage(folder).free < _NOTHING_LEFT
+    except OSError:
+        return False
 
 
 def remove(folder: Path) -> None:

@@ -190,6 +190,8 @@ def _config(file: Path, values: Mapping[str, Any]) -> ImageTokenizerConfig:
 
 def _one_file(path: Path, suffixes: tuple[str, ...], option: str) -> Path:
     """The only file below ``path`` with one of these endings."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: does not exist. Works: {option} FILE, or the folder that it is in")
     found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in suffixes)
     if len(found) != 1:
         shown = ", ".join(file.name for file in found[:5]) or "none"

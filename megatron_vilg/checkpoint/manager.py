@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vilg.checkpoint.background import BackgroundWrite
-from megatron_vilg.checkpoint.files import PARTIAL, REPLACED, publish, recover, remove, sync, with_suffix
+from megatron_vilg.checkpoint.files import FULL, PARTIAL, REPLACED, is_full, publish, recover, remove, sync, with_suffix
 from megatron_vilg.checkpoint.manifest import (
     STEP_NAME,
     FileEntry,
@@ -37,6 +37,7 @@ from megatron_vilg.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_vilg.checkpoint.nested_state import flatten, mismatches
+from megatron_vilg.checkpoint.new_folder import named
 from megatron_vilg.config.schema import CheckpointConfig
 from megatron_vilg.errors import CheckpointError, VilgError
 from megatron_vilg.log import get_logger
@@ -122,10 +123,12 @@ class Checkpointer:
             written = self._on_all(partial_call(self._own_files, partial))
             self._on_main(lambda: publish_it(written))
         except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
+            is_unclear = not isinstance(error, CheckpointError)
+            reason = FULL if is_unclear and is_full(self.folder) else _reason(error)  # before anything is removed
             if self._mesh.is_main and partial.exists() and self._is_ours():
                 remove(partial)
             raise CheckpointError(
-                f"{final}: cannot be written ({_reason(error)}). Free space or choose another folder; "
+                f"{named(final)}: cannot be written ({reason}). Free space or choose another folder; "
                 f"checkpoints that stay: {', '.join(f'step-{s:08d}' for s in self.steps()) or 'none'}"
             ) from error
         return final

@@ -181,6 +181,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object; the folder is damaged")
     version = content.get("format_version")
+    if version is None:
+        raise CheckpointError(f"{folder}: {_stranger(content)}")
     if version not in READABLE_VERSIONS:
         known = " and ".join(map(str, READABLE_VERSIONS))
         raise CheckpointError(
@@ -199,6 +201,15 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(files=files, tensors=tensors, **content)
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: fields do not fit format_version {version} ({error})") from error
+
+
+def _stranger(content: Mapping[str, Any]) -> str:
+    """What a folder is whose manifest has no format version: that of a checkpoint or model always has one."""
+    works = "Works: a run folder, one of its checkpoints, or an exported model"
+    for key, what in (("sentencepiece", "a text tokenizer"), ("longest_caption", "a token cache")):
+        if key in content:
+            return f"is {what}, which holds no tensors. {works}"
+    return f"its {FILE_NAME} has no format_version, so it is not of a checkpoint or model. {works}"
 
 
 def entry_of(path: Path) -> FileEntry:

@@ -48,7 +48,7 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(final.parent).free
         if free < num_bytes + SPARE_BYTES:
             raise CheckpointError(
-                f"--save-dir={_named(final)}: needs {gigabytes(num_bytes)} and {gigabytes(SPARE_BYTES)} to spare, the "
+                f"--save-dir={named(final)}: needs {gigabytes(num_bytes)} and {gigabytes(SPARE_BYTES)} to spare, the "
                 f"disk has {gigabytes(free)} free. Works: another disk, or free space first"
             )
         partial.mkdir()
@@ -58,7 +58,7 @@ def new_folder(final: Path, num_bytes: int) -> Iterator[Path]:
         _publish(partial, final)
     except OSError as error:
         raise CheckpointError(
-            f"{_named(final)}: cannot be written ({_reason(error)}). Nothing was left behind; free space or "
+            f"{named(final)}: cannot be written ({_reason(error)}). Nothing was left behind; free space or "
             "choose another folder, then run the same command again"
         ) from error
     finally:
@@ -78,7 +78,7 @@ def require_new(final: Path) -> None:
     if spare < 0:
         size = len(os.fsencode(final.name))
         raise CheckpointError(
-            f"--save-dir={_named(final)}: its last part has {size} bytes, too many for a folder that has a longer name "
+            f"--save-dir={named(final)}: its last part has {size} bytes, too many for a folder that has a longer name "
             f"while it is written. Works: up to {size + spare} bytes"
         )
     try:
@@ -87,7 +87,7 @@ def require_new(final: Path) -> None:
         return
     except OSError as error:
         raise CheckpointError(
-            f"--save-dir={_named(final)}: cannot be looked up ({_reason(error)}). Works: another folder"
+            f"--save-dir={named(final)}: cannot be looked up ({_reason(error)}). Works: another folder"
         ) from error
     raise _exists(final)
 
@@ -101,12 +101,12 @@ def require_outside(final: Path, folders: Mapping[str, Path]) -> None:
     for path in folders.values():
         if final.resolve().is_relative_to(path.resolve()):
             raise CheckpointError(
-                f"--save-dir={_named(final)}: lies in {path}, which is copied into it. Works: a place outside of it"
+                f"--save-dir={named(final)}: lies in {path}, which is copied into it. Works: a place outside of it"
             )
 
 
 def _exists(final: Path) -> CheckpointError:
-    return CheckpointError(f"--save-dir={_named(final)}: exists already, nothing is overwritten. Works: a new name")
+    return CheckpointError(f"--save-dir={named(final)}: exists already, nothing is overwritten. Works: a new name")
 
 
 def _reason(error: OSError) -> str:
@@ -129,7 +129,7 @@ def _clear_leftovers(final: Path) -> None:
             )
         elif process != this and process.is_alive:
             raise CheckpointError(
-                f"--save-dir={_named(final)}: process {process.pid} is writing it at this moment. "
+                f"--save-dir={named(final)}: process {process.pid} is writing it at this moment. "
                 "Works: a new name, or wait for it"
             )
         else:
@@ -142,12 +142,12 @@ def _publish(partial: Path, final: Path) -> None:
         publish_new(partial, final)
     except FileExistsError as error:
         raise CheckpointError(
-            f"--save-dir={_named(final)}: somebody else made it meanwhile; it was not touched, and nothing else was "
+            f"--save-dir={named(final)}: somebody else made it meanwhile; it was not touched, and nothing else was "
             "left behind. Works: a new name"
         ) from error
 
 
-def _named(final: Path) -> Path:
+def named(final: Path) -> Path:
     """What the user calls it: a folder inside one that is being written stands for that one."""
     for parent in reversed(final.parents):
         if parent.name.endswith(PARTIAL):

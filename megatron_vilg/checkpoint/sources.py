@@ -53,6 +53,11 @@ def open_source(path: Path, look: Callable[[TensorSource], None] | None = None) 
     """
     if path.is_file() and path.suffix == ".safetensors":
         return FileSource(path)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(
+            f"{path}: is a file, and of files only *.safetensors are opened. Works: a folder; `vilg checkpoint convert "
+            "--from taming` (llamagen, dalle) reads image tokenizers of others"
+        )
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     if (path / CHECKPOINT_FOLDER).is_dir():

@@ -13,7 +13,7 @@ from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.export import WEIGHTS_NAME, holds_weights, load_model_folder
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
-from megatron_vilg.checkpoint.manifest import Manifest, read_manifest, read_sound_manifest
+from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.checkpoint.share import load_share
 from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, EXPORT_FOLDER, GENERATOR, require_tokenizer
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
@@ -98,6 +98,11 @@ def find_weights(path: Path) -> Path:
     for folder in (path, path / EXPORT_FOLDER):
         if holds_weights(folder):
             return folder
+    if path.resolve().parent.name == CHECKPOINT_FOLDER and (path / FILE_NAME).is_file():
+        raise CheckpointError(
+            f"{path}: is one checkpoint of a run. Works: the run folder, {path.resolve().parent.parent}, whose newest "
+            f"one is taken, or what `vilg checkpoint merge --load-dir {path} --save-dir E` writes"
+        )
     newest = Checkpointer(path / CHECKPOINT_FOLDER, RunConfig().checkpoint).latest()
     if newest is None:
         raise CheckpointError(

@@ -16,18 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
+from megatron_vilg.checkpoint import files, safetensors_file
 from megatron_vilg.checkpoint import new_folder as new_folder_module
-from megatron_vilg.checkpoint import safetensors_file
 from megatron_vilg.checkpoint.dcp_folder import DcpSource
 from megatron_vilg.checkpoint.files import write_text
 from megatron_vilg.checkpoint.inert import read_pickle
-from megatron_vilg.checkpoint.manifest import REMEDY, read_manifest, read_sound_manifest, write_manifest
+from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manifest import REMEDY, Manifest, read_manifest, read_sound_manifest, write_manifest
 from megatron_vilg.checkpoint.reshape import merge, shard
 from megatron_vilg.checkpoint.run_folder import write_run_folder
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.checkpoint.transfer import Options
 from megatron_vilg.checkpoint.verify import differences, problems_of
+from megatron_vilg.config.schema import CheckpointConfig
 from megatron_vilg.errors import CheckpointError
 from tests.checkpoint.ckpt_source import DictSource, assert_same, memory_source, write_checkpoint
 from tests.tiny import tiny_config
@@ -252,6 +255,29 @@ def test_a_disk_that_fills_up_under_a_run_folder_is_told_by_the_folder_s_own_nam
     with pytest.raises(CheckpointError, match=r"/whole: cannot be written .No space left on device.. Nothing was left"):
         write_run_folder(memory_source(), tmp_path / "whole")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_that_torch_does_not_name_is_named(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise CheckpointException("", {0: _wrap_exception(RuntimeError("unexpected pos 704 vs 598"))})
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", fail)
+    begun = tmp_path / "run.by-host-1-2.partial" / "checkpoints"  # what `convert --to end-to-end` writes into
+    writes: list[tuple[str, Callable[[], object]]] = [
+        ("/whole", lambda: write_run_folder(memory_source(), tmp_path / "whole")),
+        ("/run", lambda: Checkpointer(begun, CheckpointConfig()).save(0, {}, Manifest(kind="test"))),
+    ]
+    for is_full, words in ((True, "the disk is full"), (False, ".*unexpected pos 704 vs 598.*")):
+        for module in ("dcp_write", "manager"):
+            monkeypatch.setattr(f"megatron_vilg.checkpoint.{module}.is_full", lambda _, found=is_full: found)
+        for name, write in writes:
+            with pytest.raises(CheckpointError, match=rf"{name}: cannot be written .{words}.\. ") as told:
+                write()
+            assert ".partial" not in str(told.value)
+    usage = shutil.disk_usage(tmp_path)
+    for free, is_full in ((0, True), (4 << 20, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert files.is_full(tmp_path) == is_full
 
 
 def test_a_result_that_differs_from_its_source_is_not_published(tmp_path: Path, monkeypatch) -> None:

@@ -22,6 +22,14 @@ from tests.checkpoint import foreign_models as published
 SHAPE = {"channels": 32, "multipliers": (1, 2, 2), "blocks": 2, "z_channels": 8, "codes": 24, "code_dim": 8}
 
 
+def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+    for read in (read_taming, read_llamagen):
+        with pytest.raises(
+            CheckpointError, match="nowhere: does not exist. Works: --load-dir FILE, or the folder that"
+        ):
+            read(tmp_path / "nowhere")
+
+
 def pictures(size: int) -> Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 

@@ -129,6 +129,28 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_the_newest(tmp_path:
         open_newest(run)
 
 
+def test_what_holds_no_tensors_is_told_by_what_it_is(tmp_path: Path, tiny) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"text_tokenizer: is a text tokenizer, which holds no tensors. Works: a r"
+    ):
+        open_source(tiny / "text_tokenizer")
+    tokens = {"format": 1, "settings": {}, "pairs": {}, "longest_caption": 3}
+    for content, words in (
+        (tokens, "is a token cache, which holds"),
+        ({}, "its manifest.json has no format_version, so"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=f"{tmp_path}: {words}"):
+            open_source(tmp_path)
+    (tmp_path / "last.ckpt").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"last.ckpt: is a file, and of files only .* `vilg checkpoint convert --fr"
+    ):
+        open_source(tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        open_source(tmp_path / "nowhere")
+
+
 def test_nothing_is_written_into_a_tokenizer_of_the_source(tmp_path: Path, tiny) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny, run)

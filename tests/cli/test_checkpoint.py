@@ -157,7 +157,7 @@ def test_a_model_is_planned_without_weights(tmp_path: Path, capsys) -> None:
         ),
         (["merge", "--load-dir", "R", "--save-dir", "N", "--optimizer"], "holds weights only, no optimizer state"),
         (["merge", "--load-dir", "nowhere", "--save-dir", "N"], "nowhere: no such folder"),
-        (["merge", "--load-dir", "R/text_tokenizer", "--save-dir", "N"], "format_version"),
+        (["merge", "--load-dir", "R/text_tokenizer", "--save-dir", "N"], "is a text tokenizer"),
         (["verify", "R", "--logits"], "--logits: compares two models"),
         (["inspect", "R", "--target-tensor-parallel-size", "2"], "plans the ranks of a --preset"),
         (["inspect", "--preset", "demo", "--tensor", "norm.weight"], "--tensor: looks into tensors, and --preset=demo"),

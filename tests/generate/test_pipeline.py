@@ -181,6 +181,11 @@ def test_missing_and_foreign_folders_are_named(run_folder: Path, tmp_path: Path)
         Pipeline.load(tmp_path)
     with pytest.raises(CheckpointError, match="holds 'image-tokenizer', not a generator"):
         Pipeline.load(run_folder / "image_tokenizer")
+    step = next((run_folder / "checkpoints").iterdir())
+    with pytest.raises(
+        CheckpointError, match=f"is one checkpoint of a run. Works: the run folder, {run_folder}, whose"
+    ):
+        Pipeline.load(step)
 
 
 @pytest.mark.parametrize("name", ["text_tokenizer", "image_tokenizer"])
