@@ -99,7 +99,7 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World, stop: Stop
                 codebook=ready.image_tokenizer.codebook,
                 image_tokenizer=ready.image_tokenizer,
                 pixels=ready.pixels,
-                mesh=build_mesh(ready.run.parallel, device),
+                mesh=build_mesh(ready.run.parallel, device, job),
                 on_sample=SamplePictures(ready, args.out),
                 claim=claim,
             )

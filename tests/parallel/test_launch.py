@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_vilg.config.schema import ParallelConfig
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError, DataError, StopRequestedError, VilgError
 from megatron_vilg.parallel.launch import device_of, joined
+from megatron_vilg.parallel.mesh import build_mesh
 from tests.helpers import run_distributed
 
 SCRIPT = """
@@ -88,6 +90,29 @@ def test_who_fails_while_the_others_are_leaving_is_named(free_port: int) -> None
     first, second = run_distributed(leave_or_fail, 2, free_port)
     assert second.startswith("ConfigError: 1 problem")
     assert first.startswith("LostRankError: rank 1") and "--out=nowhere. Noticed by rank 0" in first
+
+
+def outlast_the_time_limit(port: int) -> float:
+    """Seconds that a rank took whose main rank works, in the job and at its end, for longer than a collective waits."""
+    dist.barrier()
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world, start = read_world(), time.monotonic()
+
+    def work() -> None:
+        time.sleep(3.0 if world.is_main else 0.0)
+
+    with joined(world, torch.device("cpu"), 2) as job:
+        mesh = build_mesh(ParallelConfig(), "cpu", job)
+        for _ in range(2):
+            mesh.main_first("samples", work)
+            assert not mesh.any(False)
+        work()
+    return time.monotonic() - start
+
+
+def test_the_main_process_may_take_longer_than_a_collective_waits(free_port: int) -> None:
+    assert min(run_distributed(outlast_the_time_limit, 2, free_port)) >= 9.0
 
 
 def prepare_together(port: int, how: str) -> str:
