@@ -85,7 +85,8 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     another process fails.
 
     Raises:
-        ConfigError: the launcher gave no address to meet at, its port is taken, or nodes cannot reach each other.
+        ConfigError: the launcher gave no address to meet at, its port is taken, not all processes came there in time,
+            or nodes cannot reach each other.
         LostRankError: other processes failed or are gone; with their ranks and nodes.
     """
     if world.size == 1:
@@ -97,8 +98,7 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    store = _meet(world, timeout)
-    _require_reachable(world, store)
+    store = _met(world, timeout)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -182,6 +182,25 @@ def is_lost_connection(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _met(world: World, timeout: timedelta) -> dist.Store:
+    """The store, once all ranks have come to it and can reach each other; a ``ConfigError`` if they do not."""
+    try:
+        store = _meet(world, timeout)
+        _require_reachable(world, store)
+    except dist.DistError as error:
+        place_to_meet = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        why = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            [
+                f"{place_to_meet}: not all WORLD_SIZE={world.size} processes met there within "
+                f"{timeout.total_seconds():.0f} s, says RANK={world.rank} ({place()}): {why}. Works: ranks 0 to "
+                f"{world.size - 1} all started, rank 0 on the node of MASTER_ADDR, and this address and port the same "
+                "on all nodes and reachable from each; `vilg doctor` in place of this command shows who answers"
+            ]
+        ) from error
+    return store
 
 
 def _meet(world: World, timeout: timedelta) -> dist.Store:

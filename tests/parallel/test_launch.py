@@ -194,6 +194,22 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
 
+@pytest.mark.parametrize(
+    ("rank", "why"), [(0, r"1/2 clients joined"), (1, r"while trying to connect to \(127\.0\.0\.1, {port}\)")]
+)
+def test_a_rank_that_stays_alone_says_where_it_waited(
+    rank: int, why: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", free_port), ("RANK", rank), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    head = rf"MASTER_ADDR=127\.0\.0\.1, MASTER_PORT={free_port}: not all WORLD_SIZE=2 processes met there within 2 s"
+    message = (
+        rf"{head}, says RANK={rank} \(node .*\): .*{why.format(port=free_port)}.* Works: ranks 0 to 1 .*vilg doctor"
+    )
+    with pytest.raises(ConfigError, match=message), joined(World(rank, 2, rank), torch.device("cpu"), 2):
+        pass
+
+
 WAITING = """
 import os, signal, threading, torch
 from megatron_vilg.config.world import World
