@@ -285,4 +285,7 @@ def timed(out: Path, stage: str) -> Iterator[None]:
     finally:
         seconds = read_seconds(out)
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
-        write_text(out / SECONDS, json.dumps(seconds, indent=1) + "\n")
+        try:
+            write_text(out / SECONDS, json.dumps(seconds, indent=1) + "\n")
+        except OSError as error:  # of no more weight than the stage itself, or than what ended it
+            log.warning("%s: cannot be written (%s); the stage %s is not timed", out / SECONDS, error, stage)

@@ -150,6 +150,14 @@ def test_seconds_add_up(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "seconds.json").read_text()) == {"train": 100.0, "tokens": 1.0}
 
 
+def test_seconds_that_cannot_be_written_take_no_errors_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with timed(tmp_path / "gone", "train"):
+        pass
+    with pytest.raises(ZeroDivisionError), timed(tmp_path / "gone", "train"):
+        raise ZeroDivisionError
+    assert caplog.text.count(f"{tmp_path / 'gone' / 'seconds.json'}: cannot be written (") == 2
+
+
 @pytest.mark.parametrize("damaged", ['{"train": 1', "[1]", '{"train": null}', "\0"])
 def test_damaged_seconds_count_as_none(tmp_path: Path, damaged: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "seconds.json").write_text(damaged)
