@@ -6,8 +6,9 @@ import faulthandler
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 _ROOT = "megatron_vilg"
 _FORMAT, _TIME = "%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"
@@ -39,13 +40,28 @@ def configure(level: int = logging.INFO, *, rank: int = 0, size: int = 1) -> Non
     root.propagate = False
 
 
+class _FileHandler(logging.StreamHandler[TextIO]):
+    """Says once that its file cannot be written, where logging would print a stack for each message."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Called by logging where a message could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.has_failed:
+            self.has_failed = True
+            logging.getLogger(_ROOT).warning("%s: cannot be written (%s)", self.stream.name, error.strerror or error)
+
+
 @contextmanager
 def also_to_file(path: Path) -> Iterator[None]:
     """Append this process's messages to a file as well, and what ended it: the traceback, or the stack at a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger(_ROOT)
     file = path.open("a", encoding="utf-8", buffering=1)
-    handler = logging.StreamHandler(file)
+    handler = _FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
     root.addHandler(handler)
     is_ours = not faulthandler.is_enabled()
@@ -62,4 +78,5 @@ def also_to_file(path: Path) -> Iterator[None]:
             faulthandler.disable()
         root.removeHandler(handler)
         handler.close()
-        file.close()
+        with suppress(OSError):  # of a full disk, which the handler has reported
+            file.close()

@@ -34,6 +34,18 @@ def test_a_file_gets_everything_of_its_rank_and_the_end(tmp_path: Path, capsys: 
     assert "start" not in capsys.readouterr().err
 
 
+def test_a_full_disk_is_told_once_and_takes_no_errors_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure()
+    path = tmp_path / "rank-0000.log"
+    path.symlink_to("/dev/full")
+    with pytest.raises(ZeroDivisionError), log.also_to_file(path):
+        for number in range(3):
+            log.get_logger("megatron_vilg.x").info("step %d", number)
+        log.get_logger("megatron_vilg.x").info("%d", 1 // 0)
+    said = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["I step 0", f"W {path}: cannot be written (No space left on device)", "I step 1", "I step 2"]
+
+
 def test_a_crash_leaves_its_stack(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, sys; from megatron_vilg import log; log.configure()\n"

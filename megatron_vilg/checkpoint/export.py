@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,7 @@ def save_model_folder(
         if partial.exists():
             remove(partial)
         partial.mkdir(parents=True)
-        whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-        save_file(whole, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(_apart(state), partial / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(config, ensure_ascii=False, indent=1)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         # safetensors makes files that nobody else may read, whatever the umask says.
@@ -81,6 +81,15 @@ def save_model_folder(
             remove(partial)
         raise CheckpointError(f"{folder}: cannot be written ({type(error).__name__}: {error})") from error
     return folder
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in memory of its own as safetensors wants it; what is so already is not copied."""
+    sharers = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    return {
+        name: tensor.detach().to("cpu", copy=sharers[tensor.untyped_storage().data_ptr()] > 1).contiguous()
+        for name, tensor in state.items()
+    }
 
 
 def holds_weights(folder: Path) -> bool:

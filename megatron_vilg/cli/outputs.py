@@ -1,13 +1,16 @@
-"""Whether a result can be written where it was asked for, found out before the work that makes it."""
+"""Whether a result can be written where it was asked for: before the work that makes it, and when a disk gets full."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vilg.errors import ConfigError
+from megatron_vilg.errors import ConfigError, TrainingError
 
 
 def require_writable(folder: Path, given: str) -> None:
@@ -72,3 +75,21 @@ def write_json(file: Path | None, content: Any) -> None:
         write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise ConfigError([f"--json={file}: cannot be written ({error.strerror}); name another file"]) from error
+
+
+@contextmanager
+def full_disk_explained(out: Path) -> Iterator[None]:
+    """Say in one sentence that a run has no room left, whatever it was writing.
+
+    Raises:
+        TrainingError: the disk is full, or a quota is used up.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(
+            f"--out={out}: the disk is full or a quota is used up ({error}). Works: more room there (`df`, `quota`); "
+            "the same command then goes on from what is complete"
+        ) from error

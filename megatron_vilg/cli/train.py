@@ -11,6 +11,7 @@ from megatron_vilg import log
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
+from megatron_vilg.cli.outputs import full_disk_explained
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
@@ -77,6 +78,7 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World, stop: Stop
     with (
         stop.anywhere(),
         joined(world, device, config.parallel.timeout_seconds) as job,
+        full_disk_explained(args.out),
         claimed(args.out, Replicas.of_group()) as claim,
     ):
         ready = prepare(
@@ -99,7 +101,7 @@ def _train(args: argparse.Namespace, config: RunConfig, world: World, stop: Stop
                 codebook=ready.image_tokenizer.codebook,
                 image_tokenizer=ready.image_tokenizer,
                 pixels=ready.pixels,
-                mesh=build_mesh(ready.run.parallel, device),
+                mesh=build_mesh(ready.run.parallel, device, job),
                 on_sample=SamplePictures(ready, args.out),
                 claim=claim,
             )

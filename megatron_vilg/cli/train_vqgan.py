@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
-from megatron_vilg.cli.outputs import require_writable
+from megatron_vilg.cli.outputs import full_disk_explained, require_writable
 from megatron_vilg.config.world import read_world
 from megatron_vilg.log import get_logger
 
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         keep_freed_memory()
     with (
         joined(world, device, config.parallel.timeout_seconds),
+        full_disk_explained(args.out),
         claimed(args.out, replicas := Replicas.of_group()) as claim,
     ):
         config = settle_precision(config, device, args.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -46,24 +47,27 @@ class Job:
     """Where processes leave each other small notes; None for one process."""
     failures: Callable[[], Sequence[str]] = tuple
     """Processes that have failed, in words."""
+    _meetings: Iterator[int] = field(default_factory=itertools.count)
+    """Numbers that tell meetings of one name apart."""
 
     def main_first(self, name: str, work: Callable[[], Value]) -> Value:
-        """Do ``work`` on the main process, then on all others, however long the first takes.
+        """Do ``work`` on the main process, then on all others, however long the first takes; all make this call.
 
         Args:
-            name: a word for this meeting, used once in a job.
+            name: a word for this meeting, for messages.
             work: called once on every process.
 
         Raises:
             LostRankError: another process has failed while this one was waiting.
         """
+        key = f"{next(self._meetings)} {name}"
         if self.store is None or self.world.is_main:
             result = work()
             if self.store is not None:
-                self.store.set(name, "done")
+                self.store.set(key, "done")
             return result
         polls = 0
-        while not self.store.check([name]):
+        while not self.store.check([key]):
             if found := self.failures():
                 raise _lost(found, self.world, f"while it waited for the main process: {name}", is_explained=True)
             time.sleep(_POLL_SECONDS)
@@ -81,7 +85,8 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     another process fails.
 
     Raises:
-        ConfigError: the launcher gave no address to meet at, its port is taken, or nodes cannot reach each other.
+        ConfigError: the launcher gave no address to meet at, its port is taken, not all processes came there in time,
+            or nodes cannot reach each other.
         LostRankError: other processes failed or are gone; with their ranks and nodes.
     """
     if world.size == 1:
@@ -93,8 +98,7 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    store = _meet(world, timeout)
-    _require_reachable(world, store)
+    store = _met(world, timeout)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -105,7 +109,10 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     )
     with Heartbeat(world, dist.PrefixStore("beats", store).clone(), place()) as beat:  # type: ignore[attr-defined]
         try:
-            yield Job(world, dist.PrefixStore("notes", store), beat.failures)
+            job = Job(world, dist.PrefixStore("notes", store), beat.failures)
+            yield job
+            # The main process may still be writing an export, for longer than a collective waits.
+            job.main_first("its last files", lambda: None)
             # All ranks leave together: launchers take the first end as a reason to end the others.
             dist.all_reduce(torch.zeros(1))
         except (Exception, StopRequestedError) as error:
@@ -175,6 +182,25 @@ def is_lost_connection(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _met(world: World, timeout: timedelta) -> dist.Store:
+    """The store, once all ranks have come to it and can reach each other; a ``ConfigError`` if they do not."""
+    try:
+        store = _meet(world, timeout)
+        _require_reachable(world, store)
+    except dist.DistError as error:
+        place_to_meet = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        why = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            [
+                f"{place_to_meet}: not all WORLD_SIZE={world.size} processes met there within "
+                f"{timeout.total_seconds():.0f} s, says RANK={world.rank} ({place()}): {why}. Works: ranks 0 to "
+                f"{world.size - 1} all started, rank 0 on the node of MASTER_ADDR, and this address and port the same "
+                "on all nodes and reachable from each; `vilg doctor` in place of this command shows who answers"
+            ]
+        ) from error
+    return store
 
 
 def _meet(world: World, timeout: timedelta) -> dist.Store:

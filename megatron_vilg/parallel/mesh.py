@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_vilg.config.schema import ParallelConfig
+from megatron_vilg.parallel.launch import Job
 
+Value = TypeVar("Value")
 AXES = ("pp", "replica", "shard", "tp")
 """Pipeline, copies of the sharded weights, shards, tensor: the last one changes fastest from rank to rank."""
 DATA_AXES = ("replica", "shard")
@@ -30,6 +32,8 @@ class Mesh:
     """The device of this rank."""
     root: DeviceMesh | None = None
     """Axes ``AXES``."""
+    job: Job | None = None
+    """Where ranks wait for the main one without a time limit; None: they do not."""
 
     @property
     def is_distributed(self) -> bool:
@@ -122,13 +126,23 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def main_first(self, name: str, work: Callable[[], Value]) -> Value:
+        """``Job.main_first`` of the job, if there is one; all ranks make this call."""
+        return work() if self.job is None else self.job.main_first(name, work)
 
-def build_mesh(parallel: ParallelConfig, device: torch.device | str) -> Mesh:
-    """The grid for the current process group, of whose size ``parallel`` has been checked; or none for one process."""
+
+def build_mesh(parallel: ParallelConfig, device: torch.device | str, job: Job | None = None) -> Mesh:
+    """The grid for the current process group, of whose size ``parallel`` has been checked; or none for one process.
+
+    Args:
+        parallel: sizes of the axes.
+        device: of this rank.
+        job: all ranks, if they may have to wait long for the main one.
+    """
     device = torch.device(device)
     if not dist.is_initialized():
         return Mesh(device)
     fixed = parallel.pipeline * parallel.replica * parallel.tensor
     shard = parallel.shard if parallel.shard > 0 else dist.get_world_size() // fixed
     shape = (parallel.pipeline, parallel.replica, shard, parallel.tensor)
-    return Mesh(device, init_device_mesh(device.type, shape, mesh_dim_names=AXES))
+    return Mesh(device, init_device_mesh(device.type, shape, mesh_dim_names=AXES), job)

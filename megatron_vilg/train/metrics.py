@@ -12,8 +12,8 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vilg.config.schema import LogConfig
-from megatron_vilg.errors import MissingPackageError
+from megatron_vilg.errors import MissingPackageError, TrainingError
 from megatron_vilg.log import get_logger
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class MetricWriter:
 
         Raises:
             MissingPackageError: ``log.tensorboard`` is on and tensorboard is not installed.
+            TrainingError: the file of metrics cannot be written.
         """
         self.config = config
         self.path = run_dir / FILE_NAME
@@ -97,10 +98,13 @@ class MetricWriter:
         self._last_step = start_step
         self._meter = Meter(torch.device(device), items)
         run_dir.mkdir(parents=True, exist_ok=True)
-        keep_until(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        with self._written():
+            keep_until(self.path, start_step)
+            self._file = self.path.open("a", encoding="utf-8")
         self._board_folder = run_dir / "tensorboard"
-        self._board = _open_board(self._board_folder, start_step) if config.tensorboard else None
+        self._board: SummaryWriter | None = None
+        if config.tensorboard:
+            self._open_board(start_step)
         rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
         logger.info("metrics of %s (process %d on %s) go to %s", rank, os.getpid(), socket.gethostname(), run_dir)
         logger.info("legend: %s", ", ".join(f"{c.label} = {c.metric}" for c in self._columns))
@@ -148,11 +152,15 @@ class MetricWriter:
         self._last_step = step
         values = {name: float(value) for name, value in metrics.items()} | self._meter.read()
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n")
-        self._file.flush()
-        if self._board is not None:
+        with self._written():
+            self._file.write(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+        def scalars(board: SummaryWriter) -> None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                board.add_scalar(name, value, step)
+
+        self._show(scalars)
         self._bar.clear()
         logger.info("%s", self._console_line(step, values))
         self._bar.refresh()
@@ -160,30 +168,58 @@ class MetricWriter:
 
     def rewind(self, step: int) -> None:
         """Forget what was written after ``step``: the run has gone back there."""
-        keep_until(self.path, step)
+        with self._written():
+            keep_until(self.path, step)
         self._last_step = step
+        self._show(lambda board: board.close())
         if self._board is not None:
-            self._board.close()
-            self._board = _open_board(self._board_folder, step)
+            self._open_board(step)
         self._bar.n = step
         self._bar.refresh()
 
     def images(self, name: str, pixels: Tensor, step: int) -> None:
         """Pictures to tensorboard, as one grid. ``pixels``: float [B, 3, S, S] in [0, 1] or uint8."""
-        if self._board is not None:
-            self._board.add_images(name, pixels, step)
+        self._show(lambda board: board.add_images(name, pixels, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text (Markdown) to tensorboard."""
-        if self._board is not None:
-            self._board.add_text(name, text, step)
+        self._show(lambda board: board.add_text(name, text, step))
 
     def close(self) -> None:
         """Flush and close everything."""
         self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(OSError):  # each line was flushed: what was not written has been reported
+            self._file.close()
+        self._show(lambda board: board.close())
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: cannot be written ({error.strerror or error}). Works: space and rights there (`df`, "
+                "`quota`); the same command then goes on from the newest checkpoint"
+            ) from error
+
+    def _show(self, show: Callable[[SummaryWriter], object]) -> None:
+        """Hand something to tensorboard, whose files a run can do without."""
+        if self._board is None:
+            return
+        try:
+            show(self._board)
+        except OSError as error:
+            self._drop_board(error)
+
+    def _open_board(self, start_step: int) -> None:
+        try:
+            self._board = _open_board(self._board_folder, start_step)
+        except OSError as error:
+            self._drop_board(error)
+
+    def _drop_board(self, error: OSError) -> None:
+        self._board = None
+        logger.warning("%s: cannot be written (%s); the run goes on without tensorboard", self._board_folder, error)
 
     def _console_line(self, step: int, values: Mapping[str, float]) -> str:
         shown = (f"{c.label} {values[c.metric]:{c.spec}}" for c in self._columns if c.metric in values)

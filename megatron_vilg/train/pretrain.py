@@ -14,12 +14,7 @@ from megatron_vilg.checkpoint.claim import Claim, claimed
 from megatron_vilg.checkpoint.export import save_model_folder
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
-from megatron_vilg.config.load import (
-    RUN_FILE,
-    dump_run_config,
-    read_run_folder_config,
-    write_run_folder_config,
-)
+from megatron_vilg.config.load import RUN_FILE, dump_run_config, read_run_folder_config, write_run_folder_config
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
@@ -182,8 +177,12 @@ def draw_samples(
     if on_sample is None or not run.train.sample_every or engine.step % run.train.sample_every:
         return
     model = engine.whole_model()
-    if isinstance(writer, MetricWriter) and model is not None:
-        on_sample(model, engine.step, writer)
+
+    def draw() -> None:
+        if isinstance(writer, MetricWriter) and model is not None:
+            on_sample(model, engine.step, writer)
+
+    engine.mesh.main_first("samples", draw)
 
 
 def open_writer(run: RunConfig, out: Path, mesh: Mesh, start_step: int) -> MetricWriter | SilentWriter:

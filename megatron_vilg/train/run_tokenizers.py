@@ -51,6 +51,19 @@ _KINDS = {
 """What a folder may be that was given as a tokenizer, for messages."""
 
 
+def read_seconds(out: Path) -> dict[str, float]:
+    """What the file says, by stage; nothing, with a warning, if it is damaged: no run shall end for its timings."""
+    path = out / SECONDS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {str(stage): float(seconds) for stage, seconds in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning("%s: cannot be read (%s); the seconds of earlier stages do not count", path, error)
+        return {}
+
+
 def settle_tokenizers(run: RunConfig, out: Path, given: Mapping[str, Path | None]) -> None:
     """Check the tokenizers that were given and those of the run folder, then copy what it has not yet.
 
@@ -167,8 +180,7 @@ def _other_settings(run: RunConfig, out: Path, name: str) -> list[str]:
 
 def _text_settings(run: RunConfig, out: Path) -> dict[str, Any]:
     """Path of each option to what the run's tokenizer was trained with; empty if the run has not trained it."""
-    seconds = out / SECONDS
-    if not seconds.is_file() or TEXT_TOKENIZER not in json.loads(seconds.read_text(encoding="utf-8")):
+    if TEXT_TOKENIZER not in read_seconds(out):
         return {}
     true_size = TextTokenizer.load(out / TEXT_TOKENIZER).vocab_size
     manifest = json.loads((out / TEXT_TOKENIZER / TEXT_MANIFEST).read_text(encoding="utf-8"))

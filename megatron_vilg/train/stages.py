@@ -29,6 +29,7 @@ from megatron_vilg.data.records import find_records, read_records
 from megatron_vilg.data.text import TextTokenizer, train_text_tokenizer
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.data.token_files import MANIFEST_FILE as CACHE_MANIFEST
+from megatron_vilg.data.token_files import read_json
 from megatron_vilg.data.token_writer import write_token_cache
 from megatron_vilg.errors import ConfigError, MissingPackageError
 from megatron_vilg.log import get_logger
@@ -36,7 +37,7 @@ from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.parallel.launch import Job
 from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.precision import settle_precision
-from megatron_vilg.train.run_tokenizers import IMAGE_TOKENIZER, SECONDS, TEXT_TOKENIZER, settle_tokenizers
+from megatron_vilg.train.run_tokenizers import IMAGE_TOKENIZER, SECONDS, TEXT_TOKENIZER, read_seconds, settle_tokenizers
 from megatron_vilg.train.same_pairs import require_same_sources
 from megatron_vilg.train.vqgan import require_trainable, train_image_tokenizer, uneven_parts
 
@@ -97,17 +98,17 @@ def prepare(
     job, asked = job or Job(World(), None), run
     # Before anything that the main process does alone: several of them settle it together.
     run = settle_precision(run, device, out)
-    is_cache = (data / CACHE_MANIFEST).is_file() and "settings" in json.loads((data / CACHE_MANIFEST).read_text())
     given = {TEXT_TOKENIZER: text_tokenizer, IMAGE_TOKENIZER: image_tokenizer}
 
-    def configured() -> tuple[RunConfig, TextTokenizer]:
+    def configured() -> tuple[RunConfig, TextTokenizer, bool]:
+        is_cache = (data / CACHE_MANIFEST).is_file() and "settings" in read_json(data / CACHE_MANIFEST)
         if job.world.is_main:
             if is_cache:
                 _require_given(data, out, given)
             settle_tokenizers(asked, out, given)
-        return _configuration(run, data, out, job.world)
+        return *_configuration(run, data, out, job.world), is_cache
 
-    run, text = job.main_first("text", configured)
+    run, text, is_cache = job.main_first("text", configured)
     if not _train_image_tokenizer(run, data, out, device, job, require_ours):
         return None
     images = load_image_tokenizer(out / IMAGE_TOKENIZER).to(device)
@@ -282,7 +283,9 @@ def timed(out: Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path = out / SECONDS
-        seconds = json.loads(path.read_text()) if path.is_file() else {}
+        seconds = read_seconds(out)
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
-        write_text(path, json.dumps(seconds, indent=1) + "\n")
+        try:
+            write_text(out / SECONDS, json.dumps(seconds, indent=1) + "\n")
+        except OSError as error:  # of no more weight than the stage itself, or than what ended it
+            log.warning("%s: cannot be written (%s); the stage %s is not timed", out / SECONDS, error, stage)

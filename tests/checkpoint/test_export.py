@@ -52,6 +52,16 @@ def test_others_may_read_what_the_umask_lets_them(folder: Path) -> None:
     assert modes["model.safetensors"] == modes["manifest.json"], modes
 
 
+def test_only_tensors_that_share_memory_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(export, "save_file", lambda tensors, path, **_: written.update(tensors) or path.touch())
+    state = {**weights(), "alone": torch.arange(6.0), "alone.t": torch.arange(6.0).reshape(2, 3).t()}
+    save_model_folder(tmp_path / "export", state, CONFIG, MANIFEST)
+    assert [name for name in state if written[name].data_ptr() == state[name].data_ptr()] == ["alone"]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in written.values()}) == len(state)
+    assert all(tensor.is_contiguous() for tensor in written.values())
+
+
 def test_writing_again_replaces_the_folder(folder: Path) -> None:
     save_model_folder(folder, {"w": torch.ones(2)}, {"a": 1}, MANIFEST)
     config, state = load_model_folder(folder)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from megatron_vilg.cli.main import EXIT_ERROR, main
+from megatron_vilg.train import precision, stages
 from tests.checkpoint.claim_case import leave, living
 from tests.train.vqgan_case import discs
 
@@ -37,3 +39,23 @@ def test_a_folder_in_which_another_job_still_makes_tokenizers_is_refused(
     assert f"--out={run}: process {living().pid} on " in (error := capsys.readouterr().err) and "trains in it" in error
     assert sorted(path.name for path in run.iterdir() if path.name != "logs") == ["owner.json"]
     assert owner.read_bytes() == before
+
+
+@pytest.mark.parametrize("verb", ["train", "train-vqgan"])
+def test_a_full_disk_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for index, pixels in enumerate(discs(4)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(data / f"{index}.png")
+        (data / f"{index}.txt").write_text("一个圆", encoding="utf-8")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(stages, "settle_precision", fail)
+    monkeypatch.setattr(precision, "settle_precision", fail)
+    assert main([verb, "--preset", "demo", "--data", str(data), "--out", str(run), "--device", "cpu"]) == EXIT_ERROR
+    error = capsys.readouterr().err
+    assert f"TrainingError: --out={run}: the disk is full or a quota is used up (" in error and "Traceback" not in error

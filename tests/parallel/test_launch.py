@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_vilg.config.schema import ParallelConfig
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError, DataError, StopRequestedError, VilgError
 from megatron_vilg.parallel.launch import device_of, joined
+from megatron_vilg.parallel.mesh import build_mesh
 from tests.helpers import run_distributed
 
 SCRIPT = """
@@ -88,6 +90,29 @@ def test_who_fails_while_the_others_are_leaving_is_named(free_port: int) -> None
     first, second = run_distributed(leave_or_fail, 2, free_port)
     assert second.startswith("ConfigError: 1 problem")
     assert first.startswith("LostRankError: rank 1") and "--out=nowhere. Noticed by rank 0" in first
+
+
+def outlast_the_time_limit(port: int) -> float:
+    """Seconds that a rank took whose main rank works, in the job and at its end, for longer than a collective waits."""
+    dist.barrier()
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world, start = read_world(), time.monotonic()
+
+    def work() -> None:
+        time.sleep(3.0 if world.is_main else 0.0)
+
+    with joined(world, torch.device("cpu"), 2) as job:
+        mesh = build_mesh(ParallelConfig(), "cpu", job)
+        for _ in range(2):
+            mesh.main_first("samples", work)
+            assert not mesh.any(False)
+        work()
+    return time.monotonic() - start
+
+
+def test_the_main_process_may_take_longer_than_a_collective_waits(free_port: int) -> None:
+    assert min(run_distributed(outlast_the_time_limit, 2, free_port)) >= 9.0
 
 
 def prepare_together(port: int, how: str) -> str:
@@ -167,6 +192,22 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         message = rf"MASTER_PORT={port} \(from the environment\): is taken on node .* Works: a free port, the same for"
         with pytest.raises(ConfigError, match=message), joined(World(0, 2, 0), torch.device("cpu"), 60):
             pass
+
+
+@pytest.mark.parametrize(
+    ("rank", "why"), [(0, r"1/2 clients joined"), (1, r"while trying to connect to \(127\.0\.0\.1, {port}\)")]
+)
+def test_a_rank_that_stays_alone_says_where_it_waited(
+    rank: int, why: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", free_port), ("RANK", rank), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    head = rf"MASTER_ADDR=127\.0\.0\.1, MASTER_PORT={free_port}: not all WORLD_SIZE=2 processes met there within 2 s"
+    message = (
+        rf"{head}, says RANK={rank} \(node .*\): .*{why.format(port=free_port)}.* Works: ranks 0 to 1 .*vilg doctor"
+    )
+    with pytest.raises(ConfigError, match=message), joined(World(rank, 2, rank), torch.device("cpu"), 2):
+        pass
 
 
 WAITING = """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from megatron_vilg.config.schema import LogConfig
-from megatron_vilg.errors import MissingPackageError
+from megatron_vilg.errors import MissingPackageError, TrainingError
 from megatron_vilg.train.metrics import Column, MetricWriter, keep_until, peak_rss
 
 QUIET = LogConfig(every=2, tensorboard=False)
@@ -169,6 +170,38 @@ def test_a_run_that_went_back_has_one_value_per_step_in_both_files(tmp_path: Pat
     assert [(event.step, event.value) for event in events.Scalars(LOSS)] == written
     assert written == [(1, 1.0), (2, 102.0), (3, 103.0)]
     assert events.Images("samples/pictures") == []
+
+
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    message = r"metrics\.jsonl: cannot be written \(No space left on device\)\. Works: .* goes on from the newest"
+    with (
+        Path("/dev/full").open("w") as full,
+        pytest.raises(TrainingError, match=message),
+        MetricWriter(tmp_path, QUIET, num_steps=4) as writer,
+    ):
+        writer._file.close()
+        writer._file = full
+        writer.log(2, {LOSS: 1.0})
+
+
+@pytest.mark.parametrize("name", ["add_scalar", "close", "__init__"])
+def test_tensorboard_that_cannot_write_is_dropped_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, name, fail)
+    with MetricWriter(tmp_path, LogConfig(every=1), num_steps=3) as writer:
+        run_steps(writer, range(1, 3))
+        writer.text("samples/captions", "一只猫", 2)
+        writer.rewind(1)
+        run_steps(writer, range(2, 4))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    warning = f"{tmp_path / 'tensorboard'}: cannot be written ([Errno 28] No space left on device); the run goes on"
+    assert caplog.text.count(warning) == 1
 
 
 def test_missing_tensorboard_is_explained(tmp_path: Path, monkeypatch) -> None:

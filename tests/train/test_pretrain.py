@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.config.load import read_run_folder_config
 from megatron_vilg.config.schema import CheckpointConfig, DataConfig, LogConfig, RunConfig
+from megatron_vilg.config.world import World
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel.launch import Job
 from megatron_vilg.parallel.mesh import Mesh, build_mesh
 from megatron_vilg.train.course import Course
 from megatron_vilg.train.engine import NativeEngine, StepResult
@@ -343,3 +346,17 @@ def test_too_many_skipped_steps_in_a_row_stop_with_the_samples() -> None:
     window.add(torch.tensor([50, 51]), result(1))
     with pytest.raises(TrainingError, match=r"max_skipped_in_row=3.*samples 30, 40, 50, 51"):
         window.read()
+
+
+def test_all_ranks_wait_for_the_samples_of_the_main_one(tmp_path: Path, cache: TokenCache, run: RunConfig) -> None:
+    drawn: list[str] = []
+
+    class Waiting(Job):
+        def main_first(self, name: str, work: Any) -> Any:
+            drawn.append(name)
+            return work()
+
+    every_four = dataclasses.replace(run, train=dataclasses.replace(run.train, sample_every=4))
+    mesh = Mesh(torch.device("cpu"), job=Waiting(World(), None))
+    pretrain(every_four, cache, tmp_path / "out", mesh=mesh, on_sample=lambda _, step, __: drawn.append(str(step)))
+    assert drawn == ["samples", "4", "samples", "8"]

@@ -66,6 +66,12 @@ def test_folders_that_hold_no_such_tokenizer_are_not_copied(tmp_path: Path) -> N
     assert {path.name for path in out.iterdir()} == {"image_tokenizer", "text_tokenizer"}
 
 
+def test_damaged_seconds_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    image_folder(tmp_path / "image_tokenizer"), text_folder(tmp_path / "text_tokenizer")
+    (tmp_path / "seconds.json").write_text('{"text_tokenizer": 1')
+    settle_tokenizers(config(), tmp_path, NONE)
+
+
 @pytest.mark.parametrize(
     ("files", "found"),
     [

@@ -150,6 +150,32 @@ def test_seconds_add_up(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "seconds.json").read_text()) == {"train": 100.0, "tokens": 1.0}
 
 
+def test_seconds_that_cannot_be_written_take_no_errors_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with timed(tmp_path / "gone", "train"):
+        pass
+    with pytest.raises(ZeroDivisionError), timed(tmp_path / "gone", "train"):
+        raise ZeroDivisionError
+    assert caplog.text.count(f"{tmp_path / 'gone' / 'seconds.json'}: cannot be written (") == 2
+
+
+@pytest.mark.parametrize("damaged", ['{"train": 1', "[1]", '{"train": null}', "\0"])
+def test_damaged_seconds_count_as_none(tmp_path: Path, damaged: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "seconds.json").write_text(damaged)
+    with timed(tmp_path, "tokens"):
+        pass
+    assert json.loads((tmp_path / "seconds.json").read_text()) == {"tokens": 0.0}
+    assert f"{tmp_path / 'seconds.json'}: cannot be read (" in caplog.text
+
+
+def test_a_damaged_token_cache_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = tmp_path / "tokens" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text('{"format": 1, "sett')
+    assert train(manifest.parent, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert f"DataError: {manifest}: cannot be read (" in error and "encode again" in error and "Traceback" not in error
+
+
 @pytest.mark.parametrize("where", ["file", "file/run", "run"])
 def test_a_run_folder_that_cannot_be_written_is_named(
     tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
