@@ -44,7 +44,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max(initial=0) > 255):
             # Pillow would clip 16-bit greys at 255 instead of scaling them.
-            image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257.0).clip(0, 255).astype(np.uint8))
+            wide, clear = np.asarray(image), image.info.get("transparency")
+            image = Image.fromarray((wide.astype(np.float32) / 257.0).clip(0, 255).astype(np.uint8))
+            if clear is not None:  # one of the 16-bit greys
+                image.putalpha(Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8)))
         if image.getbands()[-1] in ("A", "a") or "transparency" in image.info:
             image = image.convert("RGBA")
             ground = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -39,6 +39,19 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     assert np.asarray(decode_image(file_of(image)))[1, 1].tolist() == [128, 128, 128]
 
 
+@pytest.mark.parametrize("clear", [0, 0x8080, 65535])
+def test_the_transparent_grey_of_sixteen_bits_becomes_white(clear: int) -> None:
+    image = Image.fromarray(np.full((2, 2), clear, dtype=np.uint16))
+    image.putpixel((1, 0), clear ^ 1)  # the same grey in eight bits
+    image.putpixel((0, 1), 0x4040)
+    data = io.BytesIO()
+    image.save(data, "PNG", transparency=clear)
+    with Image.open(io.BytesIO(data.getvalue())) as opened:
+        assert opened.mode == "I;16" and opened.info["transparency"] == clear
+    got = np.asarray(decode_image(data.getvalue()))
+    assert got[:, :, 0].tolist() == [[255, (clear ^ 1) // 257], [0x40, 255]]
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBa", "RGBX", "I", "F"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
