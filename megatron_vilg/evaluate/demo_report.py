@@ -139,7 +139,7 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
     return figures | {
         "reconstruction": measurement.reconstruction(),
         "codebook_use": used,
-        "held_out_concepts": held_out if counts[new_concept] else None,
+        "held_out_concepts": held_out if Kind.NEW_CONCEPT in measurement.kinds else None,
         "counts": counts,
         "num_prompts": {kind.value: len(numbers) for kind, numbers in measurement.chosen.items()},
         "instrument": _instrument(measurement) if drawings is not None else None,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vilg.errors import DataError
 from megatron_vilg.evaluate.captions import CaptionScore, chance_score, longest_named, normalise, score_captions
 from megatron_vilg.evaluate.cross_entropy import TokenFrequencies, condition_test, count_tokens
 from megatron_vilg.evaluate.pairs import EvalPair, EvalSet, Kind
@@ -36,12 +37,15 @@ class Measurement:
 
         Args:
             network: features that training never used; None leaves out concept and style.
+
+        Raises:
+            DataError: fewer than two pairs that training has seen.
         """
         self.subject, self.pairs, self.network, self.settings = subject, pairs, network, settings
+        self.kinds = _measurable(pairs)
         self.codes = torch.cat(
             [encode(subject.image_tokenizer, pairs.pixels(part)) for part in _blocks(range(len(pairs)))]
         )
-        self.kinds = [kind for kind in Kind if len(pairs.of_kind(kind)) >= _MIN_PAIRS]
         self.chosen = {
             kind: sample_indices(pairs.of_kind(kind), settings.max_prompts, settings.seed) for kind in self.kinds
         }
@@ -216,6 +220,20 @@ class Measurement:
             return sum(hits) / len(hits)
 
         return {"concept": share(lambda pair: pair.concept_name), "style": share(lambda pair: pair.style_name)}
+
+
+def _measurable(pairs: EvalSet) -> list[Kind]:
+    """The kinds with enough pairs; one that has some, but too few, is named."""
+    counts = {kind: len(pairs.of_kind(kind)) for kind in Kind}
+    if counts[Kind.TRAINED] < _MIN_PAIRS:
+        raise DataError(
+            f"data: pairs of one kind trade captions and pictures, and only {counts[Kind.TRAINED]} was trained on. "
+            f"Works: data with at least {_MIN_PAIRS} pairs that the run was trained on"
+        )
+    for kind, count in counts.items():
+        if 0 < count < _MIN_PAIRS:
+            log.warning("%s: %d pair, fewer than %d: left out", kind.value, count, _MIN_PAIRS)
+    return [kind for kind, count in counts.items() if count >= _MIN_PAIRS]
 
 
 def _blocks(numbers: Sequence[int]) -> Iterator[list[int]]:

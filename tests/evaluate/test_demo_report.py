@@ -11,10 +11,11 @@ from PIL import Image
 
 from megatron_vilg.config.load import load_run_config
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.errors import DataError
 from megatron_vilg.evaluate.curves import instrument_plots
 from megatron_vilg.evaluate.demo_report import Report, make_report, write_report
 from megatron_vilg.evaluate.measure import Measurement
-from megatron_vilg.evaluate.pairs import EvalSet
+from megatron_vilg.evaluate.pairs import EvalSet, Kind
 from megatron_vilg.evaluate.subject import EvaluationSettings
 from tests.evaluate.test_curves import metric_line
 from tests.evaluate.toy_world import CONCEPTS, SIDE, STYLES, UNSEEN, Flat, toy_pairs, toy_subject
@@ -180,6 +181,30 @@ def test_new_concepts_are_reported_apart() -> None:
     for name in ("caption", "retrieval", "style"):
         assert "held_out_concepts" not in figures[name]
     assert figures["retrieval"]["chance"] == pytest.approx(1 / 3), "the gallery holds no new concepts"
+
+
+@pytest.mark.parametrize("kind", [Kind.UNSEEN, Kind.NEW_CONCEPT])
+def test_a_kind_of_one_pair_is_named_and_left_out(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = toy_pairs(with_new_concept=True)
+    drop = pairs.of_kind(kind)[1:]
+    pairs = pairs.subset([number for number in range(len(pairs)) if number not in drop])
+    figures = make_report(toy_subject(pairs), pairs, Flat(), SETTINGS).figures
+    assert f"{kind.value}: 1 pair, fewer than 2: left out" in caplog.text
+    assert figures["counts"][kind.value] == 1 and kind.value not in figures["num_prompts"]
+    assert (figures["ce_unseen"] if kind == Kind.UNSEEN else figures["held_out_concepts"]) is None
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_trained_pairs_are_refused_before_anything_is_encoded(
+    count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = toy_pairs()
+    pairs = pairs.subset([*pairs.of_kind(Kind.TRAINED)[:count], *pairs.of_kind(Kind.UNSEEN)])
+    subject = toy_subject(pairs)
+    monkeypatch.setattr("megatron_vilg.evaluate.measure.encode", lambda *_: pytest.fail("it was encoded"))
+    with pytest.raises(DataError, match=rf"only {count} was trained on\. Works: data with at least 2 pairs"):
+        make_report(subject, pairs, Flat(), SETTINGS)
+    assert "left out" not in caplog.text
 
 
 def test_pairs_without_concepts_are_reported_without_verdicts(tmp_path: Path) -> None:
