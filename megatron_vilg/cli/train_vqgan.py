@@ -53,10 +53,8 @@ def run(args: argparse.Namespace) -> int:
     train, held_out = read_train_and_held_out(
         args.data, size, max_bad_share=config.data.max_bad_share, val_share=config.data.val_share
     )
-    if held_out is None:
-        _log.warning("%s has no split besides train: quality is measured on training pictures", args.data)
-        held_out = train
-    _log.info("%d training pictures, %d to measure on, %d px", len(train), len(held_out), size)
+    num_held_out = 0 if held_out is None else len(held_out)
+    _log.info("%d training pictures, %d held out, %d px", len(train), num_held_out, size)
     if device.type == "cpu":
         keep_freed_memory()
     with (

@@ -185,7 +185,6 @@ def _train_image_tokenizer(
                 max_bad_share=run.data.max_bad_share,
                 val_share=run.data.val_share,
             )
-            held_out = pictures if held_out is None else held_out
             folder = out / IMAGE_TOKENIZER
             train_image_tokenizer(
                 run, pictures, held_out, folder, device=device, replicas=replicas, require_ours=require_ours

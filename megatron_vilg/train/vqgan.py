@@ -34,7 +34,7 @@ from megatron_vilg.train.vqgan_engine import VQGANEngine
 log = get_logger(__name__)
 
 MAX_EVALUATED = 256
-"""Held-out pictures that are measured."""
+"""Held-out pictures that are measured; training pictures where none is held out."""
 PICTURES_SHOWN = 8
 """Pictures per row of a sample sheet."""
 EVALUATION_BATCH = 32
@@ -65,6 +65,9 @@ class Reconstruction:
     """Peak signal-to-noise ratio in dB, mean over pictures."""
     used: int
     """Codes that occur at all."""
+
+    def __str__(self) -> str:
+        return f"l1 {self.l1:.4f}, {self.psnr:.2f} dB, {self.used} codes in use"
 
 
 @torch.no_grad()
@@ -98,7 +101,7 @@ def sample_sheet(tokenizer: AnyTokenizer, pixels: Tensor) -> Tensor:
 def train_image_tokenizer(
     run: RunConfig,
     source: PixelSource | Tensor,
-    held_out: Tensor,
+    held_out: Tensor | None,
     out: Path,
     *,
     device: torch.device | str = "cpu",
@@ -112,7 +115,7 @@ def train_image_tokenizer(
     Args:
         run: configuration; image_tokenizer, image_tokenizer_train, data.view_* and log are used.
         source: training pictures: uint8 [n, 3, S, S], which stay in memory, or any :class:`PixelSource`.
-        held_out: uint8 [m, 3, S, S], m >= 1; the first 256 are measured, the first 8 shown.
+        held_out: uint8 [m, 3, S, S], m >= 1; the first 256 are measured, 8 shown; None: of ``source``, a tensor.
         out: folder of the finished tokenizer. Checkpoints (two), metrics.jsonl, tensorboard/ and samples/ go to
             ``image_tokenizer_training`` beside it.
         device: where to train.
@@ -121,7 +124,7 @@ def train_image_tokenizer(
         require_ours: called before a checkpoint is written; raises CheckpointError if another job works there.
 
     Returns:
-        Quality on held-out pictures; None when a signal stopped the run (the step is saved).
+        Quality on ``held_out``; None when a signal stopped the run (the step is saved).
 
     Raises:
         ConfigError: ``image_tokenizer_train.batch_size`` does not divide by the number of processes.
@@ -134,7 +137,7 @@ def train_image_tokenizer(
     options, replicas = run.image_tokenizer_train, replicas or Replicas()
     require_trainable(run, replicas.size)
     pixels = PixelsInMemory(source, run) if isinstance(source, Tensor) else source
-    held_out = held_out[:MAX_EVALUATED]
+    measured = _Measured.of(source, held_out)
     work = out.with_name(WORK_NAME)
     saving = CheckpointConfig(every=options.checkpoint_every)
     checkpointer = Checkpointer(work / "checkpoints", saving, require_ours=require_ours)
@@ -142,19 +145,39 @@ def train_image_tokenizer(
     done = _finished(out, identity, options.num_steps)
     if replicas.from_main(done is not None):
         log.info("%s is already trained", out)
-        return measure_reconstruction((done or load_image_tokenizer(out)).to(device), held_out)
+        return measure_reconstruction((done or load_image_tokenizer(out)).to(device), measured.pixels)
     engine = build_tokenizer_engine(run, device, replicas)
-    step = _loop(run, engine, pixels, held_out, identity, checkpointer, work)
+    step = _loop(run, engine, pixels, measured, identity, checkpointer, work)
     if step < options.num_steps:
         return None
     tokenizer = engine.finished()
-    quality = measure_reconstruction(tokenizer, held_out)
+    quality = measure_reconstruction(tokenizer, measured.pixels)
     if replicas.is_main:
         require_ours()
         save_image_tokenizer(tokenizer, out, step=step, extra=_facts(identity, quality))
     replicas.any(False)  # nobody goes on before the folder is there
-    log.info("%s: held-out l1 %.4f, %.2f dB, %d codes in use", out, quality.l1, quality.psnr, quality.used)
+    log.info("%s: %s pictures: %s", out, measured.name, quality)
     return quality
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Pictures that are measured and shown, and what they are."""
+
+    pixels: Tensor
+    name: str
+
+    @classmethod
+    def of(cls, source: PixelSource | Tensor, held_out: Tensor | None) -> _Measured:
+        if held_out is not None:
+            return cls(held_out[:MAX_EVALUATED], "held-out")
+        if not isinstance(source, Tensor):
+            raise ValueError("held_out=None needs the training pictures as a tensor")
+        log.warning(
+            "no pair is held out, so the image tokenizer is measured on training pictures; raise data.val_share or "
+            "name a val split"
+        )
+        return cls(source[:MAX_EVALUATED], "training")
 
 
 def require_trainable(run: RunConfig, num_processes: int = 1) -> None:
@@ -197,7 +220,7 @@ def _loop(
     run: RunConfig,
     engine: TokenizerEngine,
     source: PixelSource,
-    held_out: Tensor,
+    measured: _Measured,
     identity: Manifest,
     checkpointer: Checkpointer,
     work: Path,
@@ -221,10 +244,10 @@ def _loop(
                 raise TrainingError(_complaint(run, step))
             shows = step % options.picture_every == 0 or step == options.num_steps
             if writer.due(step) or shows:
-                measured = held_out if shows and replicas.is_main else None
-                writer.log(step, _metrics(engine, result, watch, step, measured))
+                pixels = measured.pixels if shows and replicas.is_main else None
+                writer.log(step, _metrics(engine, result, watch, step, pixels))
             if shows and isinstance(writer, MetricWriter):
-                _show(engine.finished(), held_out, writer, work, step)
+                _show(engine.finished(), measured, writer, work, step)
             must_stop = replicas.any(stop.requested)
             is_due = step % options.checkpoint_every == 0 or step == options.num_steps or must_stop
             if is_due and replicas.is_main:
@@ -294,9 +317,9 @@ def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manif
 
 
 def _metrics(
-    engine: TokenizerEngine, result: TokenizerStep, watch: CodebookWatch, step: int, held_out: Tensor | None
+    engine: TokenizerEngine, result: TokenizerStep, watch: CodebookWatch, step: int, pixels: Tensor | None
 ) -> dict[str, float | Tensor]:
-    """One log line: the last step's losses, the codebook since the line before, held-out quality where asked for."""
+    """One log line: the last step's losses, the codebook since the line before, quality on ``pixels`` if any."""
     values: dict[str, float | Tensor] = dict(result.losses)
     values |= {"lr": engine.rate(step - 1), "step/skipped": engine.skipped}
     values |= engine.state_metrics(step - 1)
@@ -307,17 +330,17 @@ def _metrics(
         watch.check(step, use, num_vectors=int(engine.code_counts.sum()))
         engine.code_counts.zero_()
         engine.revived.zero_()
-    if held_out is not None:
-        quality = measure_reconstruction(engine.finished(), held_out)
+    if pixels is not None:
+        quality = measure_reconstruction(engine.finished(), pixels)
         values |= {"reconstruction/psnr(dB)": quality.psnr, "reconstruction/l1(0..1)": quality.l1}
         values |= {"reconstruction/codes_used": float(quality.used)}
     return values
 
 
-def _show(tokenizer: AnyTokenizer, held_out: Tensor, writer: MetricWriter, work: Path, step: int) -> None:
+def _show(tokenizer: AnyTokenizer, measured: _Measured, writer: MetricWriter, work: Path, step: int) -> None:
     """Pictures above their reconstructions, to tensorboard and to ``samples/``."""
-    sheet = sample_sheet(tokenizer, held_out[:PICTURES_SHOWN])
-    writer.images("reconstruction/held_out", (sheet[None] + 1.0) * 0.5, step)
+    sheet = sample_sheet(tokenizer, measured.pixels[:PICTURES_SHOWN])
+    writer.images(f"reconstruction/{measured.name.replace('-', '_')}", (sheet[None] + 1.0) * 0.5, step)
     path = work / "samples" / f"step-{step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = with_suffix(path, PARTIAL)

@@ -43,7 +43,10 @@ def test_command_trains_and_goes_on(tmp_path: Path, data: Path, capsys: pytest.C
     work = tmp_path / "run" / "image_tokenizer_training"
     assert json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
     assert list((work / "tensorboard").iterdir()) and list((work / "samples").iterdir())
-    assert "no split besides train" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no pair is held out, so the image tokenizer is measured on training pictures; raise data.val_share" in said
+    assert "6 training pictures, 0 held out" in said and "image_tokenizer: training pictures: l1 " in said
+    assert "held-out" not in said
     assert main([*command, "--device", "cpu"]) == 0
     assert "is already trained" in capsys.readouterr().err
 

@@ -70,6 +70,9 @@ def train(data: Path, out: Path, *more: str) -> int:
 def test_one_command_from_pairs_to_export(tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert train(pairs, out) == 0
+    said = capsys.readouterr().err
+    assert "no pair is held out, so the image tokenizer is measured on training pictures; raise data.val_share" in said
+    assert "image_tokenizer: training pictures: l1 " in said and "held-out" not in said
     settled = json.loads((out / "config.json").read_text())
     assert {settled[part]["precision"] for part in ("train", "image_tokenizer_train")} <= {"fp32", "bf16"}
     present = {path.name for path in out.iterdir()}
@@ -94,9 +97,13 @@ def test_one_command_from_pairs_to_export(tmp_path: Path, pairs: Path, capsys: p
     assert not (other / "tokens").exists() and (other / "export" / "image_tokenizer").is_dir()
 
 
-def test_held_out_pairs_are_held_out_of_every_stage(tmp_path: Path, pairs: Path) -> None:
+def test_held_out_pairs_are_held_out_of_every_stage(
+    tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert train(pairs, out, "data.val_share=0.3") == 0
+    said = capsys.readouterr().err
+    assert "image_tokenizer: held-out pictures: l1 " in said and "no pair is held out" not in said
     cache = TokenCache.open(out / "tokens")
     expected = {split: [r.key for r in read_records(pairs, split, val_share=0.3)] for split in ("train", "val")}
     assert {split: [r.key for r in cache.records(split)] for split in cache.splits} == expected

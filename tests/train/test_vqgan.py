@@ -18,6 +18,7 @@ from megatron_vilg.checkpoint.reshape import merge
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.errors import CheckpointError, TrainingError
+from megatron_vilg.train.metrics import MetricWriter
 from megatron_vilg.train.pixel_source import PixelsInMemory
 from megatron_vilg.train.precision import settle_precision
 from megatron_vilg.train.vqgan import measure_reconstruction, sample_sheet, train_image_tokenizer
@@ -100,6 +101,20 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     sheets = sorted((tmp_path / WORK_NAME / "samples").iterdir())
     assert [path.name for path in sheets] == ["step-00000005.png", "step-00000010.png"]
     assert Image.open(sheets[0]).size == (5 * 24, 2 * 24)
+
+
+def test_without_held_out_pictures_training_ones_are_measured_and_called_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = []
+    monkeypatch.setattr(MetricWriter, "images", lambda self, tag, images, step: tags.append(tag))
+    caplog.set_level(logging.INFO, logger="megatron_vilg")
+    quality = train_image_tokenizer(tiny_run(), discs(), None, tmp_path / "image_tokenizer")
+    assert quality == measure_reconstruction(load_image_tokenizer(tmp_path / "image_tokenizer"), discs())
+    assert "no pair is held out" in caplog.text and "training pictures: l1" in caplog.text
+    assert set(tags) == {"reconstruction/training"}
+    with pytest.raises(ValueError, match="as a tensor"):
+        train_image_tokenizer(tiny_run(), PixelsInMemory(discs(), tiny_run()), None, tmp_path / "other")
 
 
 def test_a_finished_run_is_not_trained_again_but_a_changed_one_is(
