@@ -19,6 +19,7 @@ from megatron_vilg.log import get_logger
 
 logger = get_logger(__name__)
 
+SEVERAL_PICTURES = "several pictures under one name"
 _NAMES_KEPT = 10
 _LOGGED_PER_REASON = 3
 _FORGIVEN = 8
@@ -68,11 +69,11 @@ class ReadReport:
 
     @property
     def num_skipped(self) -> int:
-        """Bad records of all reasons."""
-        return self.skipped.total()
+        """Bad records of all reasons; a further picture under the name of a record makes none."""
+        return self.skipped.total() - self.skipped[SEVERAL_PICTURES]
 
     def skip(self, reason: str, name: str) -> None:
-        """Count one bad record; the first of each reason are logged by name."""
+        """Count one bad record, or a further picture; the first of each reason are logged by name."""
         self.skipped[reason] += 1
         names = self.names.setdefault(reason, [])
         if len(names) < _NAMES_KEPT:
@@ -102,15 +103,16 @@ class ReadReport:
         if self.num_skipped > limit:
             raise DataError(
                 f"data.max_bad_share = {max_bad_share:g}: {self.num_skipped} of {total} records of {where} are bad "
-                f"({self.summary()}). Repair or remove them, or allow more, for example "
+                f"({self.summary(bad_only=True)}). Repair or remove them, or allow more, for example "
                 f"data.max_bad_share={min(1.0, self.num_skipped / total + 0.01):.2f}"
             )
 
-    def summary(self) -> str:
-        """Counts by reason, with the first names."""
+    def summary(self, *, bad_only: bool = False) -> str:
+        """Counts by reason, with the first names; ``bad_only`` leaves out further pictures."""
         return "; ".join(
             f"{count} {reason}: {', '.join(self.names[reason][:_LOGGED_PER_REASON])}"
             for reason, count in sorted(self.skipped.items())
+            if not (bad_only and reason == SEVERAL_PICTURES)
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -163,6 +165,8 @@ class RecordPart:
                 continue
             if self.mixed and found.problem and self.split != "train":
                 continue  # a damaged shard is read once per split but counted once
+            for name in found.further:
+                report.skip(SEVERAL_PICTURES, name)
             record = _check(found, report, with_images=with_images)
             if record is not None:
                 yield record
@@ -283,5 +287,5 @@ def read_parts(
     if report.read == 0:
         reasons = report.summary() or "nothing in it"
         raise DataError(f"data: no usable pair at {str(path)!r} ({reasons})")
-    if report.num_skipped:
-        logger.warning("%s: read %d pairs, skipped %d (%s)", path, report.read, report.num_skipped, report.summary())
+    if total := report.skipped.total():
+        logger.warning("%s: read %d pairs, skipped %d (%s)", path, report.read, total, report.summary())

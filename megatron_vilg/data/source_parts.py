@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -30,6 +30,8 @@ class Found:
     caption: str | None
     fields: dict[str, Any]
     problem: str = ""
+    further: tuple[str, ...] = ()
+    """Files of other pictures under the same name; they are not taken."""
 
 
 class Part(Protocol):
@@ -196,7 +198,9 @@ class _Sample:
                 yield found
 
     def _find(self, stem: str) -> Found | None:
-        return _find(clean_name(stem), self._files.get(stem, {}), with_images=self._with_images)
+        files = self._files.get(stem, {})
+        further = _further([f"{stem}.{suffix}" for suffix in files])
+        return _find(clean_name(stem), files, further, with_images=self._with_images)
 
 
 def _is_pair(found: Found) -> bool:
@@ -238,7 +242,7 @@ class FolderPart:
             except OSError as error:
                 yield Found(key, None, None, {}, f"{_UNREADABLE} ({error})")
                 continue
-            if found := _find(key, files, with_images=with_images):
+            if found := _find(key, files, _further(paths), with_images=with_images):
                 yield found
 
     def _bytes(self, path: str, with_images: bool) -> bytes:
@@ -302,7 +306,14 @@ class JsonlPart:
         return Found(key, image, caption, rest, garbled)
 
 
-def _find(key: str, files: dict[str, bytes], *, with_images: bool) -> Found | None:
+def _further(paths: Sequence[str]) -> tuple[str, ...]:
+    """The pictures among the files of one key but for the one that is taken: the last of the first suffix."""
+    by_suffix = {suffix_of(path): path for path in paths}
+    taken = next((by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix), None)
+    return tuple(clean_name(path) for path in paths if suffix_of(path) in IMAGE_SUFFIXES and path != taken)
+
+
+def _find(key: str, files: dict[str, bytes], further: tuple[str, ...], *, with_images: bool) -> Found | None:
     """Assemble one key from its files by suffix; None if there is neither picture nor caption."""
     suffix = next((s for s in IMAGE_SUFFIXES if s in files), None)
     if suffix is None and "txt" not in files:
@@ -310,7 +321,8 @@ def _find(key: str, files: dict[str, bytes], *, with_images: bool) -> Found | No
     fields, broken = parse_fields(files.get("json"))
     caption, garbled = _caption_of(files.get("txt"), fields)
     problem = _MISSING_PICTURE if suffix is None else broken or garbled
-    return Found(key, files[suffix] if suffix is not None and with_images else None, caption, fields, problem)
+    image = files[suffix] if suffix is not None and with_images else None
+    return Found(key, image, caption, fields, problem, further)
 
 
 def _caption_of(text: bytes | None, fields: dict[str, Any]) -> tuple[str | None, str]:

@@ -158,6 +158,38 @@ def test_a_tar_of_names_that_all_begin_alike_is_not_held_in_memory(tmp_path: Pat
     assert report.skipped == {"truncated tar": 1}
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_further_pictures_under_one_name_are_named_and_stop_nothing(
+    tmp_path: Path, make_png: Png, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {}
+    for number in range(6):
+        for suffix in ("jpg", "png"):
+            files[f"{number}.{suffix}"] = make_png(number if suffix == "png" else 100)
+        files[f"{number}.txt"] = b"x"
+    want = {f"{number}.jpg" for number in range(6)}
+    source = tmp_path / "d"
+    if kind == "tar":
+        source = write_tar(tmp_path / "d.tar", files)
+    else:
+        files |= {"5.PNG": make_png(100)}
+        want.add("5.PNG")
+        source.mkdir()
+        for name, data in files.items():
+            (source / name).write_bytes(data)
+    report = ReadReport()
+    got = {r.key: r.image for r in read_records(source, report=report, max_bad_share=0.0)}
+    assert got == {str(number): make_png(number) for number in range(6)}
+    assert report.read == 6 and report.num_skipped == 0
+    assert report.skipped == {"several pictures under one name": len(want)}
+    assert set(report.names["several pictures under one name"]) == want
+    assert f"read 6 pairs, skipped {len(want)} ({len(want)} several pictures under one name: 0.jpg, 1" in caplog.text
+    # Each is counted in the split of its pair alone.
+    report = ReadReport()
+    list(read_records(source, report=report, val_share=0.5, with_images=False))
+    assert report.skipped.total() == len(want) and report.read == 6
+
+
 def test_linked_folders_and_files_are_followed(tmp_path: Path, make_folder: Folder) -> None:
     make_folder(tmp_path / "store" / "more", 2)
     root = make_folder(tmp_path / "d", 1)
