@@ -101,10 +101,11 @@ class ReadReport:
         total = self.read + self.num_skipped
         limit = max(max_bad_share * total, min(_FORGIVEN, total // 4)) if max_bad_share > 0 else 0
         if self.num_skipped > limit:
+            more = min(1.0, self.num_skipped / total + 0.01)
+            works = f"or remove them, or allow more, for example data.max_bad_share={more:.2f}"
             raise DataError(
                 f"data.max_bad_share = {max_bad_share:g}: {self.num_skipped} of {total} records of {where} are bad "
-                f"({self.summary(bad_only=True)}). Repair or remove them, or allow more, for example "
-                f"data.max_bad_share={min(1.0, self.num_skipped / total + 0.01):.2f}"
+                f"({self.summary(bad_only=True)}). Repair {works if self.read else 'them: none is good'}"
             )
 
     def summary(self, *, bad_only: bool = False) -> str:

@@ -331,7 +331,7 @@ def _caption_of(text: bytes | None, fields: dict[str, Any]) -> tuple[str | None,
     if text is not None and caption is None:
         return None, NOT_UTF8
     if not isinstance(caption, str):
-        return None, ""
+        return None, "" if caption is None else "caption is not text"
     return (caption, "") if is_text(caption) else (None, NOT_UTF8)
 
 

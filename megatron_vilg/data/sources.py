@@ -25,6 +25,7 @@ from megatron_vilg.log import get_logger
 logger = get_logger(__name__)
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_LISTS_SHOWN = 3
 
 PartsBySplit = dict[str, list[tuple[Part, bool]]]
 """The flag beside a part says that it holds other splits too, told apart by the hash of the key."""
@@ -33,9 +34,9 @@ PartsBySplit = dict[str, list[tuple[Part, bool]]]
 def find_parts(path: Path | str, *, val_share: float, part_size: int) -> PartsBySplit:
     """Detect what ``path`` is and cut it into parts by split, in a fixed order.
 
-    Split names come from the names of shards and the folders that they lie in, first-level folders, or the field
-    ``split`` of a line; the name of ``path`` itself says nothing. A source without any is split by the hash of its
-    keys. Where only some names say a split, the others are training pairs, and a warning names them.
+    Split names come from the names of shards or of several lists and the folders that they lie in, first-level
+    folders, or the field ``split`` of a line; the name of ``path`` itself says nothing. A source without any is split
+    by the hash of its keys. Where only some names say a split, the others are training pairs, and a warning names them.
 
     Args:
         path: folder, ``.jsonl`` file, tar, or a glob of tars.
@@ -43,7 +44,7 @@ def find_parts(path: Path | str, *, val_share: float, part_size: int) -> PartsBy
         part_size: keys per part of folders and lists; a tar is always one part.
 
     Raises:
-        DataError: nothing that can be read was found there.
+        DataError: nothing that can be read was found there, or several lists that name no splits.
     """
     text, source = str(path), Path(path)
     files = list(_walk(source)) if source.is_dir() else []
@@ -58,11 +59,13 @@ def find_parts(path: Path | str, *, val_share: float, part_size: int) -> PartsBy
         return _tar_parts(sorted(tars), base, val_share)
     if source.is_file() and source.suffix == ".jsonl":
         return _jsonl_parts(source, val_share, part_size)
-    lists = [name for name in files if os.sep not in name and name.endswith(".jsonl")]
     keys = _keys(files)
-    if len(lists) == 1 and not any(_is_captioned(paths) for paths in keys.values()):
-        return _jsonl_parts(source / lists[0], val_share, part_size)
-    if any(suffix_of(path) in IMAGE_SUFFIXES for paths in keys.values() for path in paths):
+    has_pictures = any(suffix_of(path) in IMAGE_SUFFIXES for paths in keys.values() for path in paths)
+    lists = [name for name in files if name.endswith(".jsonl")]
+    lists = [name for name in lists if os.sep not in name] or (lists if has_pictures else [])
+    if lists and not any(_is_captioned(paths) for paths in keys.values()):
+        return _parts_of_lists(source, lists, val_share, part_size)
+    if has_pictures:
         return _folder_parts(source, keys, val_share, part_size)
     raise DataError(
         f"data: found no pairs at {text!r}. Give a folder of NAME.png|jpg|jpeg|webp with NAME.txt, a .jsonl file "
@@ -106,7 +109,7 @@ def _before_magic(pattern: Path) -> Iterator[str]:
 
 
 def _tar_parts(tars: Sequence[Path], base: Path, val_share: float) -> PartsBySplit:
-    names = [_split_of_tar(tar.relative_to(base).parts) for tar in tars]
+    names = [_split_of_file(tar.relative_to(base).parts) for tar in tars]
     shown = (clean_name(str(tar.relative_to(base))) for tar in tars)
     warn_of_doubt(clean_name(str(base)), dict(zip(shown, names, strict=True)))
     if any(names):
@@ -118,7 +121,7 @@ def _tar_parts(tars: Sequence[Path], base: Path, val_share: float) -> PartsBySpl
     return {split: [(TarPart(tar), val_share > 0) for tar in tars] for split in splits}
 
 
-def _split_of_tar(path: Sequence[str]) -> str | None:
+def _split_of_file(path: Sequence[str]) -> str | None:
     """By its own name, else by that of the nearest folder."""
     *folders, file = path
     splits = map(split_from_name, [file.split(".")[0], *reversed(folders)])
@@ -158,7 +161,26 @@ def _folder_parts(root: Path, keys: dict[str, list[str]], val_share: float, part
     }
 
 
-def _jsonl_parts(path: Path, val_share: float, part_size: int) -> PartsBySplit:
+def _parts_of_lists(root: Path, lists: Sequence[str], val_share: float, part_size: int) -> PartsBySplit:
+    """One list at the top says no split by its name; several, and those in folders, do, as tars do."""
+    splits = [_split_of_file(name.split(os.sep)) for name in lists]
+    if len(lists) == 1:
+        return _jsonl_parts(root / lists[0], val_share, part_size, splits[0] if os.sep in lists[0] else None)
+    if not all(splits):
+        names = ", ".join(map(clean_name, lists[:_LISTS_SHOWN])) + (", ..." if len(lists) > _LISTS_SHOWN else "")
+        raise DataError(
+            f"data: {str(root)!r} has {len(lists)} lists ({names}), and not all are called after their splits. Works: "
+            "one of these lists itself, or names like train.jsonl and val.jsonl"
+        )
+    parts: PartsBySplit = {}
+    for name, split in zip(lists, splits, strict=True):
+        for chosen, of_split in _jsonl_parts(root / name, val_share, part_size, split).items():
+            parts.setdefault(chosen, []).extend(of_split)
+    return parts
+
+
+def _jsonl_parts(path: Path, val_share: float, part_size: int, default: str | None = None) -> PartsBySplit:
+    """``default`` is the split of lines that say none."""
     lines: list[tuple[int, str, str]] = []
     names: dict[str, str | None] = {}
     try:
@@ -169,7 +191,7 @@ def _jsonl_parts(path: Path, val_share: float, part_size: int) -> PartsBySplit:
                     fields, _ = parse_fields(line)
                     split = fields.get("split")
                     name = clean_name(split) if isinstance(split, str) else "lines without a split"
-                    names.setdefault(name, split_from_name(name) if isinstance(split, str) else None)
+                    names.setdefault(name, (split_from_name(name) if isinstance(split, str) else None) or default)
                     lines.append((offset, list_key(fields)[0], name))
                 offset += len(line)
     except OSError as error:

@@ -238,6 +238,64 @@ def test_pictures_with_one_list_are_the_list(tmp_path: Path, make_png: Png, make
     assert list(read(tmp_path)[0]) == ["p000"]
 
 
+def write_list(path: Path, pictures: dict[str, object], **fields: str) -> None:
+    lines = [{"file_name": name, "text": caption} | fields for name, caption in pictures.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+
+
+def test_lists_called_after_their_splits_are_read_together(tmp_path: Path, make_png: Png) -> None:
+    for root, places in (("beside", ["img"] * 3), ("inside", ["train", "train", "validation"])):
+        for number, place in enumerate(places):
+            picture = tmp_path / root / place / f"{number}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(make_png(number))
+    write_list(tmp_path / "beside" / "train.jsonl", {"img/0.png": "a", "img/1.png": "b"})
+    write_list(tmp_path / "beside" / "val.jsonl", {"img/2.png": "c"}, split="unknown")
+    write_list(tmp_path / "inside" / "train" / "metadata.jsonl", {"0.png": "a", "1.png": "b"})
+    assert list(find_records(tmp_path / "inside", val_share=0.9)) == ["train"]
+    write_list(tmp_path / "inside" / "validation" / "metadata.jsonl", {"2.png": "c"})
+    for source in (tmp_path / "beside", tmp_path / "inside"):
+        assert list(find_records(source, val_share=0.9)) == ["train", "val"]
+        for split, want in (("train", ["a", "b"]), ("val", ["c"])):
+            got, report = read(source, split=split, val_share=0.9)
+            assert list(got.values()) == want and not report.skipped
+        assert all(part.fingerprint and part.stamp for parts in find_records(source).values() for part in parts)
+
+
+def test_one_list_is_split_by_its_keys_whatever_it_is_called(tmp_path: Path, make_png: Png) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(make_png(number))
+    write_list(tmp_path / "train.jsonl", {f"{number}.png": "x" for number in range(20)})
+    write_list(tmp_path / "logs" / "val.jsonl", {"0.png": "y"})
+    assert list(find_records(tmp_path, val_share=0.5)) == ["train", "val"]
+    assert set(read(tmp_path, val_share=0.5)[0].values()) == {"x"}
+
+
+def test_lists_that_name_no_splits_are_named(tmp_path: Path, make_png: Png) -> None:
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "0.png").write_bytes(make_png(0))
+    for name in ("train", "b", "c", "d"):
+        write_list(tmp_path / f"{name}.jsonl", {"img/0.png": "a"})
+    with pytest.raises(DataError, match=r"has 4 lists \(b\.jsonl, c\.jsonl, d\.jsonl, \.\.\.\).*one of these lists"):
+        read(tmp_path)
+    assert read(tmp_path / "b.jsonl")[0] == {"img/0": "a"}
+
+
+@pytest.mark.parametrize("caption", [["a cat", "cats"], 3, {"en": "a cat"}])
+def test_captions_that_are_no_text_are_called_so(tmp_path: Path, make_png: Png, caption: object) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.png").write_bytes(make_png(0))
+        (folder / f"{name}.json").write_text(json.dumps({"caption": caption if name == "a" else "x"}))
+    write_list(tmp_path / "l.jsonl", {"d/a.png": caption, "d/b.png": "x"})
+    tar = write_tar(tmp_path / "x.tar", {path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    for source in (folder, tmp_path / "l.jsonl", tar):
+        got, report = read(source)
+        assert list(got.values()) == ["x"] and report.skipped == {"caption is not text": 1}
+
+
 def test_bare_pictures_without_a_list_say_what_is_missing(tmp_path: Path, make_png: Png) -> None:
     (tmp_path / "a.png").write_bytes(make_png(1))
     with pytest.raises(DataError, match="missing caption: a"):
