@@ -263,7 +263,7 @@ class TrainConfig:
     seed: int = 0
     """Initial weights, order, noise."""
     max_skipped_in_row: PositiveInt = 20
-    """Non-finite steps in a row after which the run stops."""
+    """Non-finite steps in a row after which the run stops, or goes back with ``rollback_factor``."""
     rollback_factor: NonNegative = 0.0
     """Cross-entropies above this multiple of their running mean take the run back to a checkpoint from before, and past
     the pairs in between. 0: never."""

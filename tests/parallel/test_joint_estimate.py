@@ -126,14 +126,18 @@ def used_by(run: RunConfig) -> tuple[int, int, dict[str, int]]:
         engine.train_step(batch)
     with LiveBytes(lasting(engine)) as live, Traffic() as traffic:
         engine.train_step(batch)
-    groups = {axis: engine.mesh.axis(axis).get_group().group_name for axis in ("shard", "replica")}
+    groups = {axis: engine.mesh.axis(axis).get_group().group_name for axis in ("tp", "shard", "replica")}
     return engine.mesh.rank("pp"), live.peak, {axis: traffic.sent[name] for axis, name in groups.items()}
 
 
 @pytest.mark.parametrize(
     ("parallel", "options"),
-    [({"shard": 2}, CRITIC), ({"pipeline": 2, "num_microbatches": 4, "zero": 1}, {"ema_decay": 0.9})],
-    ids=["shard, critic", "pipeline, average"],
+    [
+        ({"shard": 2}, CRITIC),
+        ({"tensor": 2}, CRITIC),
+        ({"pipeline": 2, "num_microbatches": 4, "zero": 1}, {"ema_decay": 0.9}),
+    ],
+    ids=["shard, critic", "tensor, critic", "pipeline, average"],
 )
 def test_two_processes_use_and_send_what_was_planned(parallel: dict[str, Any], options: dict[str, Any]) -> None:
     """The last stage of a pipeline has all of it; sums of norms and the adaptive weight are 2 % of what is sent."""
