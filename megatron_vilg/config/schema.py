@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_vilg.config.fields import STRICT, Count, Fraction, NonNegative, Positive, PositiveInt, Precision
+from megatron_vilg.config.fields import STRICT, Count, Fraction, Guidance, NonNegative, Positive, PositiveInt, Precision
 from megatron_vilg.config.tokenizers import ImageTokenizerConfig, ImageTokenizerTrainConfig, TextTokenizerConfig
 from megatron_vilg.sequence import StreamSpec
 
@@ -319,11 +319,11 @@ class SampleConfig:
     """Keep the likeliest tokens that together have this probability."""
     min_p: Fraction = 0.0
     """Keep only tokens at least this share as likely as the likeliest one. 0: all."""
-    guidance: NonNegative = 1.0
+    guidance: Guidance = 1.0
     """Classifier-free guidance scale; 1: off."""
-    manner_guidance: NonNegative = 0.0
+    manner_guidance: Guidance = 0.0
     """How much ``MANNER`` of a prompt ``MANNER的THING`` pulls on its own, for combinations never seen. 0: off."""
-    thing_guidance: NonNegative = 0.0
+    thing_guidance: Guidance = 0.0
     """How much ``THING`` of such a prompt pulls on its own. 0: off."""
     rerank: Count = 0
     """Pictures drawn of each prompt, of which those that both directions find likeliest are kept. 0: no choice."""
