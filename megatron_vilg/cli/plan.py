@@ -122,8 +122,9 @@ def _print_plan(config: RunConfig, cost: Estimate, hardware: Hardware) -> None:
     )
     _line("parameters", f"{rank.parameters / 1e6:.1f} M kept on the fullest rank")
     _line("memory", "  ".join(f"{kind} {rank.memory[kind] / GIB:.2f}" for kind in KINDS) + "  GiB, largest of each")
-    if rank.host:
-        _line("main memory", f"{rank.host / GIB:.2f} GiB for weights, gradients and optimizer")
+    for place, moved in (("main memory", rank.host), ("disk", rank.disk)):
+        if moved:
+            _line(place, "  ".join(f"{kind} {size / GIB:.2f}" for kind, size in moved.items()) + "  GiB")
     verdict = "fits" if fits(cost, hardware) else "DOES NOT FIT"
     _line(
         "peak",

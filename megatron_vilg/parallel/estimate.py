@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
+from megatron_vilg.config.deepspeed import Place, offload_of
 from megatron_vilg.config.schema import ModelConfig, RunConfig
 from megatron_vilg.models.cost import (
     Sizes,
@@ -78,8 +79,10 @@ class RankCost:
     """Largest bytes by kind (``KINDS``); they do not all peak together."""
     peak: float
     """Largest bytes of all kinds together, at one time."""
-    host: float
-    """Bytes in main memory instead, with ``parallel.cpu_offload``."""
+    host: dict[str, float]
+    """Bytes in main memory instead, by kind; of the generator alone, as the reconstructor's stay."""
+    disk: dict[str, float]
+    """The same on a disk (``nvme``)."""
     sent: dict[str, float]
     """Bytes this rank sends per step, by axis (``AXES``)."""
 
@@ -194,20 +197,32 @@ def _rank_cost(run: RunConfig, layout: Layout, rank: int, joint: JointCost) -> R
     part = part_of(run.model, dataclasses.replace(layout, replica=1, num_microbatches=1), rank)
     sizes = _sizes(run, layout)
     joint = joint if part.has_heads else JointCost()
-    memory, peak = _memory(run, layout, part, sizes, rank, joint)
-    host = 0.0
-    if run.parallel.cpu_offload:  # of the generator's; the reconstructor's stay
-        stays = {
-            "weights": joint.weights,
-            "gradients": joint.gradients + joint.critic_gradients,
-            "optimizer": joint.optimizer,
-        }
-        host = sum(memory[kind] - stays[kind] for kind in stays)
-        memory = memory | stays
-        peak -= host
+    states = _states(run, layout, part)
+    memory, peak = _memory(run, layout, part, sizes, rank, joint, states["none"])
     sent = _sent(run, layout, part, sizes, rank)
     sent |= {axis: sent[axis] + more for axis, more in joint.sent.items()}
-    return RankCost(part.sharded + joint.parameters, memory, peak, host, sent)
+    return RankCost(part.sharded + joint.parameters, memory, peak, states["cpu"], states["nvme"], sent)
+
+
+def _states(run: RunConfig, layout: Layout, part: Part) -> dict[Place, dict[str, float]]:
+    """Bytes of the generator's weights, gradients and optimizer state, by the place that they are kept in."""
+    parallel, places = run.parallel, offload_of(run)
+    is_native = run.train.engine == "native"
+    optimizer = OPTIMIZER_BYTES[run.optim.name] * part.sharded
+    if run.optim.name == "muon":
+        optimizer -= (OPTIMIZER_BYTES["muon"] - MUON_BYTES) * part.matrices
+    # DeepSpeed keeps shards of gradients in main memory where its update runs there, also of states on a disk.
+    offloads = parallel.cpu_offload if is_native else parallel.zero == 3 and places.optimizer != "none"
+    # FSDP moves them when they have been summed over ranks, which is after the last micro-batch here.
+    is_whole = layout.world_size > 1 and parallel.zero == 1 and layout.num_microbatches > 1
+    weights_place = "cpu" if parallel.cpu_offload and is_native else places.weights
+    states: dict[Place, dict[str, float]] = {"none": {}, "cpu": {}, "nvme": {}}
+    states[weights_place]["weights"] = MASTER_BYTES * part.sharded
+    states["cpu" if offloads else "none"]["gradients"] = MASTER_BYTES * part.sharded
+    if is_whole:
+        states["none"]["gradients"] = MASTER_BYTES * part.whole
+    states[places.optimizer]["optimizer"] = optimizer
+    return states
 
 
 def _sizes(run: RunConfig, layout: Layout) -> Sizes:
@@ -222,9 +237,9 @@ def _sizes(run: RunConfig, layout: Layout) -> Sizes:
 
 
 def _memory(
-    run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int, joint: JointCost
+    run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int, joint: JointCost, states: dict[str, float]
 ) -> tuple[dict[str, float], float]:
-    """Bytes by kind, and of the fullest moment."""
+    """Bytes by kind, and of the fullest moment; ``states`` are the generator's that stay on the GPU."""
     parallel, model = run.parallel, run.model
     rows = 2 * layout.pairs_each(run.train.batch_size)
     executed = _attention(run)
@@ -239,12 +254,8 @@ def _memory(
     kept = layout.micro_batches_in_flight(rank) * (part.layers * block_kept - _left_out(run, layout, part, sizes, rows))
     passing = rows * backward_bytes_per_row(model, sizes, scores=scores)
     masks = rows * mask_bytes_per_row(model, sizes, executed.count("dense") + executed.count("sdpa"))
-    weights, optimizer = float(MASTER_BYTES * part.sharded), OPTIMIZER_BYTES[run.optim.name] * part.sharded
-    if run.optim.name == "muon":
-        optimizer -= (OPTIMIZER_BYTES["muon"] - MUON_BYTES) * part.matrices
+    weights, gradients, optimizer = (states.get(kind, 0.0) for kind in ("weights", "gradients", "optimizer"))
     has_earlier = layout.num_microbatches > 1
-    keeps_whole_gradients = layout.world_size > 1 and parallel.zero == 1 and has_earlier
-    gradients = float(MASTER_BYTES) * (part.whole if keeps_whole_gradients else part.sharded)
     gathered, on_their_way = _buffers(run, layout, part, sizes)
     saved, chunk = _logits(run, layout, part, sizes)
     lasting = weights + optimizer + joint.weights + joint.optimizer + joint.critic_gradients

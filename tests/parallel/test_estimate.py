@@ -181,8 +181,41 @@ def test_traffic_follows_the_zero_number() -> None:
 def test_kinds_are_complete_and_offload_moves_states_to_main_memory() -> None:
     here, away = (estimate(paper_10b(shard=8, cpu_offload=flag), 8).fullest for flag in (False, True))
     assert tuple(here.memory) == KINDS
-    assert here.host == 0 and away.host == pytest.approx(16 * here.parameters)
+    assert here.host == here.disk == away.disk == {} and sum(away.host.values()) == pytest.approx(16 * here.parameters)
     assert away.memory["optimizer"] == 0 and away.peak < here.peak
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "disk"),
+    [
+        ({"offload_optimizer": "cpu"}, {"gradients": 4, "optimizer": 8}, {}),
+        ({"offload_optimizer": "nvme", "offload_weights": "cpu"}, {"weights": 4, "gradients": 4}, {"optimizer": 8}),
+        ({"cpu_offload": True}, {"weights": 4, "gradients": 4, "optimizer": 8}, {}),
+        ({"cpu_offload": True, "zero": 1}, {"optimizer": 8}, {}),
+    ],
+)
+def test_deepspeed_moves_what_its_options_name(
+    options: dict[str, Any], host: dict[str, int], disk: dict[str, int]
+) -> None:
+    """Bytes a parameter; what is moved is no part of the peak."""
+    run = paper_10b(shard=4, num_microbatches=512, **options)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, engine="deepspeed"))
+    nothing = {"cpu_offload": False, "offload_optimizer": "none", "offload_weights": "none"}
+    keeps = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, **nothing))
+    cost, whole = estimate(run, 4).fullest, estimate(keeps, 4).fullest
+    for found, expected in ((cost.host, host), (cost.disk, disk)):
+        assert found == pytest.approx({kind: size * cost.parameters for kind, size in expected.items()})
+    moved = {kind for kind in whole.memory if cost.memory[kind] == 0 < whole.memory[kind]}
+    assert moved == {*host, *disk}
+    freed = sum(host.values()) + sum(disk.values())
+    assert whole.peak - cost.peak == pytest.approx(freed * cost.parameters)
+
+
+def test_whole_gradients_between_micro_batches_stay() -> None:
+    """The native engine at ``zero=1``: only what has been summed over ranks goes to main memory."""
+    away = estimate(paper_10b(shard=8, zero=1, num_microbatches=2, cpu_offload=True), 8).fullest
+    assert away.memory["gradients"] == pytest.approx(4 * estimate(paper_10b(), 1).parameters)
+    assert away.host["gradients"] == pytest.approx(4 * away.parameters)
 
 
 def test_default_layout() -> None:
