@@ -17,6 +17,7 @@ from megatron_vilg.models.cost import (
     Sizes,
     backward_bytes_per_row,
     block_bytes_per_row,
+    fold_bytes_per_row,
     forward_flops,
     input_bytes_per_row,
     is_hidden_matrix,
@@ -64,7 +65,8 @@ class Part:
     """Everything outside blocks, gathered."""
     shared: int
     """Values that every rank of ``tp`` holds and applies to something else; their gradients are summed over it."""
-    layers: int
+    patterns: tuple[str, ...]
+    """The attention pattern of each of its layers."""
     has_embedding: bool
     has_heads: bool
 
@@ -178,7 +180,7 @@ def part_of(model: ModelConfig, layout: Layout, rank: int) -> Part:
         block=max(blocks.values()),
         rest=rest,
         shared=shared,
-        layers=len(layers),
+        patterns=tuple(kind for i, kind in enumerate(layer_kinds(model.num_layers, model.pattern)) if i in layers),
         has_embedding=has_embedding,
         has_heads=has_heads,
     )
@@ -251,8 +253,15 @@ def _memory(
         "block": rows * input_bytes_per_row(model, sizes),
     }[parallel.recompute]
     recomputed = block_whole - block_kept
-    kept = layout.micro_batches_in_flight(rank) * (part.layers * block_kept - _left_out(run, layout, part, sizes, rows))
-    passing = rows * backward_bytes_per_row(model, sizes, scores=scores)
+    # Folded attention keeps more in some layers than in others; computed again, it does so in one at a time.
+    folded = _fold_bytes(run, part, sizes, rows)
+    widest = max(folded)
+    recomputed += widest
+    each = len(part.patterns) * block_kept - _left_out(run, layout, part, sizes, rows)
+    if parallel.recompute == "none":
+        each, recomputed, block_kept = each + sum(folded), 0.0, block_whole + widest
+    kept = layout.micro_batches_in_flight(rank) * each
+    passing = rows * backward_bytes_per_row(model, sizes, scores=scores, folded=widest / rows)
     masks = rows * mask_bytes_per_row(model, sizes, executed.count("dense") + executed.count("sdpa"))
     weights, gradients, optimizer = (states.get(kind, 0.0) for kind in ("weights", "gradients", "optimizer"))
     has_earlier = layout.num_microbatches > 1
@@ -273,7 +282,7 @@ def _memory(
     pictures = saved + earlier_joint + joint.turning
     behind = joint.gradients + recomputed + passing
     turning = kept + earlier + max(earlier_joint + saved + chunk, pictures, behind)
-    before_last = gradients * (1 - (part.block + part.rest) / part.whole) if part.layers > 1 else 0.0
+    before_last = gradients * (1 - (part.block + part.rest) / part.whole) if len(part.patterns) > 1 else 0.0
     end = max(earlier, before_last) + block_kept + recomputed + passing + on_their_way
     # Autocast's copies of weights go as the backward pass goes.
     at_end = sizes.compute * part.block if sizes.autocast else gathered
@@ -286,6 +295,13 @@ def _attention(run: RunConfig) -> list[Implementation]:
     implementation, _ = implementation_of(run.ops.attention, run.model.image_side)
     kinds = sorted(set(layer_kinds(run.model.num_layers, run.model.pattern)))
     return [executed_by(implementation, run.model, kind) for kind in kinds]
+
+
+def _fold_bytes(run: RunConfig, part: Part, sizes: Sizes, rows: int) -> list[float]:
+    """What attention of each layer copies and keeps of a micro-batch."""
+    implementation, _ = implementation_of(run.ops.attention, run.model.image_side)
+    kinds = [(executed_by(implementation, run.model, pattern), pattern) for pattern in part.patterns]
+    return [rows * fold_bytes_per_row(run.model, sizes, pattern) if by == "fold" else 0.0 for by, pattern in kinds]
 
 
 def _computes_all(run: RunConfig, layout: Layout) -> bool:
@@ -305,7 +321,7 @@ def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[
     if layout.world_size == 1:
         if not sizes.autocast:
             return 0.0, 0.0
-        layers = part.layers if run.parallel.recompute != "block" else 1
+        layers = len(part.patterns) if run.parallel.recompute != "block" else 1
         # Autocast's copies: kept for the backward pass, or made anew where the block is.
         return float(sizes.compute * part.block * layers), 0.0
     gathered = part.rest + 2 * part.block if run.parallel.zero == 3 else part.whole
@@ -358,7 +374,7 @@ def _sent(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int) -
     replica = 2 * ring(layout.replica) * part.sharded * _reduce_bytes(run)
     # Each block gathers and scatters twice, forward and backward; recomputing repeats the forward ones but the last,
     # behind which nothing is kept for the backward pass.
-    exchanges = part.layers * (11 if parallel.recompute == "block" else 8)
+    exchanges = len(part.patterns) * (11 if parallel.recompute == "block" else 8)
     exchanges += 2 * part.has_embedding + part.has_heads
     per_micro = ring(layout.tensor) * exchanges * hidden
     if part.has_heads:
