@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
 
 from megatron_vilg.config.deepspeed import Place, offload_of
-from megatron_vilg.config.schema import ModelConfig, RunConfig
+from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.models.cost import (
     Sizes,
     backward_bytes_per_row,
@@ -20,18 +18,16 @@ from megatron_vilg.models.cost import (
     fold_bytes_per_row,
     forward_flops,
     input_bytes_per_row,
-    is_hidden_matrix,
     layer_kinds,
     left_out_bytes_per_row,
     mask_bytes_per_row,
     num_parameters,
     num_stack_parameters,
-    parameter_shapes,
 )
 from megatron_vilg.ops.attention_choice import Implementation, executed_by, implementation_of
 from megatron_vilg.parallel.joint_estimate import JointCost, joint_cost
-from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
-from megatron_vilg.parallel.plan import Cut, rule_of
+from megatron_vilg.parallel.layout import Layout, stages_of_rank
+from megatron_vilg.parallel.part import Part, part_of
 
 MASTER_BYTES = 4
 """Weights, gradients and gradient sums are kept in float32."""
@@ -47,28 +43,6 @@ MUON_BYTES = 4.0
 """The same for the matrices that Muon updates: one momentum."""
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 AXES = ("tp", "shard", "replica", "pp")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Values of one rank's pieces of the model, after the cut over ``tp``."""
-
-    whole: int
-    """As they are when gathered over ``shard``."""
-    sharded: int
-    """The share of the rank that has most of them."""
-    matrices: int
-    """Those of ``sharded`` that are matrices of blocks."""
-    block: int
-    """The largest block, gathered."""
-    rest: int
-    """Everything outside blocks, gathered."""
-    shared: int
-    """Values that every rank of ``tp`` holds and applies to something else; their gradients are summed over it."""
-    patterns: tuple[str, ...]
-    """The attention pattern of each of its layers."""
-    has_embedding: bool
-    has_heads: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +73,8 @@ class Estimate:
     stack_parameters: int
     reconstructor_parameters: int
     ranks: tuple[RankCost, ...]
+    drawn: float
+    """Bytes that the first rank gathers besides, every ``train.sample_every`` steps; part of its peak."""
     bubble: float
     """Share of a step in which a rank of the pipeline waits for others."""
     flops_kept: float
@@ -134,6 +110,7 @@ def estimate(run: RunConfig, world_size: int) -> Estimate:
         stack_parameters=num_stack_parameters(run.model),
         reconstructor_parameters=joint.parameters,
         ranks=ranks,
+        drawn=_drawn_bytes(run, layout, joint),
         bubble=bubble(layout),
         flops_kept=pairs * (3.0 * flops.kept + joint.flops_needed),
         flops_dense=pairs * (3.0 * flops.dense + joint.flops_needed),
@@ -147,63 +124,28 @@ def bubble(layout: Layout) -> float:
     return idle / (layout.stages_per_rank * layout.num_microbatches + idle)
 
 
-@lru_cache(maxsize=1024)
-def part_of(model: ModelConfig, layout: Layout, rank: int) -> Part:
-    """What a rank of the pipeline holds of the model; copies and micro-batches of ``layout`` do not matter."""
-    stages = stages_of_rank(layout.pipeline, layout.stages_per_rank, rank)
-    ranges = stage_layers(model.num_layers, layout.num_stages)
-    layers = {layer for stage in stages for layer in ranges[stage]}
-    has_embedding, has_heads = 0 in stages, layout.num_stages - 1 in stages
-    blocks = dict.fromkeys(layers, 0)
-    rest = sharded = matrices = shared = 0
-    for name, shape in parameter_shapes(model).items():
-        top = name.split(".")
-        if top[0] == "blocks" and int(top[1]) not in layers:
-            continue
-        if (top[0] == "embed" and not has_embedding) or (top[0] in ("norm", "heads") and not has_heads):
-            continue
-        local = local_shape(name, shape, layout.tensor)
-        size = prod(local)
-        if top[0] == "blocks":
-            blocks[int(top[1])] += size
-        else:
-            rest += size
-        largest_share = -(-local[0] // layout.shard) * prod(local[1:])
-        sharded += largest_share
-        matrices += largest_share if is_hidden_matrix(name, len(shape)) else 0
-        if layout.tensor > 1 and rule_of(name).cut in (Cut.SEQUENCE, Cut.HEADS):
-            shared += size
-    return Part(
-        whole=sum(blocks.values()) + rest,
-        sharded=sharded,
-        matrices=matrices,
-        block=max(blocks.values()),
-        rest=rest,
-        shared=shared,
-        patterns=tuple(kind for i, kind in enumerate(layer_kinds(model.num_layers, model.pattern)) if i in layers),
-        has_embedding=has_embedding,
-        has_heads=has_heads,
-    )
-
-
-def local_shape(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
-    """Shape of a parameter on one rank of ``tp``."""
-    dim = rule_of(name).cut.dim
-    if dim is None:
-        return shape
-    dim = min(dim, len(shape) - 1)
-    return (*shape[:dim], shape[dim] // tensor, *shape[dim + 1 :])
-
-
 def _rank_cost(run: RunConfig, layout: Layout, rank: int, joint: JointCost) -> RankCost:
     part = part_of(run.model, dataclasses.replace(layout, replica=1, num_microbatches=1), rank)
     sizes = _sizes(run, layout)
+    drawn = _drawn_bytes(run, layout, joint) if rank == 0 else 0.0
     joint = joint if part.has_heads else JointCost()
     states = _states(run, layout, part)
     memory, peak = _memory(run, layout, part, sizes, rank, joint, states["none"])
+    memory["buffers"] = max(memory["buffers"], drawn)
+    # Between steps, when activations and gradients are gone.
+    peak = max(peak, memory["weights"] + memory["optimizer"] + joint.critic_gradients + drawn)
     sent = _sent(run, layout, part, sizes, rank)
     sent |= {axis: sent[axis] + more for axis, more in joint.sent.items()}
     return RankCost(part.sharded + joint.parameters, memory, peak, states["cpu"], states["nvme"], sent)
+
+
+def _drawn_bytes(run: RunConfig, layout: Layout, joint: JointCost) -> float:
+    """The whole model, in float32, which the first rank gathers to draw samples with (``Engine.whole_model``)."""
+    averages = run.reconstructor.enabled and bool(run.reconstructor.ema_decay)
+    gathers = layout.world_size > 1 or run.train.engine == "deepspeed" or averages
+    if not run.train.sample_every or not gathers:
+        return 0.0
+    return float(MASTER_BYTES * (num_parameters(run.model) + joint.parameters))
 
 
 def _states(run: RunConfig, layout: Layout, part: Part) -> dict[Place, dict[str, float]]:

@@ -14,7 +14,7 @@ from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.config.schema import ModelConfig, OpsConfig, ParallelConfig, RunConfig
 from megatron_vilg.ops import attention, fold, fold_plan
 from megatron_vilg.parallel.account import local_bytes, pretend_to_be
-from megatron_vilg.parallel.estimate import KINDS, bubble, estimate
+from megatron_vilg.parallel.estimate import KINDS, RankCost, bubble, estimate
 from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
 from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.engine import NativeEngine, cut_parts
@@ -254,3 +254,20 @@ def test_whole_gradients_between_micro_batches_stay() -> None:
 
 def test_default_layout() -> None:
     assert Layout.of(ParallelConfig(tensor=2, pipeline=2), 16).shard == 4
+
+
+def test_the_first_rank_gathers_the_model_for_samples() -> None:
+    """As ``NativeEngine.whole_model`` does; a single process draws with its live model."""
+
+    def ranks(world_size: int, sample_every: int, **parallel: Any) -> tuple[RankCost, ...]:
+        run = paper_10b(**parallel)
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, sample_every=sample_every))
+        return estimate(run, world_size).ranks
+
+    layout = {"shard": 16, "pipeline": 2, "num_microbatches": 32}
+    never, always = ranks(32, 0, **layout), ranks(32, 1000, **layout)
+    whole = 4 * estimate(paper_10b(), 1).parameters
+    assert always[1] == never[1] and always[0].memory["buffers"] == whole > never[0].memory["buffers"]
+    lasting = always[0].memory["weights"] + always[0].memory["optimizer"]
+    assert always[0].peak == max(never[0].peak, lasting + whole) > never[0].peak
+    assert ranks(1, 1000) == ranks(1, 0)
