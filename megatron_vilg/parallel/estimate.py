@@ -112,10 +112,16 @@ def estimate(run: RunConfig, world_size: int) -> Estimate:
         ranks=ranks,
         drawn=_drawn_bytes(run, layout, joint),
         bubble=bubble(layout),
-        flops_kept=pairs * (3.0 * flops.kept + joint.flops_needed),
+        flops_kept=pairs * pair_flops(run),
         flops_dense=pairs * (3.0 * flops.dense + joint.flops_needed),
         flops_executed=pairs * (3.0 * (flops.kept + unread) + again[run.parallel.recompute] + joint.flops_executed),
     )
+
+
+def pair_flops(run: RunConfig) -> float:
+    """What one pair needs, forward and backward, as ``Estimate.flops_kept`` has it; the numerator of ``mfu(%)``."""
+    alone = Layout(tensor=1, pipeline=1, replica=1, shard=1)
+    return 3.0 * forward_flops(run.model).kept + joint_cost(run, alone, OPTIMIZER_BYTES[run.optim.name]).flops_needed
 
 
 def bubble(layout: Layout) -> float:

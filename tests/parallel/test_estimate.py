@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from megatron_vilg.config.check import require
 from megatron_vilg.config.presets import PRESETS
-from megatron_vilg.config.schema import ModelConfig, OpsConfig, ParallelConfig, RunConfig
+from megatron_vilg.config.schema import ModelConfig, OpsConfig, ParallelConfig, ReconstructorConfig, RunConfig
+from megatron_vilg.models.cost import forward_flops
 from megatron_vilg.ops import attention, fold, fold_plan
 from megatron_vilg.parallel.account import local_bytes, pretend_to_be
-from megatron_vilg.parallel.estimate import KINDS, RankCost, bubble, estimate
+from megatron_vilg.parallel.estimate import KINDS, RankCost, bubble, estimate, pair_flops
 from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
 from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.engine import NativeEngine, cut_parts
@@ -250,6 +251,14 @@ def test_whole_gradients_between_micro_batches_stay() -> None:
     away = estimate(paper_10b(shard=8, zero=1, num_microbatches=2, cpu_offload=True), 8).fullest
     assert away.memory["gradients"] == pytest.approx(4 * estimate(paper_10b(), 1).parameters)
     assert away.host["gradients"] == pytest.approx(4 * away.parameters)
+
+
+def test_a_pair_needs_the_same_in_every_layout() -> None:
+    run = paper_10b(shard=8, tensor=2, num_microbatches=4)
+    joint = dataclasses.replace(run, reconstructor=ReconstructorConfig(enabled=True, critic_weight=0.1))
+    for each in (run, joint):
+        assert pair_flops(each) * run.train.batch_size == pytest.approx(estimate(each, 16).flops_kept, rel=1e-12)
+    assert pair_flops(joint) > pair_flops(run) == 3 * forward_flops(run.model).kept
 
 
 def test_default_layout() -> None:
