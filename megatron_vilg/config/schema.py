@@ -305,6 +305,8 @@ class LogConfig:
     """Whether scalars and sample pictures go to ``tensorboard/`` too."""
     instruments_every: Count = 0
     """Steps between looks at attention logits, log Z and gradients per loss term. 0: never."""
+    peak_tflops: NonNegative = 0.0
+    """Peak of one device in TFLOP/s (dense bf16: 989 for an H100 or H200), for the metric ``mfu(%)``. 0: without it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -24,6 +24,7 @@ from megatron_vilg.errors import CheckpointError, ConfigError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel.estimate import pair_flops
 from megatron_vilg.parallel.mesh import Mesh
 from megatron_vilg.train.course import Course
 from megatron_vilg.train.deepspeed import DeepSpeedEngine
@@ -189,7 +190,8 @@ def open_writer(run: RunConfig, out: Path, mesh: Mesh, start_step: int) -> Metri
     """Metrics are the same on all ranks; the main one writes them."""
     if not mesh.is_main:
         return SilentWriter(run.log, num_steps=run.train.num_steps)
-    return MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=start_step, device=mesh.device)
+    steps, flops = run.train.num_steps, pair_flops(run)
+    return MetricWriter(out, run.log, num_steps=steps, start_step=start_step, device=mesh.device, item_flops=flops)
 
 
 def loader_of(

@@ -204,8 +204,10 @@ def test_offload_leaves_the_reconstructor_where_it_is() -> None:
     )
     values = estimate(run, 2).reconstructor_parameters
     assert away.memory["weights"] == away.memory["gradients"] == 4 * values
-    assert away.host == pytest.approx(16 * (here.parameters - values))
-    assert here.peak - away.peak == pytest.approx(away.host)
+    host = sum(away.host.values())
+    assert host == pytest.approx(16 * (here.parameters - values))
+    # With one micro-batch, gradients are not there yet at the fullest moment.
+    assert here.peak - away.peak == pytest.approx(host * 12 / 16)
 
 
 @pytest.mark.parametrize(("name", "scale"), [("efficientnet-lite0", (1.0, 1.0)), ("efficientnet-lite2", (1.1, 1.2))])
