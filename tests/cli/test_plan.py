@@ -109,7 +109,8 @@ def test_no_torch_is_needed() -> None:
 
 
 def test_a_reconstructor_is_part_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "--preset", "e2e-300m", "--world-size", "8", "parallel.num_microbatches=32"]
+    command = ["plan", "--preset", "e2e-300m", "--world-size", "8", "train.sample_every=0"]
+    command += ["parallel.num_microbatches=32"]
     joint = [*command, "reconstructor.enabled=true", "--json", str(tmp_path / "joint.json")]
     assert main([*command, "--json", str(tmp_path / "alone.json")]) == main(joint) == 0
     alone, both = (line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
@@ -119,7 +120,7 @@ def test_a_reconstructor_is_part_of_the_plan(tmp_path: Path, capsys: pytest.Capt
     )
     contents = [json.loads((tmp_path / name).read_text()) for name in ("alone.json", "joint.json")]
     assert [content["reconstructor_parameters"] for content in contents] == [0, 35_123_347]
-    assert contents[1]["peak_bytes"] > contents[0]["peak_bytes"] + 2 * 2**30
+    assert contents[1]["peak_bytes"] > contents[0]["peak_bytes"] + 1.9 * 2**30
     # 20 GiB hold 32 pairs of the generator alone, but not what their pictures keep.
     assert main([*command[:-1], "parallel.num_microbatches=2", "--gpu-memory", "20"]) == 0
     assert main([*command[:-1], "parallel.num_microbatches=2", "--gpu-memory", "20", "reconstructor.enabled=true"]) == 1

@@ -49,7 +49,7 @@ def joint_run(kind: str = "vqgan", parallel: dict[str, Any] | None = None, **opt
         codebook_size=64,
         codebook_dim=8,
     )
-    run = case_run(parallel, model, batch_size=BATCH)
+    run = case_run(parallel, model, batch_size=BATCH, sample_every=0)
     joint = ReconstructorConfig(enabled=True, decoder_start="scratch", **options)
     run = dataclasses.replace(run, image_tokenizer=tokenizer, reconstructor=joint, ops=OpsConfig(attention="sdpa"))
     return dataclasses.replace(run, optim=dataclasses.replace(run.optim, lr=1e-4))
@@ -152,13 +152,16 @@ def test_two_processes_use_and_send_what_was_planned(parallel: dict[str, Any], o
 
 
 def e2e(kind: str = "vqgan", optim: str = "adamw", **options: Any) -> Estimate:
-    """The ablation's preset on 8 ranks, 2 pairs a micro-batch."""
+    """The ablation's preset on 8 ranks, 2 pairs a micro-batch; with nothing else that may be the fullest moment:
+    attention that copies nothing, no samples."""
     run = PRESETS["e2e-300m"]().resolve(text_vocab_size=18_000)
     size = 128 if kind == "dvae" else 16
     return estimate(
         dataclasses.replace(
             run,
             parallel=ParallelConfig(recompute="block", num_microbatches=32),
+            ops=OpsConfig(attention="flex"),
+            train=dataclasses.replace(run.train, sample_every=0),
             optim=OptimConfig(name=optim),  # type: ignore[arg-type]
             image_tokenizer=dataclasses.replace(run.image_tokenizer, kind=kind, codebook_dim=size),  # type: ignore[arg-type]
             reconstructor=ReconstructorConfig(**options),
