@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vilg.cli.main import VERBS
+from megatron_vilg.cli.main import VERBS, main
 from megatron_vilg.config.check import check
 from megatron_vilg.config.load import load_run_config
 from megatron_vilg.config.options import all_options
@@ -90,3 +90,39 @@ def test_the_weights_of_z_loss_and_who_had_them_are_the_same_everywhere() -> Non
 def test_the_quickstart_is_sound_shell() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "examples" / "quickstart.sh")], check=True)
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
+
+
+def launches_of_10b() -> list[str]:
+    """Every command shown that trains or plans ``paper-10b``: documents, and comments of the job scripts."""
+    texts = [commands(document.read_text(encoding="utf-8")) for document in DOCUMENTS]
+    for script in (ROOT / "examples" / "slurm").glob("*.sbatch"):
+        comments = re.findall(r"^# ?(.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
+        texts.append("\n".join(comments).replace("\\\n", " "))
+    lines = "\n".join(texts).splitlines()
+    return [
+        line for line in lines if "--preset paper-10b" in line and re.search(r"vilg train|vilg plan|pretrain", line)
+    ]
+
+
+def plan_of(command: str) -> list[str]:
+    """What ``vilg plan`` is asked to answer whether a launch fits: nodes of eight GPUs of 80 GiB, or one of 141 GB."""
+    if "vilg plan" in command:
+        return command.split("vilg ")[1].split()
+    size = ["--gpu-memory", f"{141e9 / 2**30}"]
+    if "pretrain.sbatch" in command:
+        script = (ROOT / "examples" / "slurm" / "pretrain.sbatch").read_text(encoding="utf-8")
+        asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", script, re.MULTILINE))
+        asked |= dict(re.findall(r"--([a-z-]+)=(\d+)", command))
+        size = ["--world-size", str(int(asked["nodes"]) * int(asked["ntasks-per-node"]))]
+    return ["plan", "--preset", "paper-10b", *size, *settings(command)]
+
+
+@pytest.mark.parametrize("command", launches_of_10b())
+def test_layouts_shown_for_10b_fit(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan_of(command)) == 0, capsys.readouterr().out
+
+
+def test_no_launch_of_10b_is_overlooked() -> None:
+    shown = launches_of_10b()
+    found = {name: sum(name in command for command in shown) for name in ("pretrain.sbatch", "vilg train", "vilg plan")}
+    assert found["pretrain.sbatch"] == 2 and found["vilg train"] == 1 and found["vilg plan"] >= 7

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +16,15 @@ from megatron_vilg.cli.sampling import (
 )
 from megatron_vilg.cli.tensor import add_tensor_option, generator_ranks, problems_of_tensor
 from megatron_vilg.config.world import World, read_world
+from megatron_vilg.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_vilg.generate.pipeline import Pipeline
 
 _CUTS = ("top_k", "top_p", "min_p")
 """Options that shorten the list of tokens to draw from."""
+_LONGEST = 10.0
+"""Largest exponent of a caption's length: with more, powers of it leave the range of numbers."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,32 +59,56 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Caption and print; the exit code is 0 when every picture has its caption."""
+    """Caption and print; the exit code is 0 when every picture has its caption.
+
+    Raises:
+        DataError: some cannot be read; with all of them, when the others have their captions.
+    """
     world = read_world()
     _check(args, world)
     require_json_place(args.json)
+    from megatron_vilg.data.source_parts import clean_name
     from megatron_vilg.generate.pipeline import Pipeline
 
     with generator_ranks(args.tensor, world, args.device) as mesh:
         pipeline = Pipeline.load(args.load, device=mesh.device, precision=args.precision, mesh=mesh)
-        captions = _captions(args, pipeline)
-        if mesh.rank("tp") > 0:
-            return 0
-        for path, caption in zip(args.images, captions, strict=True):
-            print(f"{path}\t{caption}")
-        write_json(args.json, [{"id": str(p), "caption": c} for p, c in zip(args.images, captions, strict=True)])
+        images, problems = _readable(args.images, pipeline.image_tokenizer.config.image_size)
+        captions = _captions(args, pipeline, images)
+        if mesh.rank("tp") == 0:
+            for path, caption in zip(images, captions, strict=True):
+                print(f"{path}\t{caption}")
+            found = [{"id": clean_name(str(p)), "caption": c} for p, c in zip(images, captions, strict=True)]
+            write_json(args.json, found)
+        if problems:
+            rest = f"; the other {len(images)} have their captions" if images else ""
+            raise DataError(f"{len(problems)} of {len(args.images)} pictures{rest}\n  " + "\n  ".join(problems))
     return 0
 
 
-def _captions(args: argparse.Namespace, pipeline: Pipeline) -> list[str]:
+def _readable(paths: list[Path], size: int) -> tuple[list[Path], list[str]]:
+    """The pictures that can be read, and what is wrong with each of the others."""
+    from megatron_vilg.generate.picture_input import read_picture
+
+    good, problems = [], []
+    for path in paths:
+        try:
+            read_picture(path, size)
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            good.append(path)
+    return good, problems
+
+
+def _captions(args: argparse.Namespace, pipeline: Pipeline, images: list[Path]) -> list[str]:
     """One for each picture."""
     from megatron_vilg.generate.caption import GREEDY
 
     candidates = _candidates(args, pipeline.config.sample.caption_candidates)
     if candidates:
-        return pipeline.caption_of_candidates(args.images, candidates, seed=args.seed, max_batch=args.max_batch)
+        return pipeline.caption_of_candidates(images, candidates, seed=args.seed, max_batch=args.max_batch)
     return pipeline.caption(
-        args.images,
+        images,
         settings=sampling_from_args(args, GREEDY),
         beam=args.beam,
         length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
@@ -119,8 +145,10 @@ def _check(args: argparse.Namespace, world: World) -> None:
     for flag, value in (("--beam", args.beam), ("--max-batch", args.max_batch)):
         if value < 1:
             problems.append(f"{flag}={value}: must be at least 1")
-    if args.length_penalty is not None and not math.isfinite(args.length_penalty):
-        problems.append(f"--length-penalty={args.length_penalty}: must be a finite number, such as 1")
+    if args.length_penalty is not None and not abs(args.length_penalty) <= _LONGEST:
+        problems.append(
+            f"--length-penalty={args.length_penalty}: must be from {-_LONGEST:g} to {_LONGEST:g}, such as 1"
+        )
     if args.length_penalty is not None and args.beam <= 1:
         problems.append(f"--length-penalty={args.length_penalty}: is of beam search. Works: beside --beam 5")
     names = ", ".join(_sampled(args))

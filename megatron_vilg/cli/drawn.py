@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vilg.checkpoint.owner import Process, partial_of
 from megatron_vilg.cli.outputs import require_writable
-from megatron_vilg.cli.shares import GRID_PROMPTS, Share, begin_share, finish_share
+from megatron_vilg.cli.shares import GRID_IMAGES, GRID_PROMPTS, Share, begin_share, finish_share
 from megatron_vilg.data.images import to_image
 from megatron_vilg.errors import ConfigError, MissingPackageError
 from megatron_vilg.evaluate.canvas import Canvas, font_file
@@ -24,6 +24,8 @@ _log = get_logger(__name__)
 
 RECORD_FILE, GRID_FILE = "generate.json", "grid.png"
 _MARGIN, _GAP, _TEXT = 16, 8, 18
+_COLUMNS = 16
+"""Pictures side by side; a prompt with more of them has several lines."""
 _SMALLEST_SIDE = 96
 """Smaller pictures are enlarged in the grid by a whole factor."""
 
@@ -121,15 +123,15 @@ def grid_of_files(out: Path, entries: Sequence[dict[str, Any]]) -> Image.Image:
         with Image.open(out / name) as picture:
             return picture.convert("RGB")
 
-    rows = [[opened(name) for name in entry["files"]] for entry in entries]
+    rows = [[opened(name) for name in entry["files"][:GRID_IMAGES]] for entry in entries]
     return picture_grid([entry["prompt"] for entry in entries], rows)
 
 
 def picture_grid(prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """One row of pictures for each prompt, the prompt above it if there is a font that can write it."""
+    """The pictures of each prompt, the prompt above them if there is a font that can write it."""
     side = pictures[0][0].width
     side *= max(1, -(-_SMALLEST_SIDE // side))
-    columns = max(len(row) for row in pictures)
+    columns = min(_COLUMNS, max(len(row) for row in pictures))
     width = 2 * _MARGIN + columns * (side + _GAP) - _GAP
     canvas = Canvas(width)
     has_font = _has_font()
@@ -138,8 +140,9 @@ def picture_grid(prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image
         if has_font:
             y = round(canvas.paragraph(_MARGIN, y, prompt, _TEXT, width - 2 * _MARGIN)) + _GAP // 2
         for index, picture in enumerate(row):
-            canvas.picture(_MARGIN + index * (side + _GAP), y, picture, side)
-        y += side + 2 * _GAP
+            line, column = divmod(index, columns)
+            canvas.picture(_MARGIN + column * (side + _GAP), y + line * (side + _GAP), picture, side)
+        y += -(-len(row) // columns) * (side + _GAP) + _GAP
     return canvas.finish(_MARGIN)
 
 

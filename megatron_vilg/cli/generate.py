@@ -17,7 +17,7 @@ from megatron_vilg.cli.sampling import (
     require_none,
     sampling_from_args,
 )
-from megatron_vilg.cli.shares import GRID_PROMPTS, Share, chosen_share
+from megatron_vilg.cli.shares import GRID_IMAGES, GRID_PROMPTS, Share, chosen_share
 from megatron_vilg.cli.tensor import add_tensor_option, generator_ranks, problems_of_tensor
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="draw pictures from text",
         description="Draw pictures from text. Writes one PNG per picture, with --max-batch after every few batches, "
         "and at the end generate.json with everything that is needed to draw them again, and grid.png with the first "
-        f"{GRID_PROMPTS} prompts.",
+        f"{GRID_IMAGES} pictures of the first {GRID_PROMPTS} prompts.",
         epilog='example: vilg generate --load runs/demo --prompt "水彩画的红苹果" -n 4 --out drawn',
     )
     parser.add_argument("--load", metavar="RUN_OR_FOLDER", type=Path, required=True, help="run or exported folder")
@@ -124,7 +124,9 @@ def _run_share(args: argparse.Namespace, prompts: list[str], share: Share, mesh:
     complete = folder.finish(record, digest.hexdigest())
     done = f"{len(own) * args.num_images} pictures in {args.out}"
     if share.count == 1:
-        shown = "all of them" if len(prompts) <= GRID_PROMPTS else f"those of the first {GRID_PROMPTS} prompts"
+        is_all = len(prompts) <= GRID_PROMPTS and args.num_images <= GRID_IMAGES
+        each = f"up to {GRID_IMAGES} for each of the first {GRID_PROMPTS} prompts"
+        shown = "all of them" if is_all else each
         print(f"{done}, {shown} in {args.out / 'grid.png'}")
     else:
         rest = "complete" if complete else "other workers are not done"

@@ -122,14 +122,21 @@ def _print_plan(config: RunConfig, cost: Estimate, hardware: Hardware) -> None:
     )
     _line("parameters", f"{rank.parameters / 1e6:.1f} M kept on the fullest rank")
     _line("memory", "  ".join(f"{kind} {rank.memory[kind] / GIB:.2f}" for kind in KINDS) + "  GiB, largest of each")
-    if rank.host:
-        _line("main memory", f"{rank.host / GIB:.2f} GiB for weights, gradients and optimizer")
+    for place, moved in (("main memory", rank.host), ("disk", rank.disk)):
+        if moved:
+            _line(place, "  ".join(f"{kind} {size / GIB:.2f}" for kind, size in moved.items()) + "  GiB")
     verdict = "fits" if fits(cost, hardware) else "DOES NOT FIT"
     _line(
         "peak",
         f"{rank.peak / GIB:.2f} GiB at the fullest moment; {verdict} {hardware.memory:g} GiB "
         f"({hardware.memory_share:.0%} of it may be filled)",
     )
+    if cost.drawn:
+        _line(
+            "samples",
+            f"{cost.drawn / GIB:.2f} GiB: the whole model, on the first GPU every {config.train.sample_every} steps; "
+            "part of its peak (never: train.sample_every=0)",
+        )
     sent = cost.busiest
     _line("sent", "  ".join(f"{axis} {sent[axis] / 1e9:.2f}" for axis in AXES) + "  GB per rank and step")
     _line("bubble", f"{cost.bubble:.1%} of a step waits in the pipeline")
@@ -185,6 +192,7 @@ def _as_json(config: RunConfig, cost: Estimate, hardware: Hardware) -> dict[str,
         "reconstructor_parameters": cost.reconstructor_parameters,
         "ranks": [dataclasses.asdict(rank) for rank in cost.ranks],
         "peak_bytes": cost.fullest.peak,
+        "samples_bytes": cost.drawn,
         "fits": fits(cost, hardware),
         "sent_bytes": cost.busiest,
         "bubble": cost.bubble,

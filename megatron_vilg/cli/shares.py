@@ -21,8 +21,8 @@ PARTS = "parts"
 """Folder with one record per worker; they stay, so that a part can be drawn again."""
 EARLIER = f"{PARTS}/earlier.json"
 """Where the record of an earlier call waits until the pictures of this one are complete."""
-GRID_PROMPTS = 64
-"""A grid shows this many prompts at most: it is one picture, and has to fit into memory."""
+GRID_PROMPTS, GRID_IMAGES = 64, 64
+"""A grid shows this many prompts, and pictures of each, at most: it is one picture, and has to fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Coverage = Annotated[float, Field(ge=0.98, le=1.0)]  # SentencePiece refuses less
 NonNegative = Annotated[float, Field(ge=0.0)]
+Guidance = Annotated[float, Field(ge=0.0, le=1000.0)]  # so that guided logits stay finite
 Positive = Annotated[float, Field(gt=0.0)]
 Precision = Literal["auto", "fp32", "bf16"]
 

@@ -150,7 +150,8 @@ def paper_10b() -> RunConfig:
         text_tokenizer=TextTokenizerConfig(vocab_size=18_000, character_coverage=0.9995),
         loss=LossConfig(z_loss=1e-5),
         optim=OptimConfig(lr=1e-4, betas=(0.9, 0.96), weight_decay=0.04, warmup_steps=5000),
-        train=TrainConfig(num_steps=430_000, batch_size=2048, precision="bf16"),
+        # No sample pictures: the first rank would gather the whole model for them, 37 GiB in fp32.
+        train=TrainConfig(num_steps=430_000, batch_size=2048, precision="bf16", sample_every=0),
         parallel=ParallelConfig(recompute="block"),
         log=LogConfig(every=50),
     )

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_vilg.config.fields import STRICT, Count, Fraction, NonNegative, Positive, PositiveInt, Precision
+from megatron_vilg.config.fields import STRICT, Count, Fraction, Guidance, NonNegative, Positive, PositiveInt, Precision
 from megatron_vilg.config.tokenizers import ImageTokenizerConfig, ImageTokenizerTrainConfig, TextTokenizerConfig
 from megatron_vilg.sequence import StreamSpec
 
@@ -263,7 +263,7 @@ class TrainConfig:
     seed: int = 0
     """Initial weights, order, noise."""
     max_skipped_in_row: PositiveInt = 20
-    """Non-finite steps in a row after which the run stops."""
+    """Non-finite steps in a row after which the run stops, or goes back with ``rollback_factor``."""
     rollback_factor: NonNegative = 0.0
     """Cross-entropies above this multiple of their running mean take the run back to a checkpoint from before, and past
     the pairs in between. 0: never."""
@@ -305,6 +305,8 @@ class LogConfig:
     """Whether scalars and sample pictures go to ``tensorboard/`` too."""
     instruments_every: Count = 0
     """Steps between looks at attention logits, log Z and gradients per loss term. 0: never."""
+    peak_tflops: NonNegative = 0.0
+    """Peak of one device in TFLOP/s (dense bf16: 989 for an H100 or H200), for the metric ``mfu(%)``. 0: without it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -319,11 +321,11 @@ class SampleConfig:
     """Keep the likeliest tokens that together have this probability."""
     min_p: Fraction = 0.0
     """Keep only tokens at least this share as likely as the likeliest one. 0: all."""
-    guidance: NonNegative = 1.0
+    guidance: Guidance = 1.0
     """Classifier-free guidance scale; 1: off."""
-    manner_guidance: NonNegative = 0.0
+    manner_guidance: Guidance = 0.0
     """How much ``MANNER`` of a prompt ``MANNER的THING`` pulls on its own, for combinations never seen. 0: off."""
-    thing_guidance: NonNegative = 0.0
+    thing_guidance: Guidance = 0.0
     """How much ``THING`` of such a prompt pulls on its own. 0: off."""
     rerank: Count = 0
     """Pictures drawn of each prompt, of which those that both directions find likeliest are kept. 0: no choice."""

@@ -105,7 +105,8 @@ class ImageTokenizerTrainConfig:
     precision: Precision = "auto"
     """Arithmetic of the convolutions; weights stay fp32. ``auto``: as for ``train.precision``."""
     continuous_fraction: Fraction = 0.1
-    """First share of the steps without quantisation; k-means on encoder outputs then sets the codebook."""
+    """First share of the steps without quantisation; k-means on encoder outputs then sets the codebook, once: a run
+    that goes on with more steps keeps it."""
     frozen_codebook_fraction: Fraction = 0.15
     """Last share of the steps with a frozen codebook, so that the decoder settles."""
     weights_ema_decay: Fraction = 0.0
@@ -115,7 +116,8 @@ class ImageTokenizerTrainConfig:
     temperature_end: Positive = 0.0625
     """... and at the end of its cosine ..."""
     temperature_fraction: Fraction = 0.5
-    """... which takes this share of the steps (DALL-E: 150,000 of 3,000,000)."""
+    """... which takes this share of the steps (DALL-E: 150,000 of 3,000,000), and never goes back where a run goes on
+    with more steps."""
     kl_weight: NonNegative = 6.6
     """dVAE: weight of the divergence of the codes from a uniform choice, summed over tokens and divided by the number
     of pixel values, as DALL-E has it."""

@@ -27,6 +27,8 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             return to_rgb(opened)
+    except UnidentifiedImageError as error:
+        raise DataError(f"not a readable picture ({len(data)} bytes): no format that Pillow knows") from error
     except (*_UNREADABLE, DataError) as error:
         raise DataError(f"not a readable picture ({len(data)} bytes): {error}") from error
 

@@ -106,6 +106,8 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); needs a JSON object per line") from error
+    if text.lstrip().startswith("["):
+        return _list(path, text)
     entries = []
     for number, line in enumerate(text.split("\n"), start=1):  # other line separators may stand in a JSON string
         if not line.strip():
@@ -114,10 +116,24 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             entry = json.loads(line)
         except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), (str, int)):
-            raise DataError(f'{path}:{number}: needs an object with "id", a text or a number, got {line[:80]!r}')
-        entries.append((number, entry))
+        entries.append((number, _entry(path, number, entry)))
     return entries
+
+
+def _list(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    """One JSON list, as ``vilg caption --json`` writes it; entries are numbered from 1, as lines are."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    return [(number, _entry(path, number, entry)) for number, entry in enumerate(found, start=1)]
+
+
+def _entry(path: Path, number: int, entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), (str, int)):
+        shown = json.dumps(entry, ensure_ascii=False)[:80]
+        raise DataError(f'{path}:{number}: needs an object with "id", a text or a number, got {shown!r}')
+    return entry
 
 
 def _put(into: dict[str, Any], path: Path, number: int, entry: Mapping[str, Any], value: object) -> None:

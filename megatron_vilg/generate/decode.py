@@ -172,7 +172,7 @@ class Decoder:
         assert self.model.embed is not None and self.model.norm is not None
         x = self.model.embed.target(self.direction, ids[:, None], self.token)
         for i, block in enumerate(self.blocks):
-            out = self._attention(i, *block.attention.project(block.norm1(x)))
+            out = self._attention(i, *block.attention.project_alike(block.norm1(x)))
             x = block.add_mlp(block.add_attention(x, block.attention.out(out)))
         self.token += 1
         return self.head(self.model.norm(x[:, 0]))
@@ -208,7 +208,7 @@ class Decoder:
             return x.view(sources, targets, heads, size).transpose(1, 2)
 
         keys, values, bias = self._exchange(layer, by_source(k), by_source(v))
-        query = (by_source(q) * size**-0.5).to(v.dtype).contiguous()
+        query = (by_source(q) * size**-0.5).contiguous()
         to_shared = torch.bmm(query.view(sources * heads, targets, size), self.shared_keys[layer])
         to_shared = to_shared.view(sources, heads, targets, -1)
         if self.shared_bias is not None:

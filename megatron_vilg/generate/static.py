@@ -66,7 +66,7 @@ class StaticDecoder(Decoder):
         assert self.model.embed is not None and self.model.norm is not None
         x = self.model.embed.target(self.direction, ids[:, None], self.position)
         for i, block in enumerate(self.blocks):
-            out = self._attention(i, *block.attention.project(block.norm1(x)))
+            out = self._attention(i, *block.attention.project_alike(block.norm1(x)))
             x = block.add_mlp(block.add_attention(x, block.attention.out(out)))
         self.position += 1
         return self.head(self.model.norm(x[:, 0]))

@@ -262,16 +262,54 @@ def _behind_bytes(config: ModelConfig, sizes: Sizes) -> float:
     return kept
 
 
-def backward_bytes_per_row(config: ModelConfig, sizes: Sizes, *, scores: bool) -> float:
+@dataclass(frozen=True, slots=True)
+class FoldShape:
+    """How ``ops.fold_plan`` cuts the image queries of one direction: so many blocks, and the keys that each sees."""
+
+    blocks: int
+    keys: int
+
+
+def fold_shape(config: ModelConfig, pattern: str, direction: Direction) -> FoldShape:
+    """Blocks of a layer that is folded (``ops.attention_choice.executed_by``)."""
+    side, count = config.image_side, config.image_side**2
+    causal = direction == Direction.TEXT_TO_IMAGE
+    block = side // 2 if pattern == "row" and side % 2 == 0 and side >= 16 else side
+    if pattern == "column":
+        before, after = 0, 0
+    elif pattern == "conv":
+        half = config.conv_kernel // 2
+        before = after = half * side + (half if config.conv_wrap else 0)
+    elif causal or config.image_to_text_row == "window":
+        before = after = side
+    else:
+        before = after = side - block
+    around = min(before, count - block) + (0 if causal else min(after, count - block))
+    shared = config.spec.source_length(direction) + 1 if causal else 2
+    return FoldShape(count // block, shared + around + block)
+
+
+def fold_bytes_per_row(config: ModelConfig, sizes: Sizes, pattern: str) -> float:
+    """What folding one layer on a GPU keeps of one row besides: keys and values of every block, the image's queries,
+    and the results of both kernels; the mean of both directions."""
+    copied = 0
+    for direction in Direction:
+        shape = fold_shape(config, pattern, direction)
+        copied += 2 * shape.blocks * shape.keys + config.spec.num_image_tokens + config.spec.num_used
+        if direction == Direction.IMAGE_TO_TEXT:  # the others are on both sides of the image, and are gathered
+            copied += config.spec.num_used - config.spec.num_image_tokens
+    return copied / len(Direction) * sizes.compute * config.width / sizes.split
+
+
+def backward_bytes_per_row(config: ModelConfig, sizes: Sizes, *, scores: bool, folded: float = 0.0) -> float:
     """What passes through the backward pass of a block for one row: the hidden state's gradient and the widest others.
 
-    Those are of the feed-forward's inside or, with ``scores`` written out, two of their size: there the feed-forward's
-    own tensors are gone already.
+    Those are of the feed-forward's inside or of attention, when the feed-forward's own tensors are gone already: with
+    ``scores`` written out two of their size, with keys and values ``folded`` (bytes of a row) as much again.
     """
     widest = config.mlp_ratio * sizes.compute * config.width / sizes.split
-    if scores:
-        of_softmax = 2 * sizes.compute * config.num_heads * config.spec.length / sizes.split
-        widest = max(widest, of_softmax - _behind_bytes(config, sizes))
+    inside = 2 * sizes.compute * config.num_heads * config.spec.length / sizes.split if scores else 0.0
+    widest = max(widest, max(inside, folded / config.spec.length) - _behind_bytes(config, sizes))
     return config.spec.length * (sizes.residual * config.width / sizes.split + widest)
 
 

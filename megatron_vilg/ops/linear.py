@@ -77,9 +77,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])
         return (
             onednn_product(grad, weight.T, None) if needs_x else None,
-            rows.T @ x.flatten(0, -2) if needs_weight else None,
+            rows.T @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
 
-from megatron_vilg.config.schema import ModelConfig, RunConfig
+from megatron_vilg.config.deepspeed import Place, offload_of
+from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.models.cost import (
     Sizes,
     backward_bytes_per_row,
     block_bytes_per_row,
+    fold_bytes_per_row,
     forward_flops,
     input_bytes_per_row,
-    is_hidden_matrix,
     layer_kinds,
     left_out_bytes_per_row,
     mask_bytes_per_row,
     num_parameters,
     num_stack_parameters,
-    parameter_shapes,
 )
 from megatron_vilg.ops.attention_choice import Implementation, executed_by, implementation_of
 from megatron_vilg.parallel.joint_estimate import JointCost, joint_cost
-from megatron_vilg.parallel.layout import Layout, stage_layers, stages_of_rank
-from megatron_vilg.parallel.plan import Cut, rule_of
+from megatron_vilg.parallel.layout import Layout, stages_of_rank
+from megatron_vilg.parallel.part import Part, part_of
 
 MASTER_BYTES = 4
 """Weights, gradients and gradient sums are kept in float32."""
@@ -48,27 +46,6 @@ AXES = ("tp", "shard", "replica", "pp")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Values of one rank's pieces of the model, after the cut over ``tp``."""
-
-    whole: int
-    """As they are when gathered over ``shard``."""
-    sharded: int
-    """The share of the rank that has most of them."""
-    matrices: int
-    """Those of ``sharded`` that are matrices of blocks."""
-    block: int
-    """The largest block, gathered."""
-    rest: int
-    """Everything outside blocks, gathered."""
-    shared: int
-    """Values that every rank of ``tp`` holds and applies to something else; their gradients are summed over it."""
-    layers: int
-    has_embedding: bool
-    has_heads: bool
-
-
-@dataclass(frozen=True, slots=True)
 class RankCost:
     """One rank of the pipeline; ranks along the other axes cost the same."""
 
@@ -78,8 +55,10 @@ class RankCost:
     """Largest bytes by kind (``KINDS``); they do not all peak together."""
     peak: float
     """Largest bytes of all kinds together, at one time."""
-    host: float
-    """Bytes in main memory instead, with ``parallel.cpu_offload``."""
+    host: dict[str, float]
+    """Bytes in main memory instead, by kind; of the generator alone, as the reconstructor's stay."""
+    disk: dict[str, float]
+    """The same on a disk (``nvme``)."""
     sent: dict[str, float]
     """Bytes this rank sends per step, by axis (``AXES``)."""
 
@@ -94,6 +73,8 @@ class Estimate:
     stack_parameters: int
     reconstructor_parameters: int
     ranks: tuple[RankCost, ...]
+    drawn: float
+    """Bytes that the first rank gathers besides, every ``train.sample_every`` steps; part of its peak."""
     bubble: float
     """Share of a step in which a rank of the pipeline waits for others."""
     flops_kept: float
@@ -129,11 +110,18 @@ def estimate(run: RunConfig, world_size: int) -> Estimate:
         stack_parameters=num_stack_parameters(run.model),
         reconstructor_parameters=joint.parameters,
         ranks=ranks,
+        drawn=_drawn_bytes(run, layout, joint),
         bubble=bubble(layout),
-        flops_kept=pairs * (3.0 * flops.kept + joint.flops_needed),
+        flops_kept=pairs * pair_flops(run),
         flops_dense=pairs * (3.0 * flops.dense + joint.flops_needed),
         flops_executed=pairs * (3.0 * (flops.kept + unread) + again[run.parallel.recompute] + joint.flops_executed),
     )
+
+
+def pair_flops(run: RunConfig) -> float:
+    """What one pair needs, forward and backward, as ``Estimate.flops_kept`` has it; the numerator of ``mfu(%)``."""
+    alone = Layout(tensor=1, pipeline=1, replica=1, shard=1)
+    return 3.0 * forward_flops(run.model).kept + joint_cost(run, alone, OPTIMIZER_BYTES[run.optim.name]).flops_needed
 
 
 def bubble(layout: Layout) -> float:
@@ -142,72 +130,49 @@ def bubble(layout: Layout) -> float:
     return idle / (layout.stages_per_rank * layout.num_microbatches + idle)
 
 
-@lru_cache(maxsize=1024)
-def part_of(model: ModelConfig, layout: Layout, rank: int) -> Part:
-    """What a rank of the pipeline holds of the model; copies and micro-batches of ``layout`` do not matter."""
-    stages = stages_of_rank(layout.pipeline, layout.stages_per_rank, rank)
-    ranges = stage_layers(model.num_layers, layout.num_stages)
-    layers = {layer for stage in stages for layer in ranges[stage]}
-    has_embedding, has_heads = 0 in stages, layout.num_stages - 1 in stages
-    blocks = dict.fromkeys(layers, 0)
-    rest = sharded = matrices = shared = 0
-    for name, shape in parameter_shapes(model).items():
-        top = name.split(".")
-        if top[0] == "blocks" and int(top[1]) not in layers:
-            continue
-        if (top[0] == "embed" and not has_embedding) or (top[0] in ("norm", "heads") and not has_heads):
-            continue
-        local = local_shape(name, shape, layout.tensor)
-        size = prod(local)
-        if top[0] == "blocks":
-            blocks[int(top[1])] += size
-        else:
-            rest += size
-        largest_share = -(-local[0] // layout.shard) * prod(local[1:])
-        sharded += largest_share
-        matrices += largest_share if is_hidden_matrix(name, len(shape)) else 0
-        if layout.tensor > 1 and rule_of(name).cut in (Cut.SEQUENCE, Cut.HEADS):
-            shared += size
-    return Part(
-        whole=sum(blocks.values()) + rest,
-        sharded=sharded,
-        matrices=matrices,
-        block=max(blocks.values()),
-        rest=rest,
-        shared=shared,
-        layers=len(layers),
-        has_embedding=has_embedding,
-        has_heads=has_heads,
-    )
-
-
-def local_shape(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
-    """Shape of a parameter on one rank of ``tp``."""
-    dim = rule_of(name).cut.dim
-    if dim is None:
-        return shape
-    dim = min(dim, len(shape) - 1)
-    return (*shape[:dim], shape[dim] // tensor, *shape[dim + 1 :])
-
-
 def _rank_cost(run: RunConfig, layout: Layout, rank: int, joint: JointCost) -> RankCost:
     part = part_of(run.model, dataclasses.replace(layout, replica=1, num_microbatches=1), rank)
     sizes = _sizes(run, layout)
+    drawn = _drawn_bytes(run, layout, joint) if rank == 0 else 0.0
     joint = joint if part.has_heads else JointCost()
-    memory, peak = _memory(run, layout, part, sizes, rank, joint)
-    host = 0.0
-    if run.parallel.cpu_offload:  # of the generator's; the reconstructor's stay
-        stays = {
-            "weights": joint.weights,
-            "gradients": joint.gradients + joint.critic_gradients,
-            "optimizer": joint.optimizer,
-        }
-        host = sum(memory[kind] - stays[kind] for kind in stays)
-        memory = memory | stays
-        peak -= host
+    states = _states(run, layout, part)
+    memory, peak = _memory(run, layout, part, sizes, rank, joint, states["none"])
+    memory["buffers"] = max(memory["buffers"], drawn)
+    # Between steps, when activations and gradients are gone.
+    peak = max(peak, memory["weights"] + memory["optimizer"] + joint.critic_gradients + drawn)
     sent = _sent(run, layout, part, sizes, rank)
     sent |= {axis: sent[axis] + more for axis, more in joint.sent.items()}
-    return RankCost(part.sharded + joint.parameters, memory, peak, host, sent)
+    return RankCost(part.sharded + joint.parameters, memory, peak, states["cpu"], states["nvme"], sent)
+
+
+def _drawn_bytes(run: RunConfig, layout: Layout, joint: JointCost) -> float:
+    """The whole model, in float32, which the first rank gathers to draw samples with (``Engine.whole_model``)."""
+    averages = run.reconstructor.enabled and bool(run.reconstructor.ema_decay)
+    gathers = layout.world_size > 1 or run.train.engine == "deepspeed" or averages
+    if not run.train.sample_every or not gathers:
+        return 0.0
+    return float(MASTER_BYTES * (num_parameters(run.model) + joint.parameters))
+
+
+def _states(run: RunConfig, layout: Layout, part: Part) -> dict[Place, dict[str, float]]:
+    """Bytes of the generator's weights, gradients and optimizer state, by the place that they are kept in."""
+    parallel, places = run.parallel, offload_of(run)
+    is_native = run.train.engine == "native"
+    optimizer = OPTIMIZER_BYTES[run.optim.name] * part.sharded
+    if run.optim.name == "muon":
+        optimizer -= (OPTIMIZER_BYTES["muon"] - MUON_BYTES) * part.matrices
+    # DeepSpeed keeps shards of gradients in main memory where its update runs there, also of states on a disk.
+    offloads = parallel.cpu_offload if is_native else parallel.zero == 3 and places.optimizer != "none"
+    # FSDP moves them when they have been summed over ranks, which is after the last micro-batch here.
+    is_whole = layout.world_size > 1 and parallel.zero == 1 and layout.num_microbatches > 1
+    weights_place = "cpu" if parallel.cpu_offload and is_native else places.weights
+    states: dict[Place, dict[str, float]] = {"none": {}, "cpu": {}, "nvme": {}}
+    states[weights_place]["weights"] = MASTER_BYTES * part.sharded
+    states["cpu" if offloads else "none"]["gradients"] = MASTER_BYTES * part.sharded
+    if is_whole:
+        states["none"]["gradients"] = MASTER_BYTES * part.whole
+    states[places.optimizer]["optimizer"] = optimizer
+    return states
 
 
 def _sizes(run: RunConfig, layout: Layout) -> Sizes:
@@ -222,9 +187,9 @@ def _sizes(run: RunConfig, layout: Layout) -> Sizes:
 
 
 def _memory(
-    run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int, joint: JointCost
+    run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int, joint: JointCost, states: dict[str, float]
 ) -> tuple[dict[str, float], float]:
-    """Bytes by kind, and of the fullest moment."""
+    """Bytes by kind, and of the fullest moment; ``states`` are the generator's that stay on the GPU."""
     parallel, model = run.parallel, run.model
     rows = 2 * layout.pairs_each(run.train.batch_size)
     executed = _attention(run)
@@ -236,15 +201,18 @@ def _memory(
         "block": rows * input_bytes_per_row(model, sizes),
     }[parallel.recompute]
     recomputed = block_whole - block_kept
-    kept = layout.micro_batches_in_flight(rank) * (part.layers * block_kept - _left_out(run, layout, part, sizes, rows))
-    passing = rows * backward_bytes_per_row(model, sizes, scores=scores)
+    # Folded attention keeps more in some layers than in others; computed again, it does so in one at a time.
+    folded = _fold_bytes(run, part, sizes, rows)
+    widest = max(folded)
+    recomputed += widest
+    each = len(part.patterns) * block_kept - _left_out(run, layout, part, sizes, rows)
+    if parallel.recompute == "none":
+        each, recomputed, block_kept = each + sum(folded), 0.0, block_whole + widest
+    kept = layout.micro_batches_in_flight(rank) * each
+    passing = rows * backward_bytes_per_row(model, sizes, scores=scores, folded=widest / rows)
     masks = rows * mask_bytes_per_row(model, sizes, executed.count("dense") + executed.count("sdpa"))
-    weights, optimizer = float(MASTER_BYTES * part.sharded), OPTIMIZER_BYTES[run.optim.name] * part.sharded
-    if run.optim.name == "muon":
-        optimizer -= (OPTIMIZER_BYTES["muon"] - MUON_BYTES) * part.matrices
+    weights, gradients, optimizer = (states.get(kind, 0.0) for kind in ("weights", "gradients", "optimizer"))
     has_earlier = layout.num_microbatches > 1
-    keeps_whole_gradients = layout.world_size > 1 and parallel.zero == 1 and has_earlier
-    gradients = float(MASTER_BYTES) * (part.whole if keeps_whole_gradients else part.sharded)
     gathered, on_their_way = _buffers(run, layout, part, sizes)
     saved, chunk = _logits(run, layout, part, sizes)
     lasting = weights + optimizer + joint.weights + joint.optimizer + joint.critic_gradients
@@ -262,7 +230,7 @@ def _memory(
     pictures = saved + earlier_joint + joint.turning
     behind = joint.gradients + recomputed + passing
     turning = kept + earlier + max(earlier_joint + saved + chunk, pictures, behind)
-    before_last = gradients * (1 - (part.block + part.rest) / part.whole) if part.layers > 1 else 0.0
+    before_last = gradients * (1 - (part.block + part.rest) / part.whole) if len(part.patterns) > 1 else 0.0
     end = max(earlier, before_last) + block_kept + recomputed + passing + on_their_way
     # Autocast's copies of weights go as the backward pass goes.
     at_end = sizes.compute * part.block if sizes.autocast else gathered
@@ -275,6 +243,13 @@ def _attention(run: RunConfig) -> list[Implementation]:
     implementation, _ = implementation_of(run.ops.attention, run.model.image_side)
     kinds = sorted(set(layer_kinds(run.model.num_layers, run.model.pattern)))
     return [executed_by(implementation, run.model, kind) for kind in kinds]
+
+
+def _fold_bytes(run: RunConfig, part: Part, sizes: Sizes, rows: int) -> list[float]:
+    """What attention of each layer copies and keeps of a micro-batch."""
+    implementation, _ = implementation_of(run.ops.attention, run.model.image_side)
+    kinds = [(executed_by(implementation, run.model, pattern), pattern) for pattern in part.patterns]
+    return [rows * fold_bytes_per_row(run.model, sizes, pattern) if by == "fold" else 0.0 for by, pattern in kinds]
 
 
 def _computes_all(run: RunConfig, layout: Layout) -> bool:
@@ -294,7 +269,7 @@ def _buffers(run: RunConfig, layout: Layout, part: Part, sizes: Sizes) -> tuple[
     if layout.world_size == 1:
         if not sizes.autocast:
             return 0.0, 0.0
-        layers = part.layers if run.parallel.recompute != "block" else 1
+        layers = len(part.patterns) if run.parallel.recompute != "block" else 1
         # Autocast's copies: kept for the backward pass, or made anew where the block is.
         return float(sizes.compute * part.block * layers), 0.0
     gathered = part.rest + 2 * part.block if run.parallel.zero == 3 else part.whole
@@ -347,7 +322,7 @@ def _sent(run: RunConfig, layout: Layout, part: Part, sizes: Sizes, rank: int) -
     replica = 2 * ring(layout.replica) * part.sharded * _reduce_bytes(run)
     # Each block gathers and scatters twice, forward and backward; recomputing repeats the forward ones but the last,
     # behind which nothing is kept for the backward pass.
-    exchanges = part.layers * (11 if parallel.recompute == "block" else 8)
+    exchanges = len(part.patterns) * (11 if parallel.recompute == "block" else 8)
     exchanges += 2 * part.has_embedding + part.has_heads
     per_micro = ring(layout.tensor) * exchanges * hidden
     if part.has_heads:

@@ -59,7 +59,8 @@ class JointCost:
     judging: float = 0.0
     """When the critic learns from all pictures of the step; the generator's activations and gradients are gone then."""
     sent: Mapping[str, float] = field(default_factory=dict)
-    """Gradients, averaged over the data ranks; sums of batch norms and of the adaptive weight are left out."""
+    """Gradients, averaged over the data ranks and passed along ``tp``; sums of batch norms and of the adaptive weight
+    are left out."""
     flops_needed: float = 0.0
     """Of one pair, forward and backward; the feature network is left out."""
     flops_executed: float = 0.0
@@ -97,6 +98,7 @@ def joint_cost(run: RunConfig, layout: Layout, matrix_bytes: float) -> JointCost
         sent={
             "shard": 2 * (1 - 1 / layout.shard) * FLOAT_BYTES * (values + judge_values),
             "replica": 2 * (1 - 1 / layout.replica) * FLOAT_BYTES * (values + judge_values),
+            "tp": float(FLOAT_BYTES * (values + judge_values) if layout.tensor > 1 else 0),
         },
         flops_needed=float(needed),
         # The adaptive weight takes the gradient through the critic a second time.

@@ -102,6 +102,18 @@ class Mesh:
         dist.broadcast(value, group=self.axis(axis).get_group(), group_src=0)
         return value
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether other ranks hold what is whole on each rank of a pipeline stage."""
+        return self.data_size * self.size("tp") > 1
+
+    def copies_mean(self, value: Tensor) -> Tensor:
+        """``data_mean`` for what is whole on each rank of ``tp``: that of the first one, on all of them.
+
+        They compute the same from the same inputs, but on a GPU not to the last bit, so that copies would drift apart.
+        """
+        return self.same(self.data_mean(value), "tp")
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank; all ranks must ask."""
         if self.root is None:

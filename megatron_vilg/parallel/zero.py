@@ -13,6 +13,7 @@ Weights, gradients and optimizer state are sharded between steps in all three, i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -45,6 +46,9 @@ def apply_zero(
     With ``in_bf16`` gathered weights and hidden states are bfloat16; shards, and the gradients that reach the
     optimizer, stay float32. On their way between ranks gradients are of ``reduce_dtype``.
     """
+    # With tensor parallelism a block's output is a DTensor's local tensor, which torch sees as a view. It warns of
+    # changing that in place; blocks and heads never do (sums are out of place), and gradients are those of one process.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP(Block|ViLG)\) returned a view tensor", UserWarning)
     grid = mesh.axis("replica", "shard") if mesh.size("replica") > 1 else mesh.axis("shard")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=reduce_dtype)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if cpu_offload else OffloadPolicy()

@@ -37,6 +37,7 @@ class Course:
         self._mean = float(saved.get(_MEAN, math.nan))
         self.last_good = int(saved.get(_LAST_GOOD, 0))
         """Step of the last healthy log line: what was saved after it may be lost already."""
+        self._complaint = ""
         self._bad_in_row = int(saved.get(_BAD_IN_ROW, 0))
 
     @property
@@ -61,10 +62,20 @@ class Course:
         """Which batch the step with this number takes: later ones once batches were left behind."""
         return step + self.skipped
 
-    def lost(self, step: int, values: Mapping[str, float]) -> bool:
-        """Note the losses of a log line; whether the run is to go back."""
-        if not self.options.rollback_factor:
-            return False
+    def lost(self, step: int, values: Mapping[str, float], complaint: str = "") -> bool:
+        """Note the losses of a log line; whether the run is to go back.
+
+        Args:
+            complaint: of ``train.max_skipped_in_row``, which no more lines need to confirm; empty: there is none.
+
+        Raises:
+            TrainingError: there is one, and the run never goes back.
+        """
+        if complaint and not self.options.rollback_factor:
+            raise TrainingError(complaint)
+        self._complaint = complaint
+        if complaint or not self.options.rollback_factor:
+            return bool(complaint)
         loss = sum(values[name] for name in WATCHED)
         if math.isnan(self._mean) and math.isfinite(loss):
             self._mean = loss
@@ -97,6 +108,9 @@ class Course:
         before = checkpointer.latest(self.last_good)
         if self.rollbacks >= self.options.max_rollbacks or before is None:
             why = "there is no checkpoint from before" if before is None else f"after {self.rollbacks} rollbacks"
+            if self._complaint:
+                going_back = f"Going back (train.rollback_factor={self.options.rollback_factor:g})"
+                raise TrainingError(f"{self._complaint} {going_back} is no way out: {why}.")
             raise TrainingError(
                 f"train.rollback_factor={self.options.rollback_factor:g}: the losses rose above that multiple of their "
                 f"running mean after step {self.last_good}, {why}. Lower optim.lr, set model.qk_norm=true or "
@@ -105,9 +119,11 @@ class Course:
         manifest = checkpointer.load(before, engine.state_dict(), expected=progress)
         self.skipped += engine.step - manifest.step
         self.rollbacks += 1
+        high = f"losses above {self.options.rollback_factor:g} times their mean"
         log.warning(
-            "losses above %g times their mean after step %d: back to step %d, past the batches in between (%d in all)",
-            *(self.options.rollback_factor, self.last_good, manifest.step, self.skipped),
+            "%s after step %d: back to step %d, past the batches in between (%d in all)",
+            *("too many steps in a row not finite" if self._complaint else high, self.last_good),
+            *(manifest.step, self.skipped),
         )
         self._bad_in_row, self.last_good = 0, manifest.step - 1
         engine.resume(manifest.step)

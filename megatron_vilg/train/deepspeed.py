@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -315,6 +316,9 @@ def import_deepspeed(device: torch.device) -> Any:
         raise ConfigError([f"DS_ACCELERATOR={found}: training runs on {device.type}. Works: {device.type}, or unset."])
     if not log.isEnabledFor(logging.DEBUG):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Version 0.19.8 calls them by names that torch 2.13 gives up; whoever trains can do nothing about that.
+    deprecated = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+    warnings.filterwarnings("ignore", deprecated, FutureWarning)
     operations.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     ensure_group(device)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.config.schema import ImageTokenizerTrainConfig
 from megatron_vilg.models.dvae import DVAE, kl_to_uniform
 from megatron_vilg.models.pixel_losses import logit_laplace, logit_laplace_pixels
 from megatron_vilg.train.pixel_source import PixelSource, seeded
 from megatron_vilg.train.tokenizer_engine import TokenizerEngine, TokenizerStep
+
+_REACHED = "schedule_step"
+"""Counter of a manifest: the step up to which the schedules have come; without it, its step."""
 
 
 def temperature_at(step: int, options: ImageTokenizerTrainConfig) -> float:
@@ -34,18 +40,29 @@ class DVAEEngine(TokenizerEngine):
     """
 
     model: DVAE
+    _reached: int = 0
+    """No step takes temperature and weight of the divergence from before this one of their schedules."""
 
     def before_step(self, step: int, source: PixelSource) -> None:
         """Nothing: a dVAE's codes learn from the first step on."""
 
+    def resumed(self, found: Manifest, before: Mapping[str, Any]) -> None:
+        """With more steps the schedules stand still until the run comes to where they are."""
+        reached = int(found.counters.get(_REACHED, found.step))
+        self._reached = reached * self.options.num_steps // int(before["num_steps"])
+
+    def counters(self, step: int) -> dict[str, int]:
+        """Where the schedules are, if ahead of ``step``."""
+        return {_REACHED: self._reached} if self._reached > step else {}
+
     def train_step(self, step: int, pixels: Tensor) -> TokenizerStep:
         """Learn from this process's part [b, 3, S, S] of a batch, in [-1, 1]."""
-        options, model = self.options, self.model
+        options, model, place = self.options, self.model, max(step, self._reached)
         pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
         model.train()
         with self._autocast():
             logits = model.features(pixels)
-        vectors = model.soft_codes(logits, temperature_at(step, options), self._uniforms(step, logits))
+        vectors = model.soft_codes(logits, temperature_at(place, options), self._uniforms(step, logits))
         with self._autocast():
             parameters = model.parameters_of(vectors)
         losses = {
@@ -55,7 +72,7 @@ class DVAEEngine(TokenizerEngine):
         losses |= self._picture_losses(logit_laplace_pixels(parameters), pixels)
         tokens_per_value = model.config.grid_side**2 / pixels[0].numel()
         total = options.pixel_weight * losses["loss/logit_laplace(nats)"]
-        total = total + kl_weight_at(step, options) * tokens_per_value * losses["loss/kl(nats/token)"]
+        total = total + kl_weight_at(place, options) * tokens_per_value * losses["loss/kl(nats/token)"]
         total = total + options.edge_weight * losses["loss/edge(l1)"]
         if "loss/perceptual" in losses:
             total = total + options.perceptual_weight * losses["loss/perceptual"]
@@ -83,7 +100,8 @@ class DVAEEngine(TokenizerEngine):
 
     def state_metrics(self, step: int) -> dict[str, float | Tensor]:
         """Temperature and weight of the divergence."""
+        place = max(step, self._reached)
         return {
-            "gumbel/temperature": temperature_at(step, self.options),
-            "gumbel/kl_weight": kl_weight_at(step, self.options),
+            "gumbel/temperature": temperature_at(place, self.options),
+            "gumbel/kl_weight": kl_weight_at(place, self.options),
         }

@@ -41,7 +41,7 @@ class EndToEndEngine(NativeEngine):
 
     Generator and reconstructor have an optimizer, a clipping norm and a learning rate each. The reconstructor lives on
     the ranks of the last pipeline stage. It is small, so each of them holds it whole, and its gradients are averaged
-    over the data ranks; ranks of ``tp`` do the same with it.
+    over the data ranks; ranks of ``tp`` all compute the same, and take the gradients of their first one.
 
     The critic, if there is one, is trained on the pictures that the step decoded, and is neither exported nor part of
     the model.
@@ -99,6 +99,7 @@ class EndToEndEngine(NativeEngine):
         targets = build_targets(batch, run.model.spec)
         self._counts = TokenCounts.of(targets, run.model.spec.num_image_tokens).summed(self.mesh)
         totals = self.mesh.sum(self._run_micro_batches(batch, targets, backward=True), (*DATA_AXES, "pp"))
+        totals = self.mesh.same(totals, "tp")  # the gate opens on all ranks or on none
         norm = clip_gradients((p for _, p in self.named_parameters()), run.optim.grad_clip, self.mesh)
         part_norm = self._clip_part()
         skipped = (~torch.isfinite(norm + part_norm + totals[0])).float()
@@ -136,12 +137,12 @@ class EndToEndEngine(NativeEngine):
             self.helpers.warming = warming
 
     def _clip_part(self) -> Tensor:
-        """Average the reconstructor's gradients over data ranks, clip them; their norm before, on all ranks."""
+        """Average the reconstructor's gradients over its copies, clip them; their norm before, on all ranks."""
         norm = torch.zeros((), device=self.device)
         if self.part is not None:
             gradients = [p.grad for p in self.part.parameters() if p.grad is not None]
-            if self.mesh.data_size > 1:
-                average_together(gradients, self.mesh.data_mean)
+            if self.mesh.has_copies:
+                average_together(gradients, self.mesh.copies_mean)
             with_grad = [p for p in self.part.parameters() if p.grad is not None]
             norm = nn.utils.clip_grad_norm_(with_grad, self._rates.grad_clip).detach()
         return self.mesh.sum(norm, ("pp",))

@@ -90,8 +90,8 @@ class JointCritic:
             loss = critic_loss(critic(real), critic(torch.cat(self._helpers.pictures)))
         self._optimizer.zero_grad()
         loss.backward()
-        if self._mesh.data_size > 1:
-            average_together([p.grad for p in critic.parameters() if p.grad is not None], self._mesh.data_mean)
+        if self._mesh.has_copies:
+            average_together([p.grad for p in critic.parameters() if p.grad is not None], self._mesh.copies_mean)
         norm = nn.utils.clip_grad_norm_(critic.parameters(), self._rates.grad_clip)
         if bool(torch.isfinite(norm)):
             set_learning_rate(self._optimizer, learning_rate(step, self._rates, self._run.train.num_steps))

@@ -75,6 +75,7 @@ class MetricWriter:
         device: torch.device | str = "cpu",
         columns: Sequence[Column] = PRETRAIN_COLUMNS,
         items: str = "pairs",
+        item_flops: float = 0.0,
     ) -> None:
         """Open the files of a run.
 
@@ -86,6 +87,7 @@ class MetricWriter:
             device: where memory is measured besides the process itself.
             columns: metrics on the console line, in order.
             items: what a step consumes, as named in ``throughput(<items>/s)``.
+            item_flops: what one of them needs; with ``log.peak_tflops`` there is ``mfu(%)``.
 
         Raises:
             MissingPackageError: ``log.tensorboard`` is on and tensorboard is not installed.
@@ -96,7 +98,7 @@ class MetricWriter:
         self._columns = tuple(columns)
         self._num_steps = num_steps
         self._last_step = start_step
-        self._meter = Meter(torch.device(device), items)
+        self._meter = Meter(torch.device(device), items, item_flops, config.peak_tflops)
         run_dir.mkdir(parents=True, exist_ok=True)
         with self._written():
             keep_until(self.path, start_step)
@@ -262,12 +264,13 @@ class SilentWriter:
 class Meter:
     """Counts since the last reading, and what they mean per second."""
 
-    def __init__(self, device: torch.device, item_name: str) -> None:
+    def __init__(self, device: torch.device, item_name: str, item_flops: float = 0.0, peak_tflops: float = 0.0) -> None:
         self.items = 0
         self.tokens = 0
         self.data_seconds = 0.0
         self._device = device
         self._item_name = item_name
+        self._mfu_of_rate = 100.0 * item_flops / (1e12 * peak_tflops) if peak_tflops else 0.0
         self._wall = time.perf_counter()
         self._cpu = time.process_time()
 
@@ -285,8 +288,10 @@ class Meter:
             "time/data(%)": 100.0 * self.data_seconds / seconds,
             "memory/peak_rss(GiB)": peak_rss() / GIB,
         }
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self._mfu_of_rate:  # waiting, measuring and saving between two lines lower it
+            values["mfu(%)"] = self._mfu_of_rate * self.items / seconds / world_size
         if self._device.type == "cuda":
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
             values["throughput(tokens/s/gpu)"] = self.tokens / seconds / world_size
             values["memory/max_reserved(GiB)"] = torch.cuda.max_memory_reserved(self._device) / GIB
         else:

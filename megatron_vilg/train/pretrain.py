@@ -20,10 +20,11 @@ from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.loader import PairLoader
 from megatron_vilg.data.pair_pixels import PixelCache
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
+from megatron_vilg.errors import CheckpointError, ConfigError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.parallel.estimate import pair_flops
 from megatron_vilg.parallel.mesh import Mesh
 from megatron_vilg.train.course import Course
 from megatron_vilg.train.deepspeed import DeepSpeedEngine
@@ -120,7 +121,7 @@ def _loop(
             if writer.due(step) or is_measured(run, step) or seen:
                 values = window.read() | seen | course.metrics | rate_of(run, step)
                 writer.log(step, values | evaluate(engine, held_out if is_measured(run, step) else {}))
-                if course.lost(step, values):
+                if course.lost(step, values, window.complaint):
                     course.go_back(engine, checkpointer, progress())
                     writer.rewind(engine.step)
                     continue
@@ -189,7 +190,8 @@ def open_writer(run: RunConfig, out: Path, mesh: Mesh, start_step: int) -> Metri
     """Metrics are the same on all ranks; the main one writes them."""
     if not mesh.is_main:
         return SilentWriter(run.log, num_steps=run.train.num_steps)
-    return MetricWriter(out, run.log, num_steps=run.train.num_steps, start_step=start_step, device=mesh.device)
+    steps, flops = run.train.num_steps, pair_flops(run)
+    return MetricWriter(out, run.log, num_steps=steps, start_step=start_step, device=mesh.device, item_flops=flops)
 
 
 def loader_of(
@@ -338,6 +340,8 @@ class StepWindow:
         self._steps: list[tuple[Tensor, StepResult]] = []
         self._row: list[int] = []
         self._row_steps = 0
+        self.complaint = ""
+        """What the last ``read`` found: too many steps in a row were not finite. Empty: they were."""
         self._skipped = int((counters or {}).get(_STEPS_SKIPPED, 0))
 
     @property
@@ -355,19 +359,16 @@ class StepWindow:
         self._steps.append((sample_ids, result))
 
     def read(self) -> dict[str, float]:
-        """Means over the finite steps since the last call; ``step/skipped`` counts since the start.
-
-        Raises:
-            TrainingError: too many steps in a row were not finite; with their samples, those of all data ranks.
-        """
-        finite = []
+        """Means over the finite steps since the last call; ``step/skipped`` counts since the start."""
+        finite, self.complaint = [], ""
         for sample_ids, result in self._steps:
             if float(result.skipped):
                 self._skipped += 1
                 self._row_steps += 1
                 self._row += sample_ids.tolist()
                 if self._row_steps >= self._limit:
-                    raise TrainingError(self._complaint())
+                    self.complaint = self._complaint()
+                    self._row, self._row_steps = [], 0
             else:
                 self._row, self._row_steps = [], 0
                 finite.append(result)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.config.schema import ImageTokenizerTrainConfig, OptimConfig, RunConfig
 from megatron_vilg.models.features import load_feature_network
 from megatron_vilg.models.pixel_losses import edge_error, perceptual_distance, pixel_error
@@ -78,6 +79,18 @@ class TokenizerEngine(ABC):
     @abstractmethod
     def before_step(self, step: int, source: PixelSource) -> None:
         """Whatever happens once before some step."""
+
+    @abstractmethod
+    def resumed(self, found: Manifest, before: Mapping[str, Any]) -> None:
+        """Note how far a run has come that goes on from a loaded checkpoint with this manifest.
+
+        Args:
+            before: its ``image_tokenizer_train`` so far. With another ``num_steps`` schedules must not go back.
+        """
+
+    def counters(self, step: int) -> dict[str, int]:
+        """What the manifest of a checkpoint after ``step`` steps says for ``resumed``, beside step and options."""
+        return {}
 
     @abstractmethod
     def train_step(self, step: int, pixels: Tensor) -> TokenizerStep:

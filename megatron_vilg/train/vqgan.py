@@ -251,7 +251,9 @@ def _loop(
             must_stop = replicas.any(stop.requested)
             is_due = step % options.checkpoint_every == 0 or step == options.num_steps or must_stop
             if is_due and replicas.is_main:
-                checkpointer.save(step, engine.state_dict(), dataclasses.replace(identity, step=step))
+                counters = {**identity.counters, **engine.counters(step)}
+                manifest = dataclasses.replace(identity, step=step, counters=counters)
+                checkpointer.save(step, engine.state_dict(), manifest)
     if must_stop:
         log.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
     return step
@@ -312,6 +314,7 @@ def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manif
     for name in sorted(name for name in now if before.get(name) != now[name]):
         log.warning("going on with %s=%s; the run so far used %s", name, now[name], before.get(name))
     checkpointer.load(path, engine.state_dict())
+    engine.resumed(found, before)
     log.info("resumed from %s: step %d", path, found.step)
     return found.step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vilg.checkpoint.manifest import Manifest
 from megatron_vilg.config.schema import ImageTokenizerTrainConfig, RunConfig
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.critics import CriticGate, PatchCritic, adaptive_weight, critic_loss, deceive_loss
@@ -36,9 +38,9 @@ class Phase(Enum):
     """Stands still, so that the decoder settles."""
 
 
-def phase_of(step: int, options: ImageTokenizerTrainConfig) -> Phase:
-    """The phase of the step with this number (from 0)."""
-    if step < first_quantised_step(options):
+def phase_of(step: int, options: ImageTokenizerTrainConfig, *, started: bool = False) -> Phase:
+    """The phase of the step with this number (from 0); a codebook that has ``started`` stays in use."""
+    if step < first_quantised_step(options) and not started:
         return Phase.CONTINUOUS
     frozen_steps = round(options.frozen_codebook_fraction * options.num_steps)
     return Phase.FROZEN if step >= options.num_steps - frozen_steps else Phase.LEARNING
@@ -63,6 +65,8 @@ class VQGANEngine(TokenizerEngine):
         self.critic = critic.to(self.device) if critic else None
         self.gate = CriticGate(start_step=self.options.critic_start_step, threshold=self.options.critic_gate)
         self.gate.to(self.device)
+        self.started = False
+        """Whether k-means has set the codebook."""
         self._critic_rates = rates_of(self.options, self.options.critic_lr)
         self.critic_optimizer = (
             build_optimizer(self.critic.named_parameters(), self._critic_rates, self.device) if self.critic else None
@@ -84,10 +88,17 @@ class VQGANEngine(TokenizerEngine):
         }
 
     def before_step(self, step: int, source: PixelSource) -> None:
-        """Start the codebook where the continuous phase ends."""
-        if step == first_quantised_step(self.options):
+        """Start the codebook where the continuous phase ends, or at once where a shorter run's has ended already."""
+        if step >= first_quantised_step(self.options) and not self.started:
             self.start_codebook(source)
             log.info("step %d: the codebook starts at the k-means centres of encoder outputs", step)
+
+    def resumed(self, found: Manifest, before: Mapping[str, Any]) -> None:
+        """A codebook is trained on, though with more steps or a longer continuous phase it would start later."""
+        spans = {name: before[name] for name in ("num_steps", "continuous_fraction")}
+        first = first_quantised_step(dataclasses.replace(self.options, **spans))
+        # Counts of use move at the first accepted step and are saved: also a run extended twice knows.
+        self.started = found.step > first or bool((self.model.quantizer.ema_count != 1.0).any())
 
     @torch.no_grad()
     def start_codebook(self, source: PixelSource) -> None:
@@ -98,10 +109,11 @@ class VQGANEngine(TokenizerEngine):
         batches = [source.batch(self.options.num_steps + k).to(self.device) for k in range(count)]
         vectors = torch.cat([self._encode(pixels).flatten(0, 1) for pixels in batches])
         self.model.quantizer.fit_kmeans(vectors, seeded(self.options.seed, "k-means"))
+        self.started = True
 
     def train_step(self, step: int, pixels: Tensor) -> TokenizerStep:
         """Learn from this process's part [b, 3, S, S] of a batch, in [-1, 1]."""
-        phase = phase_of(step, self.options)
+        phase = phase_of(step, self.options, started=self.started)
         pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
         self.model.train()
         vectors = self._encode(pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,30 @@ def test_lines_and_json(
     assert found == [{"id": p, "caption": c} for p, c in zip(pictures, expected, strict=True)]
 
 
+def test_pictures_that_cannot_be_read_are_named_and_the_others_captioned(
+    run_folder: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("words")
+    bad = [str(tmp_path / name) for name in ("text.png", "missing.png")]
+    target = tmp_path / "captions.json"
+    assert caption(run_folder, pictures[0], bad[0], pictures[1], bad[1], "--json", str(target)) == 2
+    captured = capsys.readouterr()
+    assert [line.split("\t")[0] for line in captured.out.splitlines()] == pictures[:2]
+    assert [entry["id"] for entry in json.loads(target.read_text())] == pictures[:2]
+    assert "DataError: 2 of 4 pictures; the other 2 have their captions\n" in captured.err
+    assert "text.png: not a readable picture (5 bytes): no format that Pillow knows\n" in captured.err
+    assert "missing.png: " in captured.err and "0x" not in captured.err
+    assert caption(run_folder, *bad) == 2
+    assert "DataError: 2 of 2 pictures\n" in capsys.readouterr().err
+
+
+def test_names_of_any_bytes_are_written(run_folder: Path, pictures: list[str], tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"odd\xff.png")
+    odd.write_bytes(Path(pictures[0]).read_bytes())
+    assert caption(run_folder, str(odd), "--json", str(tmp_path / "captions.json")) == 0
+    assert json.loads((tmp_path / "captions.json").read_text())[0]["id"].endswith("odd\\udcff.png")
+
+
 def test_candidates(run_folder: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert caption(run_folder, *pictures, "--candidates", "5", "--seed", "2") == 0
     expected = Pipeline.load(run_folder).caption_of_candidates(pictures, 5, seed=2)
@@ -64,7 +89,8 @@ def test_sampling_follows_the_seed(run_folder: Path, pictures: list[str], capsys
     [
         (["--question", "什么颜色？"], "--question=什么颜色？: needs a generator trained on questions"),
         (["--beam", "0"], "--beam=0: must be at least 1"),
-        (["--beam", "2", "--length-penalty", "nan"], "--length-penalty=nan: must be a finite number, such as 1"),
+        (["--beam", "2", "--length-penalty", "nan"], "--length-penalty=nan: must be from -10 to 10, such as 1"),
+        (["--beam", "2", "--length-penalty", "5000"], "--length-penalty=5000.0: must be from -10 to 10, such as 1"),
         (["--length-penalty", "2"], "--length-penalty=2.0: is of beam search. Works: beside --beam 5"),
         (["--candidates", "-1"], "--candidates=-1: must be at least 0, which is greedy decoding"),
         (

@@ -81,7 +81,7 @@ def test_a_grid_shows_the_first_prompts_only(
     assert "all of them in" in capsys.readouterr().out
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:3]), encoding="utf-8")
     assert generate(run_folder, tmp_path / "three", "--prompt-file", str(tmp_path / "prompts.txt"), "-n", "1") == 0
-    assert "those of the first 2 prompts in" in capsys.readouterr().out
+    assert "up to 64 for each of the first 2 prompts in" in capsys.readouterr().out
     assert len(record(tmp_path / "three")["prompts"]) == 3
     assert np.array_equal(picture(tmp_path / "three" / "grid.png"), picture(tmp_path / "two" / "grid.png"))
 
@@ -113,6 +113,15 @@ def test_grid_without_a_font_has_no_prompts(
     assert "the grid has no prompts written on it" in capsys.readouterr().err
     side = 96
     assert Image.open(tmp_path / "grid.png").size == (2 * side + 8 + 32, side + 33)
+
+
+def test_a_grid_of_many_pictures_has_lines_and_an_end(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(canvas, "_FONT_PACKAGE", "no_such_package")
+    assert generate(run_folder, tmp_path, "--prompt", "猫", "-n", "66") == 0
+    assert "66 pictures in" in (said := capsys.readouterr().out) and "up to 64 for each of the first" in said
+    assert Image.open(tmp_path / "grid.png").size == (16 * 104 - 8 + 32, 4 * 104 + 25)
 
 
 def test_grid_with_a_font_has_room_for_prompts(run_folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,14 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert read_candidates(candidates) == {"b": "猫", "1": "熊"}
 
 
+def test_a_list_is_read_like_lines(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(json.dumps([{"id": "a", "caption": "熊"}, {"id": "b", "caption": "猫"}], indent=1))
+    assert read_candidates(tmp_path / "c.json") == {"a": "熊", "b": "猫"}
+    (tmp_path / "c.json").write_text('[{"id": "a", "caption": "熊"}, 1]')
+    with pytest.raises(DataError, match=r'c\.json:2: needs an object with "id".*got \'1\''):
+        read_candidates(tmp_path / "c.json")
+
+
 def test_marks_and_separators_of_other_programs_are_read(tmp_path: Path) -> None:
     """A byte order mark before, lines that end as on Windows, and line separators inside a caption."""
     line = json.dumps({"id": 1, "caption": "红\u2028苹果\u0085"}, ensure_ascii=False)

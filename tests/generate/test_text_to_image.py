@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_vilg.config.schema import SampleConfig
-from megatron_vilg.generate.decode import inference, prefill
+from megatron_vilg.generate.caption import caption_ids
+from megatron_vilg.generate.decode import Decoder, inference, prefill
 from megatron_vilg.generate.static import StaticDecoder
 from megatron_vilg.generate.text_to_image import Batch, Prompts, RecordedDrawing, batches, draw_batch, draw_ids
+from megatron_vilg.generate.weights import use_bf16
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.sampling import guidance_scales, part_weights, sample, sample_uniforms
 from megatron_vilg.sequence import Direction
@@ -260,3 +262,37 @@ def test_steps_for_a_recording_draw_the_same(config: SampleConfig, num_given: in
         drawing.sample()
     assert places == [x.data_ptr() for x in drawing.state()]
     assert torch.equal(drawing.ids.T[:, num_given:], expected[:, num_given:])
+
+
+@pytest.fixture
+def autocast_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Autocast on the CPU that computes layer norms and softmax in fp32, as CUDA's does and the CPU's does not."""
+
+    def in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **options: Any) -> Tensor:
+            return function(*(x.float() if isinstance(x, Tensor) else x for x in args), **options)
+
+        return call
+
+    monkeypatch.setattr(nn.functional, "layer_norm", in_fp32(nn.functional.layer_norm))
+    monkeypatch.setattr(Tensor, "softmax", in_fp32(Tensor.softmax))
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@pytest.mark.usefixtures("autocast_as_on_cuda")
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"sandwich_norm": True}], ids=str)
+@pytest.mark.parametrize("rounded", [True, False])
+def test_steps_under_the_autocast_of_a_gpu(rounded: bool, changes: dict[str, object]) -> None:
+    model = tiny_model(tiny_config(**changes))
+    if rounded:
+        use_bf16(model)
+    text, length = prompts(model, 2)
+    codes = tiny_batch(model.config, 2).target_image_ids
+    with inference(model):
+        prefix = prefill(model, Direction.TEXT_TO_IMAGE, text, length).select(torch.arange(2))
+        decoders = [kind(model, prefix, 1) for kind in (Decoder, StaticDecoder)]
+        for token in range(model.spec.num_image_tokens - 1):
+            expected, actual = (decoder.step(codes[:, token]) for decoder in decoders)
+            torch.testing.assert_close(actual, expected, atol=5e-2, rtol=5e-2)
+    assert len(caption_ids(model, codes, beam=2)) == 2

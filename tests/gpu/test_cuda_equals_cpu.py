@@ -14,6 +14,7 @@ from megatron_vilg.checkpoint.export import load_model_folder
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.config.schema import CheckpointConfig, OpsConfig, SampleConfig
 from megatron_vilg.generate.caption import caption_ids
+from megatron_vilg.generate.pipeline import Pipeline
 from megatron_vilg.generate.text_to_image import Prompts, draw_ids
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.attention import attention
@@ -27,6 +28,7 @@ from megatron_vilg.train.metrics import MetricWriter
 from megatron_vilg.train.pretrain import pretrain
 from megatron_vilg.train.vqgan import train_image_tokenizer
 from tests.tiny import tiny_batch, tiny_config, tiny_model, tiny_run
+from tests.tiny_run import CAPTIONS, write_tiny_run
 from tests.train.test_end_to_end import batch_of, joint_run, tokenizer_of
 from tests.train.token_caches import write_cache
 from tests.train.vqgan_case import discs
@@ -124,6 +126,17 @@ def test_recorded_drawing(settings: SampleConfig) -> None:
             model.cuda(), Prompts(text.cuda(), length.cuda()), settings, num_images=4, seed=1, image_prefix=moved
         )
         assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_drawing_and_captions_in_small_precision(precision: Any, tmp_path: Path) -> None:
+    write_tiny_run(tmp_path / "run")
+    pipeline = Pipeline.load(tmp_path / "run", device="cuda", precision=precision)
+    settings = SampleConfig(guidance=2.0)
+    ids = pipeline.draw_ids(CAPTIONS[:2], num_images=2, settings=settings, seed=1)
+    assert ids.shape == (2, 2, 16) and int(ids.min()) >= 0 and int(ids.max()) < 11
+    assert torch.equal(ids, pipeline.draw_ids(CAPTIONS[:2], num_images=2, settings=settings, seed=1))
+    assert len(pipeline.caption(ids[0], beam=2)) == 2
 
 
 def test_captions() -> None:

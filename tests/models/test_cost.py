@@ -8,6 +8,8 @@ import torch
 from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.config.schema import ImageTokenizerConfig
 from megatron_vilg.models.cost import (
+    FoldShape,
+    fold_shape,
     forward_flops,
     is_hidden_matrix,
     kept_scores,
@@ -18,6 +20,8 @@ from megatron_vilg.models.cost import (
 )
 from megatron_vilg.models.tokenizers import build_image_tokenizer
 from megatron_vilg.models.vilg import ViLG
+from megatron_vilg.ops.attention_choice import executed_by
+from megatron_vilg.ops.fold_plan import fold_plan
 from megatron_vilg.ops.linear import has_onednn
 from megatron_vilg.ops.rules import AttentionRule, full_length_mask, layer_patterns
 from megatron_vilg.sequence import Direction
@@ -108,3 +112,19 @@ def test_flops_are_those_a_profiler_counts() -> None:
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
     assert flops.attention_kept < flops.attention_dense
     assert flops.kept == flops.linear + flops.attention_kept + flops.heads
+
+
+@pytest.mark.parametrize("side", [4, 5, 8, 16, 17])
+@pytest.mark.parametrize("changes", [{}, {"conv_wrap": False}, {"image_to_text_row": "window"}])
+def test_folding_is_planned_as_it_is_done(side: int, changes: dict[str, object]) -> None:
+    config = tiny_config(image_side=side, conv_kernel=5, **changes)
+    with torch.device("meta"):
+        model = ViLG(config)
+    for pattern in ("row", "column", "conv"):
+        if executed_by("fold", config, pattern) != "fold":
+            continue
+        for direction in Direction:
+            plan = fold_plan(model.rule(pattern), direction, torch.device("cpu"))
+            assert plan is not None
+            done = FoldShape(plan.num_blocks, len(plan.globals) + plan.window)
+            assert fold_shape(config, pattern, direction) == done, (pattern, direction)

@@ -28,7 +28,7 @@ def refuse(*_: object) -> Tensor:
 
 @needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 24), (7, 24), (3, 5, 24), (2, 3, 4, 24)])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (3, 5, 24), (2, 3, 4, 24)])
 def test_values_and_gradients_are_torchs(shape: tuple[int, ...], bias: bool) -> None:
     tensors = inputs(shape, 40, bias=bias)
     expected, found = F.linear(*tensors), linear(*tensors)

@@ -49,7 +49,7 @@ def joint_run(kind: str = "vqgan", parallel: dict[str, Any] | None = None, **opt
         codebook_size=64,
         codebook_dim=8,
     )
-    run = case_run(parallel, model, batch_size=BATCH)
+    run = case_run(parallel, model, batch_size=BATCH, sample_every=0)
     joint = ReconstructorConfig(enabled=True, decoder_start="scratch", **options)
     run = dataclasses.replace(run, image_tokenizer=tokenizer, reconstructor=joint, ops=OpsConfig(attention="sdpa"))
     return dataclasses.replace(run, optim=dataclasses.replace(run.optim, lr=1e-4))
@@ -126,14 +126,18 @@ def used_by(run: RunConfig) -> tuple[int, int, dict[str, int]]:
         engine.train_step(batch)
     with LiveBytes(lasting(engine)) as live, Traffic() as traffic:
         engine.train_step(batch)
-    groups = {axis: engine.mesh.axis(axis).get_group().group_name for axis in ("shard", "replica")}
+    groups = {axis: engine.mesh.axis(axis).get_group().group_name for axis in ("tp", "shard", "replica")}
     return engine.mesh.rank("pp"), live.peak, {axis: traffic.sent[name] for axis, name in groups.items()}
 
 
 @pytest.mark.parametrize(
     ("parallel", "options"),
-    [({"shard": 2}, CRITIC), ({"pipeline": 2, "num_microbatches": 4, "zero": 1}, {"ema_decay": 0.9})],
-    ids=["shard, critic", "pipeline, average"],
+    [
+        ({"shard": 2}, CRITIC),
+        ({"tensor": 2}, CRITIC),
+        ({"pipeline": 2, "num_microbatches": 4, "zero": 1}, {"ema_decay": 0.9}),
+    ],
+    ids=["shard, critic", "tensor, critic", "pipeline, average"],
 )
 def test_two_processes_use_and_send_what_was_planned(parallel: dict[str, Any], options: dict[str, Any]) -> None:
     """The last stage of a pipeline has all of it; sums of norms and the adaptive weight are 2 % of what is sent."""
@@ -148,13 +152,16 @@ def test_two_processes_use_and_send_what_was_planned(parallel: dict[str, Any], o
 
 
 def e2e(kind: str = "vqgan", optim: str = "adamw", **options: Any) -> Estimate:
-    """The ablation's preset on 8 ranks, 2 pairs a micro-batch."""
+    """The ablation's preset on 8 ranks, 2 pairs a micro-batch; with nothing else that may be the fullest moment:
+    attention that copies nothing, no samples."""
     run = PRESETS["e2e-300m"]().resolve(text_vocab_size=18_000)
     size = 128 if kind == "dvae" else 16
     return estimate(
         dataclasses.replace(
             run,
             parallel=ParallelConfig(recompute="block", num_microbatches=32),
+            ops=OpsConfig(attention="flex"),
+            train=dataclasses.replace(run.train, sample_every=0),
             optim=OptimConfig(name=optim),  # type: ignore[arg-type]
             image_tokenizer=dataclasses.replace(run.image_tokenizer, kind=kind, codebook_dim=size),  # type: ignore[arg-type]
             reconstructor=ReconstructorConfig(**options),
@@ -200,8 +207,10 @@ def test_offload_leaves_the_reconstructor_where_it_is() -> None:
     )
     values = estimate(run, 2).reconstructor_parameters
     assert away.memory["weights"] == away.memory["gradients"] == 4 * values
-    assert away.host == pytest.approx(16 * (here.parameters - values))
-    assert here.peak - away.peak == pytest.approx(away.host)
+    host = sum(away.host.values())
+    assert host == pytest.approx(16 * (here.parameters - values))
+    # With one micro-batch, gradients are not there yet at the fullest moment.
+    assert here.peak - away.peak == pytest.approx(host * 12 / 16)
 
 
 @pytest.mark.parametrize(("name", "scale"), [("efficientnet-lite0", (1.0, 1.0)), ("efficientnet-lite2", (1.1, 1.2))])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
 import pytest
 from torch import Tensor
 
+from megatron_vilg.config.schema import RunConfig
 from tests.helpers import run_distributed
 from tests.parallel.cases import Record, case_model, case_run, merged, run_steps
 
@@ -82,6 +84,20 @@ def test_layout_equals_one_process(name: str) -> None:
     world_size, parallel = FAST[name]
     records = run_distributed(run_steps, world_size, case_run(parallel))
     assert_equal(merged(records), one_process(), 1e-5)
+
+
+def test_no_alarm_about_views_that_nobody_changes() -> None:
+    """Outputs of blocks are views with ``tensor=2``; their gradients are compared above."""
+
+    def warned(run: RunConfig) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            run_steps(run, steps=1)
+            warnings.warn("FSDP2-wrapped module (FSDPOther) returned a view tensor.", UserWarning, stacklevel=1)
+        return [str(warning.message) for warning in seen if "FSDP2-wrapped" in str(warning.message)]
+
+    others = ["FSDP2-wrapped module (FSDPOther) returned a view tensor."]
+    assert run_distributed(warned, 2, case_run({"tensor": 2})) == [others] * 2
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ KINDS = {
     "c10d._reduce_scatter_base_": "reduce-scatter",
     "_c10d_functional.reduce_scatter_tensor": "reduce-scatter",
     "c10d.allreduce_": "all-reduce",
+    "c10d.broadcast_": "broadcast",
     "_c10d_functional.all_reduce": "all-reduce",
     "c10d.send": "send",
     "c10d.recv_": "receive",
@@ -36,7 +37,7 @@ class Traffic(TorchDispatchMode):
         self.bytes: Counter[tuple[str, int]] = Counter()
         self.sent: Counter[str] = Counter()
         """What this rank sends in a ring over n ranks: (n - 1) / n of what is gathered or scattered, twice that of an
-        all-reduce, a message as it is; by name of the group."""
+        all-reduce, a broadcast and a message as they are; by name of the group."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -58,6 +59,8 @@ class Traffic(TorchDispatchMode):
 def _share_sent(kind: str, ranks: int) -> float:
     if kind in ("send", "receive"):
         return float(kind == "send")
+    if kind == "broadcast":
+        return 1.0
     return (2 if kind == "all-reduce" else 1) * (ranks - 1) / ranks
 
 

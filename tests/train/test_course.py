@@ -81,15 +81,15 @@ def course_run(cache: TokenCache, **train: object) -> RunConfig:
 class Poison:
     """Spoils the weights after one step, as often as asked."""
 
-    def __init__(self, step: int, times: int = 1) -> None:
-        self.step, self.times = step, times
+    def __init__(self, step: int, times: int = 1, factor: float = 300.0) -> None:
+        self.step, self.times, self.factor = step, times, factor
 
     def __call__(self, model: ViLG, step: int, writer: MetricWriter) -> None:
         if step == self.step and self.times:
             self.times -= 1
             with torch.no_grad():
                 for parameter in model.heads.parameters():  # type: ignore[union-attr]
-                    parameter.mul_(300.0)
+                    parameter.mul_(self.factor)
 
 
 def test_run_goes_back_and_past_the_pairs(tmp_path: Path, cache: TokenCache) -> None:
@@ -133,6 +133,19 @@ def test_the_healthy_checkpoint_stays_while_high_losses_are_counted(tmp_path: Pa
     assert pretrain(run, cache, tmp_path / "run", on_sample=Poison(5))
     counters = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000012").counters
     assert (counters["batches_skipped"], counters["rollbacks"]) == (4, 1)
+
+
+def test_too_many_steps_that_are_not_finite_are_a_reason_to_go_back(tmp_path: Path, cache: TokenCache) -> None:
+    """Lines 6 and 7 are, long before ``rollback_patience``: back to step 4. Without going back the run ends."""
+    run = course_run(cache, rollback_patience=9, max_skipped_in_row=2, max_rollbacks=1)
+    assert pretrain(run, cache, tmp_path / "a", on_sample=Poison(5, factor=math.nan))
+    counters = read_manifest(tmp_path / "a" / "checkpoints" / "step-00000008").counters
+    assert (counters["batches_skipped"], counters["rollbacks"], counters["steps_skipped"]) == (3, 1, 2)
+    with pytest.raises(TrainingError, match=r"max_skipped_in_row=2: .* no way out: after 1 rollbacks\.$"):
+        pretrain(run, cache, tmp_path / "b", on_sample=Poison(5, times=9, factor=math.nan))
+    off = dataclasses.replace(run, train=dataclasses.replace(run.train, rollback_factor=0.0))
+    with pytest.raises(TrainingError, match=r"max_skipped_in_row=2: .* or look at those samples\.$"):
+        pretrain(off, cache, tmp_path / "c", on_sample=Poison(5, factor=math.nan))
 
 
 class KilledError(Exception):

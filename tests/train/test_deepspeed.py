@@ -236,6 +236,19 @@ def test_the_whole_model_for_samples_is_the_trained_one() -> None:
     assert float(found) == pytest.approx(image_ce, abs=1e-5)
 
 
+def test_calls_that_torch_deprecates_are_not_announced() -> None:
+    """They are DeepSpeed's, and nobody who trains can change them."""
+
+    def warned(run: RunConfig) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            train(start(run), range(1))
+        return [str(warning.message) for warning in seen if issubclass(warning.category, FutureWarning)]
+
+    for zero in (2, 3):
+        assert run_distributed(warned, 2, run_of(parallel={"zero": zero})) == [[]] * 2
+
+
 def test_held_out_pairs_are_cut_like_a_training_step() -> None:
     def passes(run: RunConfig) -> list[int]:
         engine: Any = start(run)

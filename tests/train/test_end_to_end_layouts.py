@@ -143,3 +143,23 @@ def test_layout_equals_one_process(name: str) -> None:
 @pytest.mark.parametrize("name", SLOW)
 def test_rarer_layout_equals_one_process(name: str) -> None:
     assert_same(name, SLOW)
+
+
+def copies_after(steps: int) -> list[torch.Tensor]:
+    """Reconstructor and critic of this rank, where the second rank's gradients differ from the first's in their last
+    bits, as those of kernels do that add up in no fixed order."""
+    run = judged_case({"tensor": 2})
+    mesh = build_mesh(run.parallel, "cpu")
+    engine = EndToEndEngine(run, mesh, tokenizer_of(run))
+    assert engine.part is not None and engine.critic.critic is not None
+    copies = [*engine.part.parameters(), *engine.critic.critic.parameters()]
+    for parameter in copies if mesh.rank("tp") else ():
+        parameter.register_hook(lambda grad: grad * (1 + 1e-6 * torch.randn_like(grad)))
+    for batch in joint_batches(run, steps):
+        engine.train_step(batch)
+    return [parameter.detach().clone() for parameter in copies]
+
+
+def test_copies_on_the_ranks_of_tp_stay_equal() -> None:
+    first, second = run_distributed(copies_after, 2, 4, timeout=240.0)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

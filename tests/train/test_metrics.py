@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -66,6 +67,17 @@ def test_rates_and_waiting_time_are_measured(tmp_path: Path) -> None:
         assert values["time/data(%)"] == pytest.approx(100 * 0.15 / seconds, rel=0.1)
         again = writer.log(2, {})
         assert again["throughput(pictures/s)"] == 0.0 and again["time/data(%)"] == 0.0
+
+
+def test_mfu_is_of_a_given_peak_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = dataclasses.replace(QUIET, peak_tflops=2.0)
+    with MetricWriter(tmp_path, config, num_steps=10, item_flops=5e9) as writer:
+        writer.count(items=30, tokens=600)
+        values = writer.log(1, {})
+    assert values["mfu(%)"] == pytest.approx(100 * values["throughput(pairs/s)"] * 5e9 / (4 * 2e12))
+    with MetricWriter(tmp_path, QUIET, num_steps=10, start_step=1, item_flops=5e9) as writer:
+        assert "mfu(%)" not in writer.log(2, {})
 
 
 def test_memory_is_the_peak_of_the_process() -> None:

@@ -19,9 +19,10 @@ from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.errors import CheckpointError, TrainingError
 from megatron_vilg.train.metrics import MetricWriter
-from megatron_vilg.train.pixel_source import PixelsInMemory
+from megatron_vilg.train.pixel_source import PixelsInMemory, PixelSource
 from megatron_vilg.train.precision import settle_precision
 from megatron_vilg.train.vqgan import measure_reconstruction, sample_sheet, train_image_tokenizer
+from megatron_vilg.train.vqgan_engine import VQGANEngine
 from tests.train.vqgan_case import discs, tiny_run
 
 HELD_OUT = discs(5, seed=9)
@@ -130,6 +131,43 @@ def test_a_finished_run_is_not_trained_again_but_a_changed_one_is(
     train_image_tokenizer(longer, discs(), HELD_OUT, out)
     assert "going on with num_steps=12; the run so far used 10" in caplog.text
     assert read_manifest(out).step == 12
+
+
+def test_a_longer_run_keeps_a_codebook_that_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, out = [], tmp_path / "image_tokenizer"
+    start = VQGANEngine.start_codebook
+
+    def spy(engine: VQGANEngine, source: PixelSource) -> None:
+        started.append(engine.options.num_steps)
+        start(engine, source)
+
+    monkeypatch.setattr(VQGANEngine, "start_codebook", spy)
+    run = tiny_run(num_steps=40, continuous_fraction=0.1)
+    with pytest.raises(KilledError):  # the checkpoint of step 4: k-means would be next
+        train_image_tokenizer(run, DyingSource(discs(), run, last=4), HELD_OUT, out)
+    started.clear()
+    for steps, last in ((20, 13), (100, 18), (100, 22)):  # ended at 12, 16, 20; 100 steps alone would start at 10 or 50
+        run = tiny_run(num_steps=steps, continuous_fraction=0.5 if steps == 100 else 0.1)
+        with pytest.raises(KilledError):
+            train_image_tokenizer(run, DyingSource(discs(), run, last=last), HELD_OUT, out)
+        assert started == [20]
+    rows = [json.loads(line) for line in (tmp_path / WORK_NAME / "metrics.jsonl").read_text().splitlines()]
+    assert all("loss/commitment" in row for row in rows if row["step"] > 5)
+
+
+def test_a_longer_dvae_run_goes_on_with_the_temperature_it_has(tmp_path: Path) -> None:
+    out = tmp_path / "image_tokenizer"
+    for steps, last in ((10, 10), (100, 17), (100, 22), (200, 26)):
+        run = tiny_run(num_steps=steps, temperature_fraction=0.5)
+        run = dataclasses.replace(run, image_tokenizer=dataclasses.replace(run.image_tokenizer, kind="dvae"))
+        if steps == last:
+            train_image_tokenizer(run, discs(), HELD_OUT, out)
+            continue
+        with pytest.raises(KilledError):
+            train_image_tokenizer(run, DyingSource(discs(), run, last=last), HELD_OUT, out)
+    rows = [json.loads(line) for line in (tmp_path / WORK_NAME / "metrics.jsonl").read_text().splitlines()]
+    late = {row["step"]: (row["gumbel/temperature"], row["gumbel/kl_weight"]) for row in rows if row["step"] > 5}
+    assert set(late.values()) == {(0.0625, 6.6)} and max(late) >= 24
 
 
 def test_other_pictures_or_another_model_are_refused(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_phases() -> None:
     options = tiny_run().image_tokenizer_train
     names = [phase_of(step, options).value[0] for step in range(10)]
     assert "".join(names) == "ccllllllff"
+    assert phase_of(0, options, started=True) is Phase.LEARNING
     assert phase_of(0, dataclasses.replace(options, continuous_fraction=0.0)) is Phase.LEARNING
 
 
