@@ -1,4 +1,4 @@
-"""``vilg data``: get the demo pairs, train the text tokenizer, encode pairs to tokens."""
+"""``vilg data``: get the demo pairs, filter pairs, train the text tokenizer, encode pairs to tokens."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _SOURCE_HELP = "folder of NAME.png|jpg|webp + NAME.txt, .jsonl file, tar, folder
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register the verb and its three sub-verbs; ``subparsers`` is what ``ArgumentParser.add_subparsers`` returns."""
+    """Register the verb and its sub-verbs; ``subparsers`` is what ``ArgumentParser.add_subparsers`` returns."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "data",
-        help="get demo pairs, train the text tokenizer, encode pairs",
+        help="get demo pairs, filter pairs, train the text tokenizer, encode pairs",
         description="Prepare pairs for training.",
         epilog="example: vilg data demo --out data/demo",
     )
     verbs = parser.add_subparsers(dest="data_verb", metavar="WHAT", required=True)
     _add_demo(verbs)
+    _add_filter(verbs)
     _add_text_tokenizer(verbs)
     _add_encode(verbs)
 
@@ -71,6 +72,52 @@ def _add_demo(verbs: Any) -> None:
         help="where fetched packages are kept (default: ~/.cache/megatron_vilg)",
     )
     parser.set_defaults(run=run_demo)
+
+
+def _add_filter(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "filter",
+        help="leave out pairs by the paper's rules, by size, and copies",
+        description="Write the pairs that no rule rejects as WebDataset shards, report.json with the counts, and "
+        "rejects.jsonl with each pair left out and the first rule that it breaks. docs/data-format.md defines the "
+        "rules.",
+        epilog="examples: vilg data filter --input data/web --output data/clean --min-side 128; with similarities "
+        "computed elsewhere: ... --scores scores.jsonl; by a function of yours: ... --scorer my_clip:similarities",
+    )
+    parser.add_argument("--input", required=True, metavar="D", help=_SOURCE_HELP)
+    parser.add_argument("--output", type=Path, required=True, metavar="E", help="new or empty folder for the shards")
+    parser.add_argument(
+        "--max-words", type=int, default=15, metavar="N", help="fewer than N words; 0: any number (default: 15)"
+    )
+    parser.add_argument(
+        "--require-noun",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="at least one noun, which the package jieba tells (extra filter); auto: where it is installed (default)",
+    )
+    parser.add_argument(
+        "--special-characters", choices=("reject", "keep"), default="reject", help="emoji, markup, addresses, ..."
+    )
+    parser.add_argument("--min-side", type=int, default=0, metavar="PIXELS", help="shorter side at least so long")
+    parser.add_argument(
+        "--duplicates",
+        choices=("pairs", "pictures", "keep"),
+        default="pairs",
+        help="leave out what came before: the same picture with the same caption (pairs, default), or with any caption "
+        "(pictures); keep: do not compare",
+    )
+    similarity = parser.add_mutually_exclusive_group()
+    similarity.add_argument(
+        "--scores", type=Path, metavar="FILE", help='similarities, lines of {"id": KEY, "score": NUMBER}'
+    )
+    similarity.add_argument(
+        "--scorer", metavar="MODULE:FUNCTION", help="from a list of (PIL picture, caption) to a list of similarities"
+    )
+    parser.add_argument(
+        "--min-similarity", type=float, metavar="X", help="similarity above X (default: 0.5, if there is any)"
+    )
+    parser.add_argument("--score-batch", type=int, default=64, metavar="N", help="pairs a call of --scorer")
+    parser.set_defaults(run=run_filter)
 
 
 def _add_text_tokenizer(verbs: Any) -> None:
@@ -133,6 +180,37 @@ def run_demo(args: argparse.Namespace) -> int:
     manifest = write_demo(args.out, args.cache.expanduser(), options)
     counts = ", ".join(f"{count} {split}" for split, count in manifest["pairs"].items())
     print(f"{args.out}: {counts}; licences and credits in {args.out / 'README.md'}")
+    return 0
+
+
+def run_filter(args: argparse.Namespace) -> int:
+    """Write the pairs that no rule rejects and say how many each rule did."""
+    from megatron_vilg.data.filter import FilterOptions, Similarity, filter_pairs
+    from megatron_vilg.data.similarity import ScoreFile, load_scorer
+
+    if args.min_similarity is not None and not (args.scores or args.scorer):
+        raise ConfigError([f"--min-similarity={args.min_similarity:g}: needs similarities: --scores or --scorer"])
+    options = FilterOptions(
+        max_words=args.max_words,
+        require_noun=args.require_noun,
+        special_characters=args.special_characters,
+        min_side=args.min_side,
+        duplicates=args.duplicates,
+        min_similarity=0.5 if args.min_similarity is None else args.min_similarity,
+        score_batch=args.score_batch,
+    )
+    require_new_folder(args.output, f"--output={args.output}")
+    similarity = Similarity(
+        file=ScoreFile(args.scores) if args.scores else None,
+        scorer=load_scorer(args.scorer) if args.scorer else None,
+        name=str(args.scores or args.scorer or ""),
+    )
+    report = filter_pairs(args.input, args.output, options, similarity)
+    splits = ", ".join(f"{counts['kept']} {split}" for split, counts in report["splits"].items())
+    rejected = ", ".join(f"{count} {reason}" for reason, count in report["rejected"].items() if count)
+    print(f"{args.output}: kept {report['kept']} of {report['read']} pairs ({splits}); rejected: {rejected or 'none'}")
+    if report["not_checked"]:
+        print(f"not checked: {', '.join(report['not_checked'])}")
     return 0
 
 

@@ -53,7 +53,7 @@ class Verb:
 
 _CLI = "megatron_vilg.cli"
 VERBS: tuple[Verb, ...] = (
-    Verb("data", f"{_CLI}.data", "get demo pairs, train the text tokenizer, encode pairs to tokens", True),
+    Verb("data", f"{_CLI}.data", "get and filter pairs, train the text tokenizer, encode pairs to tokens", True),
     Verb("train-vqgan", f"{_CLI}.train_vqgan", "train the image tokenizer", True),
     Verb("train", f"{_CLI}.train", "train the generator in both directions", True, has_aliases=True),
     Verb("generate", f"{_CLI}.generate", "draw pictures from text"),

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 
 class ShardWriter:
-    """Writes ``PREFIX-00000.tar``, ``PREFIX-00001.tar``, ...: per pair KEY.png, KEY.txt and KEY.json.
+    """Writes ``PREFIX-00000.tar``, ``PREFIX-00001.tar``, ...: per pair KEY.png (or .jpg, .webp), KEY.txt and KEY.json.
 
     Owner and time are fixed, so equal pairs give equal files. Each shard is written as ``NAME.partial`` and renamed
     when it is complete.
@@ -42,14 +42,17 @@ class ShardWriter:
     def _partial(self) -> Path:
         return self.folder / f"{self.prefix}-{len(self.shards):05d}.tar.partial"
 
-    def add(self, key: str, image: bytes, caption: str, fields: Mapping[str, Any]) -> None:
-        """Append one pair; ``image`` is a PNG file."""
+    def add(self, key: str, image: bytes, caption: str, fields: Mapping[str, Any], *, suffix: str = "png") -> None:
+        """Append one pair; ``image`` is a file of the kind that ``suffix`` names."""
         if self._tar is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._tar = tarfile.TarFile(self._partial, "w", format=tarfile.USTAR_FORMAT)
+            # USTAR wherever that can hold a name, an extra header for longer ones.
+            self._tar = tarfile.TarFile(self._partial, "w", format=tarfile.PAX_FORMAT)
         text = json.dumps(fields, ensure_ascii=False, sort_keys=True)
-        for suffix, data in (("png", image), ("txt", caption.encode()), ("json", text.encode())):
-            member = tarfile.TarInfo(f"{key}.{suffix}")
+        # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON's escape.
+        fields_file = text.encode(errors="backslashreplace")
+        for ending, data in ((suffix, image), ("txt", caption.encode()), ("json", fields_file)):
+            member = tarfile.TarInfo(f"{key}.{ending}")
             member.size, member.mtime, member.mode = len(data), 0, 0o644
             self._tar.addfile(member, io.BytesIO(data))
         self.num_pairs += 1

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, save_image_tokenizer
 from megatron_vilg.cli.main import main
@@ -55,6 +57,31 @@ def test_demo_tokenizer_and_encode_in_a_row(tmp_path: Path, capsys: pytest.Captu
     assert "  data.num_views: 1 there, 2 asked for" in capsys.readouterr().err
 
 
+def test_filter(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name, caption in {"a": "一只猫", "b": "一只猫🐱", "c": "两只狗"}.items():
+        Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(source / f"{name}.png")
+        (source / f"{name}.txt").write_text(caption, encoding="utf-8")
+    command = ["data", "filter", "--input", str(source), "--output", str(out)]
+    assert main([*command, "--min-similarity", "0.2"]) == 2
+    assert "--min-similarity=0.2: needs similarities: --scores or --scorer" in capsys.readouterr().err
+    assert main([*command, "--require-noun", "yes"]) == 2
+    assert "pip install 'megatron_vilg[filter]'" in capsys.readouterr().err
+    (tmp_path / "scores.jsonl").write_text('{"id": "a", "score": 0.3}\n{"id": "c", "score": 0.1}')
+    assert main([*command, "--scores", str(tmp_path / "scores.jsonl"), "--min-similarity", "0.2"]) == 0
+    assert capsys.readouterr().out == (
+        f"{out}: kept 1 of 3 pairs (1 train); rejected: 1 special_characters, 1 low_similarity\n"
+        "not checked: no_noun, too_small\n"
+    )
+    assert json.loads((out / "report.json").read_text())["kept"] == 1
+    assert main(command) == 2
+    assert f"--output={out}: must be new or empty, it holds pairs-00000.tar" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "other"), "--scorer", "operator:length_hint"]) == 2
+    assert "--scorer=operator:length_hint: no list of numbers came back" in capsys.readouterr().err
+
+
 def test_messages_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "text-tokenizer", "--data", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
     assert "found no pairs at" in capsys.readouterr().err
@@ -103,7 +130,9 @@ def test_right_workers() -> None:
     assert [list(Share(index, 3).prompts(4)) for index in range(3)] == [[0], [1], [2, 3]]
 
 
-@pytest.mark.parametrize("words", [["data"], ["data", "demo"], ["data", "text-tokenizer"], ["data", "encode"]])
+@pytest.mark.parametrize(
+    "words", [["data"], ["data", "demo"], ["data", "filter"], ["data", "text-tokenizer"], ["data", "encode"]]
+)
 def test_help_has_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([*words, "--help"])
