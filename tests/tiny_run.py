@@ -39,21 +39,26 @@ def write_tiny_pairs(folder: Path) -> Path:
     return folder
 
 
-def write_tiny_run(
-    folder: Path, *, export: bool = True, checkpoint: bool = True, reconstructor: ReconstructorConfig | None = None
-) -> RunConfig:
-    """Tokenizers, configuration, and the same generator as export and as checkpoint of step 3."""
-    image = ImageTokenizerConfig(
-        image_size=16,
+def tiny_pictures(*, grid_side: int = 4, codebook_size: int = 11) -> ImageTokenizerConfig:
+    """A VQGAN of two levels, with so many codes in a row."""
+    return ImageTokenizerConfig(
+        image_size=4 * grid_side,
         patch=2,
         channels=8,
         channel_multipliers=(1, 2),
         num_res_blocks=1,
         bottom_attention=False,
         norm_groups=4,
-        codebook_size=11,
+        codebook_size=codebook_size,
         codebook_dim=4,
     )
+
+
+def write_tiny_run(
+    folder: Path, *, export: bool = True, checkpoint: bool = True, reconstructor: ReconstructorConfig | None = None
+) -> RunConfig:
+    """Tokenizers, configuration, and the same generator as export and as checkpoint of step 3."""
+    image = tiny_pictures()
     text = train_text_tokenizer(CAPTIONS, TextTokenizerConfig(vocab_size=320), folder / "text_tokenizer")
     image_tokenizer = VQGAN(image).eval()
     save_image_tokenizer(image_tokenizer, folder / "image_tokenizer")

@@ -26,7 +26,6 @@ from megatron_vilg.config.load import write_run_folder_config
 from megatron_vilg.config.schema import (
     CheckpointConfig,
     DataConfig,
-    ImageTokenizerConfig,
     LogConfig,
     ParallelConfig,
     RunConfig,
@@ -40,6 +39,7 @@ from megatron_vilg.train.engine import Engine
 from tests.helpers import run_distributed
 from tests.parallel.cases import case_model
 from tests.tiny import tiny_run
+from tests.tiny_run import tiny_pictures
 from tests.train.token_caches import CODES, write_cache
 
 STEPS, STOP_AT, BATCH = 6, 3, 8
@@ -228,16 +228,7 @@ def test_a_folder_that_deepspeed_itself_wrote_goes_on_natively(
         run, parallel=ParallelConfig(zero=zero), train=dataclasses.replace(run.train, engine="deepspeed")
     )
     shutil.copytree(home / "text_tokenizer", tmp_path / "own" / "text_tokenizer")
-    pictures = ImageTokenizerConfig(
-        image_size=4 * run.model.image_side,
-        patch=2,
-        channels=8,
-        channel_multipliers=(1, 2),
-        num_res_blocks=1,
-        bottom_attention=False,
-        norm_groups=4,
-        codebook_size=run.model.image_vocab_size,
-    )
+    pictures = tiny_pictures(grid_side=run.model.image_side, codebook_size=run.model.image_vocab_size)
     folder = save_image_tokenizer(VQGAN(pictures), tmp_path / "own" / "image_tokenizer")
     cache = copy.copy(cache)
     cache.settings = {**cache.settings, "image_tokenizer_sha256": image_tokenizer_hash(folder)}
