@@ -1,13 +1,14 @@
-"""Turn measured rows into a page: python benchmarks/report.py benchmarks/results/cpu.json
+"""Turn measured rows into a page: python benchmarks/report.py benchmarks/results/*.json
 
 Writes one picture per metric beside ``docs/performance.md`` (``docs/results/performance-C1.svg``, ...) and the tables
-of that page, between its markers.
+of that page, between its markers. A page whose sections would vanish is left as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,16 +116,26 @@ def section(record: dict[str, Any], pictures: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, page: Path = PAGE, pictures: Path = PICTURES) -> int:
-    """Write the page; several files (of ``run.py --json``) follow each other."""
+    """Write the page; several files (of ``run.py --json``) follow each other.
+
+    The text outside the markers speaks of the tables, so sections that are there and in none of the files are an error.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", metavar="F.json", help="what run.py --json wrote")
-    paths: list[Path] = parser.parse_args(arguments).files
+    parser.add_argument("--drop", action="store_true", help="sections that are in none of the files may go")
+    args = parser.parse_args(arguments)
+    paths: list[Path] = args.files
     if missing := [str(path) for path in paths if not path.is_file()]:
         parser.error(f"no such file: {', '.join(missing)}")
-    sections = [section(json.loads(path.read_text(encoding="utf-8")), pictures) for path in paths]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     text = page.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
+    rows, _, tail = rest.partition(END)
+    known = {row["id"] for record in records for row in record["rows"]}
+    lost = [id for id in re.findall(r"^### (\w+):", rows, re.MULTILINE) if id not in known]
+    if lost and not args.drop:
+        parser.error(f"{page} has {', '.join(lost)}, which none of these files has. Works: their files too, or --drop")
+    sections = [section(record, pictures) for record in records]
     page.write_text(head + BEGIN + "\n\n" + "\n\n".join(sections) + "\n\n" + END + tail, encoding="utf-8")
     return 0
 

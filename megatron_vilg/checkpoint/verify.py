@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,29 @@ def differences(one: TensorSource, other: TensorSource, progress: Progress | Non
         if progress is not None:
             progress("comparing", done, total)
     return problems
+
+
+def not_compared(one: TensorSource, other: TensorSource) -> list[str]:
+    """What :func:`differences` leaves out or rounds, one line each: parts of one alone, and unlike element types."""
+    if bool(averages_in(one.tensors)) != bool(averages_in(other.tensors)):
+        one, other = as_exported(one), as_exported(other)
+    lines = []
+    for mine, theirs in ((one, other), (other, one)):
+        counts = Counter(part_of(name) for name in mine.tensors)
+        lines += [
+            f"{part}: only in {mine.path} ({counts[part]} tensors)"
+            for part in sorted(counts.keys() - {part_of(name) for name in theirs.tensors})
+        ]
+    types = Counter(
+        (str(one.tensors[name].dtype), str(other.tensors[name].dtype))
+        for name in one.tensors.keys() & other.tensors.keys()
+        if one.tensors[name].dtype != other.tensors[name].dtype
+    )
+    lines += [
+        f"{count} tensors: {mine} beside {theirs}, compared after rounding to the coarser"
+        for (mine, theirs), count in sorted(types.items())
+    ]
+    return [line.replace("torch.", "") for line in lines]
 
 
 def _can_be_rounded(one: torch.dtype, other: torch.dtype) -> bool:

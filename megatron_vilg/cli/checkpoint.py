@@ -270,7 +270,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         tree_lines,
     )
     from megatron_vilg.checkpoint.sources import open_source
-    from megatron_vilg.checkpoint.verify import differences
+    from megatron_vilg.checkpoint.verify import differences, not_compared
 
     if (args.path is None) == (args.preset is None):
         raise ConfigError(["give either a folder D or --preset NAME"])
@@ -294,8 +294,9 @@ def run_inspect(args: argparse.Namespace) -> int:
             with open_source(args.compare) as other, _progress() as progress:
                 found["manifest_differences"] = manifest_differences(source, other)
                 found["tensor_differences"] = differences(source, other, progress)
+                found["not_compared"] = not_compared(source, other)
             lines += ["", f"beside {args.compare}:", *(found["manifest_differences"] or ["same facts"])]
-            lines += found["tensor_differences"] or ["same tensors, same values"]
+            lines += (found["tensor_differences"] or ["same tensors, same values"]) + found["not_compared"]
     _print(lines, found, args.json)
     return 0
 
@@ -322,22 +323,22 @@ def _inspect_preset(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Check; raises with every problem."""
+    from megatron_vilg.checkpoint import verify
     from megatron_vilg.checkpoint.sources import open_newest
-    from megatron_vilg.checkpoint.verify import differences, output_difference, problems_of, require_sound, verdict
 
     if args.logits and args.against is None:
         raise ConfigError(["--logits: compares two models. Works: with --against E"])
     with open_newest(args.path) as source, _progress() as progress:
-        require_sound(problems_of(source, progress), source.path)
-        print(verdict(source))
+        verify.require_sound(verify.problems_of(source, progress), source.path)
+        print(verify.verdict(source))
         if args.against is None:
             return 0
         with open_newest(args.against) as other:
-            require_sound(problems_of(other, progress), other.path)
-            require_sound(differences(source, other, progress), f"{args.path} against {args.against}")
-            print(f"{args.path} and {args.against} hold the same values")
+            verify.require_sound(verify.problems_of(other, progress), other.path)
+            verify.require_sound(verify.differences(source, other, progress), f"{args.path} against {args.against}")
+            print(f"{args.path} and {args.against} hold the same values", *verify.not_compared(source, other), sep="\n")
             if args.logits:
-                largest, allowed = output_difference(source, other)
+                largest, allowed = verify.output_difference(source, other)
                 if not largest <= allowed:
                     raise CheckpointError(f"outputs differ by up to {largest:.3g}; rounding explains {allowed:.3g}")
                 print(f"outputs of both models differ by at most {largest:.3g} (rounding explains {allowed:.3g})")

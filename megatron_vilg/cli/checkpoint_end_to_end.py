@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _TRAINING_ONLY = ("dropout", "embedding_gradient_shrink", "init_std")
 """Options of a model that change how it is trained, and not what its weights compute."""
 
+_JOINT = ("reconstructor.enabled=true", "data.target_view_probability=0", "data.target_view_fall=0")
+"""What the new run has whatever the old one had: a reconstructor, which learns the pictures themselves."""
+
 
 def start_end_to_end(args: argparse.Namespace) -> int:
     """Write a run folder at step 0: the generator as it is, the tokenizer's decoder cloned, the mapping initialised.
@@ -105,7 +108,7 @@ def _new_run(args: argparse.Namespace, source: TensorSource) -> RunConfig:
     known = load_with_origins(None, file).run.resolve()
     if known.reconstructor.enabled or any(name.startswith("model.reconstructor.") for name in source.tensors):
         raise CheckpointError(f"{args.load_dir}: has a reconstructor already; `vilg train` goes on with it")
-    loaded = load_with_origins(None, file, ["reconstructor.enabled=true", *args.overrides])
+    loaded = load_with_origins(None, file, [*_JOINT, *args.overrides])
     weights = ModelConfig(**manifest.model) if manifest.model else known.model
     return _run_of(loaded, weights, manifest.text_vocab_size or weights.text_vocab_size)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "pydantic", "pillow", "tensorboard", "resvg-py")
-_OPTIONAL = ("deepspeed", "torchao", "triton", "transformers")
+_OPTIONAL = ("deepspeed", "torchao", "triton", "transformers", "pycocoevalcap", "jieba")
 _GIB = 2**30
 
 

@@ -23,6 +23,7 @@ ALIASES = {
     "--weight-decay": "optim.weight_decay",
     "--clip-grad": "optim.grad_clip",
     "--warmup-steps": "optim.warmup_steps",
+    "--lr-warmup-iters": "optim.warmup_steps",
     "--save-interval": "checkpoint.every",
     "--log-interval": "log.every",
 }

@@ -198,7 +198,8 @@ def _check_reconstructor(run: RunConfig) -> Iterable[str]:
         yield f"train.engine={run.train.engine}: {rule}. Works: native."
     if run.data.target_view_probability:
         rule = "a reconstructor learns the pictures themselves, not shifted copies (reconstructor.enabled=true)"
-        yield _problem("data.target_view_probability", run.data.target_view_probability, rule, [0])
+        works = "0, with data.target_view_fall=0" if run.data.target_view_fall else "0"
+        yield _problem("data.target_view_probability", run.data.target_view_probability, rule, works)
     if options.loss == "logit_laplace" and run.image_tokenizer.kind != "dvae":
         rule = "needs the decoder of a dVAE, which says how sure it is (image_tokenizer.kind=vqgan)"
         yield _problem(f"{section}.loss", options.loss, rule, "auto, l1")

@@ -39,6 +39,20 @@ def test_page_keeps_what_is_outside_the_markers(tmp_path: Path) -> None:
     assert (tmp_path / "performance-C1.svg").read_text(encoding="utf-8").count("a rate / peer") == 1
 
 
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_sections_do_not_vanish_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, record = tmp_path / "page.md", tmp_path / "rows.json"
+    page.write_text(f"{BEGIN}\n### C1: one\n### C17: another\n{END}\n", encoding="utf-8")
+    header = {"command": "run", "date": "today", "device": "this", "versions": "1"}
+    record.write_text(json.dumps({**header, "rows": [row.record() for row in rows()]}), encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(record)], page, tmp_path)
+    assert stopped.value.code == 2 and "has C17, which none of these files has" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == before
+    assert main([str(record), "--drop"], page, tmp_path) == 0 and "C17" not in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [([], "usage"), (["none.json"], "no such file: none.json")])
 def test_without_a_file_it_says_what_it_needs(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

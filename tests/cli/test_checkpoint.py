@@ -73,7 +73,19 @@ def test_sharded_and_back_to_the_trainer(tmp_path: Path, capsys) -> None:
     capsys.readouterr()
     assert vilg("inspect", tmp_path / "again", "--compare", tmp_path / "run", "--json", tmp_path / "f.json") == 0
     assert "same tensors, same values" in capsys.readouterr().out
-    assert json.loads((tmp_path / "f.json").read_text())["parts"]["optimizer"]["tensors"] == 237
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["parts"]["optimizer"]["tensors"] == 237 and found["not_compared"] == []
+    words = ["--load-dir", tmp_path / "run", "--save-dir", tmp_path / "half", "--dtype", "bf16"]
+    assert vilg("merge", *words) == 0
+    capsys.readouterr()
+    assert vilg("inspect", tmp_path / "run", "--compare", tmp_path / "half") == 0
+    assert vilg("verify", tmp_path / "run", "--against", tmp_path / "half") == 0
+    said = capsys.readouterr().out
+    assert (
+        said.count(f"optimizer: only in {tmp_path / 'run'}")
+        == said.count("float32 beside bfloat16, compared after")
+        == 2
+    )
 
 
 def test_verify_does_not_pass_over_a_damaged_newest_checkpoint(tmp_path: Path, run: Path, capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run, and the start of an end-to-end run made of it."""
     folder = tmp_path_factory.mktemp("end")
     write_tiny_run(folder / "run")
+    # As the demo's presets have it; a reconstructor learns the pictures themselves.
+    copies = {"num_views": 2, "target_view_probability": 0.3, "target_view_fall": 1.0}
+    config = json.loads((folder / "run" / "config.json").read_text())
+    (folder / "run" / "config.json").write_text(json.dumps(config | {"data": config["data"] | copies}))
     settings = ["reconstructor.warmup_steps=3", "text_tokenizer.vocab_size=320"]
     assert convert("vilg", "end-to-end", folder / "run", folder / "start", *settings) == 0
     return folder / "run", folder / "start"
@@ -44,6 +49,7 @@ def test_the_start_has_the_generator_the_decoder_and_a_fresh_mapping(started: tu
     run, start = started
     config = read_run_folder_config(start)
     assert config.reconstructor.enabled and config.reconstructor.warmup_steps == 3
+    assert (config.data.target_view_probability, config.data.target_view_fall) == (0.0, 0.0)
     tokenizer = load_image_tokenizer(start / "image_tokenizer")
     path = Checkpointer(start / "checkpoints", config.checkpoint).latest()
     assert path is not None and path.name == "step-00000000"
