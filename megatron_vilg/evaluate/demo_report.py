@@ -207,7 +207,7 @@ def _versions() -> dict[str, str]:
 
 
 def _choice(num_candidates: int, num_shown: int) -> str:
-    """What a reader must know of the drawings: ``num_shown`` of each prompt, of ``num_candidates`` if those are more."""
+    """What a reader must know of the drawings: ``num_shown`` of each prompt, of ``num_candidates`` if more."""
     if num_candidates <= num_shown:  # all that were drawn are shown
         return "每行按种子抽取，未经挑选 · rows drawn by seed, not chosen"
     return (

@@ -168,7 +168,7 @@ def require_enough(max_pairs: int) -> None:
     """
     if max_pairs < MIN_PAIRS:
         raise ConfigError(
-            [f"--max-prompts={max_pairs}: a Frechet distance needs at least {MIN_PAIRS} pictures. Works: 160, the default"]
+            [f"--max-prompts={max_pairs}: a Frechet distance needs at least {MIN_PAIRS} pictures. Works: 160 (default)"]
         )
 
 

@@ -168,7 +168,7 @@ def test_page_has_plots_where_the_instruments_looked(report: Report, tmp_path: P
     [
         (0, "每行按种子抽取，未经挑选", "rows drawn by seed, not chosen"),
         (2, "每行按种子抽取，未经挑选", "rows drawn by seed, not chosen"),
-        (512, "图片由模型自评，512 取 2", "prompts drawn by seed, pictures the best 2 of 512 by the model's own likelihoods"),
+        (512, "图片由模型自评，512 取 2", "by seed, pictures the best 2 of 512 by the model's own likelihoods"),
     ],
 )
 def test_headings_say_whether_drawings_were_chosen(

@@ -112,7 +112,8 @@ def test_files_of_classes_that_are_called_alike_are_different_pairs(
     # One of the folders alone, whose pairs are split by the hash of another path now: apple/0 may be either.
     below, _ = read_eval_set(own / "train", 8, val_share=0.3)
     assert {pair.key for pair in below.pairs} == {f"{name}/{n}" for name in ("apple", "cat") for n in range(5)}
-    assert (count := below.counts()["unseen"]) > 0
+    count = below.counts()["unseen"]
+    assert count > 0
     with pytest.raises(DataError, match=f"{count} of {count} held-out pairs are among the training pairs"):
         hold_against_training(below, below.subset([]), "below", tokens, 0.01)
 

@@ -155,7 +155,7 @@ def test_what_is_missing_for_the_table_is_named(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("prompts", "--max-prompts=1: a Frechet distance needs at least 2 pictures. Works: 160, the default"),
+        ("prompts", "--max-prompts=1: a Frechet distance needs at least 2 pictures. Works: 160 (default)"),
         ("held out", "--data: 1 held-out and 6 trained pairs; a Frechet distance needs at least 2 of each. Works: "),
         ("trained", "--data: 4 held-out and 1 trained pairs; a Frechet distance needs at least 2 of each. Works: "),
         ("size", "image_tokenizer.image_size=8: structural similarity looks through a window of 11 pixels. Works: "),
