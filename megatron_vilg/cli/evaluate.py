@@ -37,6 +37,7 @@ _MEANT = {
 """The options that each task reads; ``--device`` aside."""
 _DRAWS_ONE = ("rerank", "rerank_drawing_weight", "caption_candidates")
 """Settings without meaning where one picture is drawn of each prompt and nothing captioned."""
+_WITHOUT_SECONDS = "remove it to go on without the seconds of the stages"
 _KV_BYTES = 2**31
 """Keys and values that may be kept at a time while drawing: the default of ``--max-batch``."""
 
@@ -69,7 +70,8 @@ def add_parser(subparsers: Any) -> None:
         "--max-batch",
         metavar="N",
         type=_positive,
-        help="pictures drawn or captioned at a time; default: those whose keys and values fit 2 GiB",
+        help="pictures drawn or captioned, and pairs measured, at a time; default: those whose keys and values fit "
+        "2 GiB",
     )
     run_options.add_argument("--seed", metavar="S", type=int, help="what is looked at and drawn; default: train.seed")
     add_device_option(run_options)
@@ -215,13 +217,15 @@ def _table7(args: argparse.Namespace) -> None:
     from megatron_vilg.evaluate.frechet import FEATURE_SIDE
     from megatron_vilg.evaluate.pairs import read_eval_set
     from megatron_vilg.evaluate.subject import EvaluationSettings
-    from megatron_vilg.evaluate.table7 import measure_table7, role_of
+    from megatron_vilg.evaluate.table7 import choose_pairs, measure_table7, require_enough, role_of
     from megatron_vilg.evaluate.table7_report import write_table7, write_table7_page
     from megatron_vilg.generate.pipeline import Pipeline
     from megatron_vilg.models.features import load_feature_network
 
     changed = _drawing_settings(args.words[1:], without=_DRAWS_ONE)
     _require_places(args)
+    max_pairs = args.max_prompts or EvaluationSettings().max_prompts
+    require_enough(max_pairs)
     runs = [Pipeline.load(path, device=chosen_device(args.device)) for path in args.load]
     config = _with_settings(runs[0].config, changed)
     pairs, scenes = read_eval_set(
@@ -233,8 +237,8 @@ def _table7(args: argparse.Namespace) -> None:
     for path, run in zip(args.load, runs, strict=True):
         run.max_batch = _max_batch(args, run.config)
         pairs, scenes = _as_trained(path, args.data, pairs, scenes, config.data.max_bad_share)
+    choose_pairs(pairs, max_pairs)  # what is wrong with them is said before more is loaded
     network = load_feature_network(FEATURE_NETWORK)
-    max_pairs = args.max_prompts or EvaluationSettings().max_prompts
     table = measure_table7(runs, pairs, network, max_pairs=max_pairs, settings=config.sample)
     table.figures |= {
         "network": f"{FEATURE_NETWORK}, last layer, mean over positions (1280 numbers), pictures at {FEATURE_SIDE} px",
@@ -315,7 +319,8 @@ def _subject(pipeline: Pipeline, config: RunConfig, replicas: Replicas) -> Subje
         return image_logits.cpu(), text_logits.cpu()
 
     divided = DividedPipeline(pipeline, replicas)
-    return Subject(divided, pipeline.image_tokenizer, pipeline.text_tokenizer, forward, config)
+    parts = pipeline.image_tokenizer, pipeline.text_tokenizer
+    return Subject(divided, *parts, forward, config, max_batch=pipeline.max_batch)
 
 
 def _seconds(run_dir: Path) -> dict[str, float]:
@@ -328,8 +333,13 @@ def _seconds(run_dir: Path) -> dict[str, float]:
     try:
         seconds = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); remove it to go on without the seconds of the stages") from error
-    return {str(stage): float(value) for stage, value in seconds.items()}
+        raise DataError(f"{path}: not JSON ({error}); {_WITHOUT_SECONDS}") from error
+    if not isinstance(seconds, dict):
+        raise DataError(f"{path}: holds no object of seconds by stage but {seconds!r:.60}; {_WITHOUT_SECONDS}")
+    for stage, value in seconds.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"{path}: {stage}={value!r:.60} is no number of seconds; {_WITHOUT_SECONDS}")
+    return {stage: float(value) for stage, value in seconds.items()}
 
 
 def _credits(pairs: EvalSet) -> list[str]:

@@ -22,6 +22,8 @@ from megatron_vilg.sequence import Direction, StreamSpec
 
 Forward = Callable[[PairBatch], tuple[Tensor, Tensor]]
 """A model as this module sees it: P pairs to image logits [P, N, K] and text logits [P, L + 1, V]."""
+LOGIT_BYTES = 2**31
+"""Logits that are there at a time."""
 BatchReader = Callable[[Sequence[int]], PairBatch]
 """Clean pairs (no dropout, no noise, no shifted copies) by their numbers in the data set."""
 
@@ -82,6 +84,13 @@ def shuffle_conditions(batch: PairBatch, partner: Tensor) -> PairBatch:
     return replace(batch, text_ids=text_ids, text_len=text_len, image_ids=image_ids)
 
 
+def pairs_within(spec: StreamSpec, frequencies: TokenFrequencies, num_bytes: int) -> int:
+    """How many pairs have logits and log-probabilities, in fp32, of ``num_bytes``: at least 1."""
+    image, text = len(frequencies.image), len(frequencies.text)
+    each = spec.num_image_tokens * image + (spec.num_text_slots + 1) * text
+    return max(1, num_bytes // (2 * 4 * each))
+
+
 @torch.no_grad()
 def condition_test(
     forward: Forward,
@@ -97,8 +106,9 @@ def condition_test(
     Args:
         forward: the model, in evaluation mode.
         seed: who trades conditions with whom.
-        batch_size: pairs per forward pass.
+        batch_size: pairs per forward pass at most; fewer where their logits would be larger than ``LOGIT_BYTES``.
     """
+    batch_size = min(batch_size, pairs_within(spec, frequencies, LOGIT_BYTES))
     image_labels, text_labels = split_targets(batch, spec)
     labels = {Direction.TEXT_TO_IMAGE: image_labels, Direction.IMAGE_TO_TEXT: text_labels}
     tables = {Direction.TEXT_TO_IMAGE: frequencies.image, Direction.IMAGE_TO_TEXT: frequencies.text}
@@ -122,9 +132,16 @@ def _mean_cross_entropy(
     total = dict.fromkeys(Direction, 0.0)
     for start in range(0, len(batch), batch_size):
         stop = min(start + batch_size, len(batch))
-        logits = dict(zip(Direction, forward(batch.slice(start, stop)), strict=True))
-        for direction in Direction:
-            target = labels[direction][start:stop].flatten()
-            scores = logits[direction].float().flatten(0, 1)
-            total[direction] += F.cross_entropy(scores, target, ignore_index=IGNORE, reduction="sum").item()
+        for direction, nats in _sums(forward, batch.slice(start, stop), labels, slice(start, stop)).items():
+            total[direction] += nats
     return {d: total[d] / int((labels[d] != IGNORE).sum()) for d in Direction}
+
+
+def _sums(forward: Forward, block: PairBatch, labels: dict[Direction, Tensor], rows: slice) -> dict[Direction, float]:
+    """Nats of a block; its logits are gone before those of the next one are computed."""
+    return {
+        direction: F.cross_entropy(
+            logits.float().flatten(0, 1), labels[direction][rows].flatten(), ignore_index=IGNORE, reduction="sum"
+        ).item()
+        for direction, logits in zip(Direction, forward(block), strict=True)
+    }

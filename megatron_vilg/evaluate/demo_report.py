@@ -98,6 +98,7 @@ def make_report(
         groups=groups,
         tables=report_tables(figures),
         footer=footer_lines(figures, credits),
+        choice=_choice(subject.config.sample.rerank, settings.shown_samples),
         plots=tuple(plots),
     )
     return Report(figures, view)
@@ -203,6 +204,16 @@ def _versions() -> dict[str, str]:
         "sentencepiece": sentencepiece.__version__,
         "pillow": PIL.__version__,
     }
+
+
+def _choice(num_candidates: int, num_shown: int) -> str:
+    """What a reader must know of the drawings: ``num_shown`` of each prompt, of ``num_candidates`` if more."""
+    if num_candidates <= num_shown:  # all that were drawn are shown
+        return "每行按种子抽取，未经挑选 · rows drawn by seed, not chosen"
+    return (
+        f"提示按种子抽取，图片由模型自评，{num_candidates} 取 {num_shown} · prompts drawn by seed, pictures the best "
+        f"{num_shown} of {num_candidates} by the model's own likelihoods"
+    )
 
 
 def _group(measurement: Measurement, kind: Kind) -> Group:

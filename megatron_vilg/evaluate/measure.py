@@ -23,6 +23,8 @@ from megatron_vilg.ops.sampling import keep_best
 log = get_logger(__name__)
 _MIN_PAIRS = 2
 """Fewer pairs of a kind cannot trade conditions; the kind is left out."""
+_FORWARD_PAIRS = 64
+"""Pairs that the model sees at a time at most where nothing is drawn."""
 _BLOCK = 512
 """Pictures that are floating-point numbers at a time; a data set's are kept as bytes."""
 
@@ -61,7 +63,12 @@ class Measurement:
             )
             batch = self.subject.clean_batch(self.pairs.captions(numbers), self.codes[numbers])
             result = condition_test(
-                self.subject.forward, batch, self.subject.spec, frequencies, seed=self.settings.seed
+                self.subject.forward,
+                batch,
+                self.subject.spec,
+                frequencies,
+                seed=self.settings.seed,
+                batch_size=min(_FORWARD_PAIRS, self.subject.max_batch or _FORWARD_PAIRS),
             )
             found[kind] = {direction.name.lower(): dataclasses.asdict(test) for direction, test in result.items()}
             log.info("cross-entropy, %s: %s", kind.value, _short(found[kind]))

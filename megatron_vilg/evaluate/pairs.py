@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron_vilg.data.images import square
 from megatron_vilg.data.records import Record, find_records, read_parts
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import DataError
+from megatron_vilg.evaluate.cached_pairs import CachedPairs
 from megatron_vilg.evaluate.retrieval import Label
 from megatron_vilg.log import get_logger
 
@@ -146,9 +147,9 @@ def hold_against_training(
 ) -> tuple[EvalSet, EvalSet]:
     """Refuse a data set that calls pairs held out which a run was trained on, or trained which it was not.
 
-    A pair is known by its name and caption. Which pairs are held out may depend on where the data lies: where names
-    say no split, the path below ``data`` does. Training pairs that were added to the data set since the run was trained
-    are left out.
+    A pair is known by its caption and the end of its key (``CachedPairs``). Which pairs are held out may depend on
+    where the data lies: where names say no split, the path below ``data`` does. Training pairs that were added to the
+    data set since the run was trained are left out.
 
     Args:
         pairs: what is to be evaluated.
@@ -163,19 +164,19 @@ def hold_against_training(
     Raises:
         DataError: more held-out pairs were trained; or training pairs were not, while others that were are missing.
     """
-    trained = {_name(record.key, record.caption) for record in TokenCache.open(tokens).split("train").records()}
+    cached = CachedPairs(TokenCache.open(tokens))
     everything = (*pairs.pairs, *scenes.pairs)
-    _require_unseen([pair for pair in everything if pair.kind != Kind.TRAINED], trained, data, tokens, max_share)
+    _require_unseen([pair for pair in everything if pair.kind != Kind.TRAINED], cached, data, tokens, max_share)
     claimed = [pair for pair in everything if pair.kind == Kind.TRAINED]
-    unknown = [pair.key for pair in claimed if _name(pair.key, pair.caption) not in trained]
+    unknown = [pair.key for pair in claimed if not cached.was_trained(pair.key, pair.caption)]
     if not unknown:
         return pairs, scenes
-    missing = len(trained - {_name(pair.key, pair.caption) for pair in claimed})
+    missing = cached.num_missing((pair.key, pair.caption) for pair in claimed)
     problem = (
-        f"--data={data}: {len(unknown)} of {len(claimed)} training pairs are not among the {len(trained)} pairs in "
+        f"--data={data}: {len(unknown)} of {len(claimed)} training pairs are not among the {len(cached)} pairs in "
         f"{tokens} that were trained ({_first(unknown)})"
     )
-    if missing > max_share * len(trained):
+    if missing > max_share * len(cached):
         raise DataError(
             f"{problem}, and {missing} of those are not in the data. Works: the very folder or file that "
             "`vilg train --data` had, to which pairs may have been added"
@@ -187,7 +188,7 @@ def hold_against_training(
             [
                 number
                 for number, pair in enumerate(of.pairs)
-                if pair.kind != Kind.TRAINED or _name(pair.key, pair.caption) in trained
+                if pair.kind != Kind.TRAINED or cached.was_trained(pair.key, pair.caption)
             ]
         )
 
@@ -195,9 +196,9 @@ def hold_against_training(
 
 
 def _require_unseen(
-    held_out: Sequence[EvalPair], trained: Container[tuple[str, str]], data: Path | str, tokens: Path, max_share: float
+    held_out: Sequence[EvalPair], cached: CachedPairs, data: Path | str, tokens: Path, max_share: float
 ) -> None:
-    seen = [pair.key for pair in held_out if _name(pair.key, pair.caption) in trained]
+    seen = [pair.key for pair in held_out if not cached.was_held_out(pair.key, pair.caption)]
     if not seen:
         return
     problem = (
@@ -207,11 +208,6 @@ def _require_unseen(
     if len(seen) > max_share * len(held_out):
         raise DataError(f"{problem}. Works: the very folder or file that `vilg train --data` had")
     logger.warning("%s", problem)
-
-
-def _name(key: str, caption: str) -> tuple[str, str]:
-    """What a pair is known by; the folders above it depend on where the data lies."""
-    return key.rpartition("/")[2], caption
 
 
 def _first(keys: Sequence[str]) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 
+SSIM_WINDOW = 11
+"""Pixels a side of the window that structural similarity looks through."""
 _PICTURES_AT_A_TIME = 64
 """Through the networks of the image tokenizer."""
 
@@ -77,9 +79,14 @@ def structural_similarity(pixels: Tensor, reconstructed: Tensor) -> float:
     """Mean structural similarity (SSIM) of brightness, as published: Gaussian window of 11 pixels, deviation 1.5.
 
     Args:
-        pixels, reconstructed: float32 [B, 3, S, S] in [-1, 1], S at least 11.
+        pixels, reconstructed: float32 [B, 3, S, S] in [-1, 1], S at least ``SSIM_WINDOW``.
+
+    Raises:
+        ValueError: smaller pictures.
     """
-    axis = torch.arange(11, dtype=torch.float64) - 5.0
+    if min(pixels.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"pictures {list(pixels.shape)}: structural similarity needs {SSIM_WINDOW} pixels a side")
+    axis = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
     line = torch.exp(-axis.square() / (2 * 1.5**2))
     line = line / line.sum()
     window = (line[:, None] * line[None])[None, None]

@@ -56,6 +56,7 @@ def render_page(view: ReportView) -> str:
     parts = [
         page_start(view.title, view.subtitle),
         "<h2>文字 → 图片 &nbsp; Text to image</h2>",
+        f"<p class=note>{html.escape(view.choice)}</p>" if view.choice else "",
         f"<div class=groups>{''.join(_prompts(group) for group in view.groups)}</div>",
         "<h2>图片 → 文字 &nbsp; Image to text</h2>",
         f"<div class=groups>{''.join(_captions(group) for group in view.groups)}</div>",

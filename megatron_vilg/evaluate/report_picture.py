@@ -28,7 +28,7 @@ def render_picture(view: ReportView) -> Image.Image:
     inside = canvas.width - 2 * _MARGIN
     canvas.text(_MARGIN, 36, view.title, 36)
     y = canvas.paragraph(_MARGIN, 86, view.subtitle, 18, inside, GREY, max_lines=3) + 18
-    y = _section(canvas, y, "文字 → 图片", "Text to image", "每行按种子抽取，未经挑选 · rows drawn by seed, not chosen")
+    y = _section(canvas, y, "文字 → 图片", "Text to image", view.choice)
     y = max((_prompts(canvas, x, y, column, g) for x, g in _columns(view.groups, column)), default=y)
     if any(sample.concept is not None for g in view.groups for p in g.prompts for sample in p.samples):
         y = _legend(canvas, y + 4)

@@ -24,6 +24,11 @@ def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def _generator(seed: int) -> np.random.Generator:
+    """numpy refuses negative seeds, which every verb takes: they count from the end of 64 bits, as for torch."""
+    return np.random.default_rng(seed % 2**64)
+
+
 _SETTINGS = ("config", "drawing_settings")
 
 
@@ -52,7 +57,7 @@ def derangement(count: int, seed: int) -> np.ndarray:
     if count < 2:
         raise ValueError(f"count={count}: fewer than two items cannot trade places")
     # One random cycle through all items: no item can map to itself.
-    order = np.random.default_rng(seed).permutation(count)
+    order = _generator(seed).permutation(count)
     result = np.empty(count, dtype=np.int64)
     result[order] = np.roll(order, 1)
     return result
@@ -62,7 +67,7 @@ def sample_indices(population: Sequence[int], count: int, seed: int) -> list[int
     """At most ``count`` members of ``population``, drawn without replacement, in their old order."""
     if count >= len(population):
         return list(population)
-    chosen = np.random.default_rng(seed).choice(len(population), size=count, replace=False)
+    chosen = _generator(seed).choice(len(population), size=count, replace=False)
     return [population[i] for i in sorted(chosen.tolist())]
 
 

@@ -63,6 +63,8 @@ class Subject:
     """The model in evaluation mode."""
     config: RunConfig
     """With every size resolved."""
+    max_batch: int | None = None
+    """Pairs that go through ``forward`` at a time at most; None: as many as an evaluation likes."""
 
     @property
     def spec(self) -> StreamSpec:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.config.schema import RunConfig, SampleConfig
-from megatron_vilg.errors import ConfigError
+from megatron_vilg.errors import ConfigError, DataError
 from megatron_vilg.evaluate.frechet import Gaussian, features_of, frechet_distance
 from megatron_vilg.evaluate.pairs import EvalSet, Kind
-from megatron_vilg.evaluate.reconstruction import encode, score_reconstruction, structural_similarity
+from megatron_vilg.evaluate.reconstruction import SSIM_WINDOW, encode, score_reconstruction, structural_similarity
 from megatron_vilg.evaluate.statistics import mean_interval, sample_indices
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.features import FeatureNetwork
@@ -26,6 +26,8 @@ from megatron_vilg.models.image_tokenizer import ImageTokenizer
 log = get_logger(__name__)
 
 JOINT, DETACHED = "joint", "detached"
+MIN_PAIRS = 2
+"""Fewer pictures have no covariance."""
 
 
 class Contestant(Protocol):
@@ -133,6 +135,43 @@ def pair_up(runs: Sequence[Contestant]) -> dict[int, dict[str, Contestant]]:
     return dict(sorted(found.items()))
 
 
+def choose_pairs(pairs: EvalSet, max_pairs: int) -> dict[str, list[int]]:
+    """Equally many numbers of held-out and of trained pairs, at most ``max_pairs`` of each.
+
+    Raises:
+        ConfigError: ``max_pairs`` is below ``MIN_PAIRS``.
+        DataError: fewer than ``MIN_PAIRS`` held-out or trained pairs, or pictures too small for structural similarity.
+    """
+    require_enough(max_pairs)
+    groups = {"held_out": pairs.of_kind(Kind.UNSEEN, Kind.NEW_CONCEPT), "trained": pairs.of_kind(Kind.TRAINED)}
+    counts = {group: len(numbers) for group, numbers in groups.items()}
+    if min(counts.values()) < MIN_PAIRS:
+        raise DataError(
+            f"--data: {counts['held_out']} held-out and {counts['trained']} trained pairs; a Frechet distance needs at "
+            f"least {MIN_PAIRS} of each. Works: the data that the runs were trained on, with held-out pairs"
+        )
+    side = pairs.picture(0).width
+    if side < SSIM_WINDOW:
+        raise DataError(
+            f"image_tokenizer.image_size={side}: structural similarity looks through a window of {SSIM_WINDOW} pixels. "
+            f"Works: runs with pictures of at least {SSIM_WINDOW} pixels a side"
+        )
+    count = min(max_pairs, *counts.values())
+    return {group: sample_indices(numbers, count, 0) for group, numbers in groups.items()}
+
+
+def require_enough(max_pairs: int) -> None:
+    """Refuse fewer pairs than a Frechet distance needs.
+
+    Raises:
+        ConfigError: ``max_pairs`` is below ``MIN_PAIRS``.
+    """
+    if max_pairs < MIN_PAIRS:
+        raise ConfigError(
+            [f"--max-prompts={max_pairs}: a Frechet distance needs at least {MIN_PAIRS} pictures. Works: 160 (default)"]
+        )
+
+
 def measure_table7(
     runs: Sequence[Contestant],
     pairs: EvalSet,
@@ -151,13 +190,15 @@ def measure_table7(
         max_pairs: most pairs of each group; both groups get equally many, because the distance depends on it.
         settings: how codes are drawn.
         num_shown: pictures of every row that are kept.
+
+    Raises:
+        ConfigError: runs that do not go together (``pair_up``).
+        DataError: pairs that give no distance (``choose_pairs``).
     """
     by_seed = pair_up(runs)
-    groups = {"held_out": pairs.of_kind(Kind.UNSEEN, Kind.NEW_CONCEPT), "trained": pairs.of_kind(Kind.TRAINED)}
-    count = min(max_pairs, *(len(numbers) for numbers in groups.values()))
     table = Table7({})
-    for group, population in groups.items():
-        numbers = sample_indices(population, count, 0)
+    for group, numbers in choose_pairs(pairs, max_pairs).items():
+        count = len(numbers)
         real, prompts = pairs.pixels(numbers), pairs.captions(numbers)
         reference = Gaussian.of(features_of(network, real))
         results: dict[str, dict[int, dict[str, float]]] = {row.name: {} for row in ROWS}

@@ -95,5 +95,7 @@ class ReportView:
     groups: tuple[Group, ...]
     tables: tuple[Table, ...]
     footer: tuple[str, ...] = field(default=())
+    choice: str = ""
+    """How the prompts and drawings that are shown were chosen."""
     plots: tuple[LinePlot, ...] = field(default=())
     """Of the run's training; on the HTML page only."""

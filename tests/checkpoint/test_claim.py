@@ -205,7 +205,9 @@ def test_a_lock_that_nobody_lets_go_of_locks_nobody_out(tmp_path: Path, monkeypa
         fcntl.flock(folder, fcntl.LOCK_EX)
         owner = claim(tmp_path)
         owner.take()
+        assert json.loads((tmp_path / FILE_NAME).read_text())["process"]["pid"] == os.getpid()
         owner.release()
+        assert not (tmp_path / FILE_NAME).exists()
     finally:
         os.close(folder)
 

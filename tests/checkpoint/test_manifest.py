@@ -60,7 +60,13 @@ def test_what_was_written_is_read_back(folder: Path) -> None:
 
 def test_compare_ignores_progress_and_layout() -> None:
     other = example(step=9, samples_seen=1, layout={"tensor": 2}, counters={}, versions={"torch": "9"})
+    assert other != example()
     example().compare(other)
+    with pytest.raises(CheckpointError) as caught:
+        example().compare(dataclasses.replace(other, image_vocab_size=17))
+    assert [line for line in str(caught.value).splitlines() if "checkpoint has" in line] == [
+        "  image_vocab_size: checkpoint has 16, this run has 17"
+    ]
 
 
 def test_compare_prints_both_sides_of_every_difference() -> None:
@@ -80,7 +86,11 @@ def test_compare_prints_both_sides_of_every_difference() -> None:
 
 def test_compare_treats_tuples_as_the_lists_json_makes_of_them(tmp_path: Path) -> None:
     write_manifest(tmp_path, example(model={"channels": (1, 2)}))
-    read_manifest(tmp_path).compare(example(model={"channels": (1, 2)}))
+    found = read_manifest(tmp_path)
+    assert found.model == {"channels": [1, 2]}
+    found.compare(example(model={"channels": (1, 2)}))
+    with pytest.raises(CheckpointError, match=r"model\.channels: checkpoint has \[1, 2\], this run has \[2, 1\]"):
+        found.compare(example(model={"channels": (2, 1)}))
 
 
 def test_each_kind_of_damage_is_named(folder: Path) -> None:

@@ -54,6 +54,15 @@ def test_how_much_is_drawn_at_a_time_changes_nothing(run_folder: Path, data: Pat
     assert one | {"seconds": 0} == every | {"seconds": 0}
 
 
+def test_negative_seeds_and_a_choice_among_drawings(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    """A seed of -1 is one that training, drawing and captioning take too."""
+    command = ["evaluate", "--load", str(run_folder), "--data", str(data), "--out", str(tmp_path)]
+    assert main([*command, "--max-prompts", "2", "--seed", "-1", "sample.rerank=5"]) == 0
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["seed"] == -1
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "the best 4 of 5 by the model&#x27;s own likelihoods" in page and "not chosen" not in page
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -150,17 +159,27 @@ def test_numbers_are_checked(value: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"must be a whole number of at least 1, got '{value}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "holds no object of seconds by stage but [1]; remove it to go on without the seconds of the stages"),
+        ('{"train": null}', "train=None is no number of seconds; remove it to go on"),
+        ('{"tokens": 1, "train": "long"}', "train='long' is no number of seconds; remove it to go on"),
+        ('{"train": true}', "train=True is no number of seconds; remove it to go on"),
+    ],
+)
 def test_broken_seconds_are_named(
-    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, message: str, run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run_folder / "seconds.json"
     kept = path.read_text()
-    path.write_text("{")
+    path.write_text(text)
     try:
         assert main(["evaluate", "--load", str(run_folder), "--data", str(data), "--out", str(tmp_path)]) == EXIT_ERROR
     finally:
         path.write_text(kept)
-    assert "seconds.json: not JSON" in capsys.readouterr().err
+    assert f"seconds.json: {message}" in capsys.readouterr().err
 
 
 def test_caption_files_are_scored(tmp_path: Path) -> None:

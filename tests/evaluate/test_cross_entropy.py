@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vilg.data.batch import PairBatch
-from megatron_vilg.evaluate.cross_entropy import condition_test, count_tokens, shuffle_conditions, split_targets
+from megatron_vilg.evaluate.cross_entropy import (
+    condition_test,
+    count_tokens,
+    pairs_within,
+    shuffle_conditions,
+    split_targets,
+)
 from megatron_vilg.sequence import Direction, StreamSpec, TextToken
 
 SPEC = StreamSpec(num_text_slots=3, image_side=2)
@@ -56,6 +64,30 @@ def test_a_model_that_reads_its_condition_pays_for_a_wrong_one() -> None:
     assert result[Direction.TEXT_TO_IMAGE].unigram == pytest.approx(-math.log(5 / 24), abs=1e-5)
     # Four captions of one token and four ends; 14 entries in the table.
     assert result[Direction.IMAGE_TO_TEXT].unigram == pytest.approx(-math.log(2 / 22) / 2 - math.log(5 / 22) / 2)
+
+
+def test_logits_are_there_for_as_many_pairs_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [0, 2, 4, 6]
+    frequencies = count_tokens(read, numbers, SPEC, image_vocab_size=IMAGE_VOCAB, text_vocab_size=TEXT_VOCAB)
+    each = 2 * 4 * (4 * IMAGE_VOCAB + 4 * TEXT_VOCAB)
+    assert [pairs_within(SPEC, frequencies, size) for size in (1, each, 3 * each - 1, 3 * each)] == [1, 1, 2, 3]
+    whole = condition_test(translator, read(numbers), SPEC, frequencies, seed=0)
+    sizes, alive = [], []
+
+    def watched(batch: PairBatch) -> tuple[Tensor, Tensor]:
+        assert not any(reference() is not None for reference in alive), "logits of the block before"
+        sizes.append(len(batch))
+        logits = translator(batch)
+        alive.extend(map(weakref.ref, logits))
+        return logits
+
+    monkeypatch.setattr("megatron_vilg.evaluate.cross_entropy.LOGIT_BYTES", 3 * each)
+    for direction, test in condition_test(watched, read(numbers), SPEC, frequencies, seed=0).items():
+        assert dataclasses.astuple(test) == pytest.approx(dataclasses.astuple(whole[direction]))
+    assert sizes == [3, 1, 3, 1]
+    sizes.clear()
+    condition_test(watched, read(numbers), SPEC, frequencies, seed=0, batch_size=2)
+    assert sizes == [2, 2, 2, 2]
 
 
 def test_padding_behind_a_caption_does_not_count() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 from pathlib import Path
@@ -8,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from megatron_vilg.config.load import load_run_config
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.errors import DataError
+from megatron_vilg.evaluate.canvas import Canvas, font
 from megatron_vilg.evaluate.curves import instrument_plots
 from megatron_vilg.evaluate.demo_report import Report, make_report, write_report
 from megatron_vilg.evaluate.measure import Measurement
@@ -157,6 +161,51 @@ def test_page_has_plots_where_the_instruments_looked(report: Report, tmp_path: P
     assert "Instruments over training" not in pages[0]
     assert pages[1].count("<svg") == len(plots) > 5
     assert "http" not in pages[1]
+
+
+@pytest.mark.parametrize(
+    ("rerank", "chinese", "english"),
+    [
+        (0, "每行按种子抽取，未经挑选", "rows drawn by seed, not chosen"),
+        (2, "每行按种子抽取，未经挑选", "rows drawn by seed, not chosen"),
+        (512, "图片由模型自评，512 取 2", "by seed, pictures the best 2 of 512 by the model's own likelihoods"),
+    ],
+)
+def test_headings_say_whether_drawings_were_chosen(
+    rerank: int, chinese: str, english: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = toy_pairs()
+    subject = toy_subject(pairs)
+    sample = dataclasses.replace(subject.config.sample, rerank=rerank)
+    subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, sample=sample))
+    written: list[tuple[str, float, float]] = []
+
+    def text(self: Canvas, x: float, y: float, words: str, size: int, *_: object, align: str = "left") -> None:
+        width = font(size).getlength(words)
+        written.append((words, y, x - width if align == "right" else x + width))
+
+    monkeypatch.setattr(Canvas, "text", text)
+    write_report(make_report(subject, pairs, Flat(), SETTINGS), tmp_path)
+    ((heading, y, left),) = [entry for entry in written if "drawn by seed" in entry[0]]
+    assert chinese in heading and heading.endswith(english)
+    (title,) = [entry for entry in written if "Text to image" in entry[0]]
+    assert abs(title[1] - y) < 10 and title[2] + 20 < left, "they stand on one line, side by side"
+    assert html.escape(heading) in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_model_sees_no_more_pairs_at_a_time_than_asked_for(report: Report) -> None:
+    pairs = toy_pairs()
+    subject, sizes = toy_subject(pairs), []
+
+    def forward(batch: PairBatch) -> tuple[Tensor, Tensor]:
+        sizes.append(len(batch))
+        return subject.forward(batch)
+
+    watched = dataclasses.replace(subject, forward=forward, max_batch=2)
+    again = Measurement(watched, pairs, None, SETTINGS).cross_entropy()
+    assert max(sizes) == 2 and sum(sizes) == 2 * len(pairs)
+    for direction, test in report.figures["ce"].items():
+        assert again[Kind.TRAINED][direction] == pytest.approx(test, abs=1e-6)
 
 
 def test_shown_pictures_carry_the_verdict(report: Report) -> None:

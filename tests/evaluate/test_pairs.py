@@ -13,7 +13,7 @@ from megatron_vilg.data.shards import ShardWriter
 from megatron_vilg.errors import DataError
 from megatron_vilg.evaluate.pairs import Kind, hold_against_training, read_eval_set
 from megatron_vilg.evaluate.retrieval import Label
-from tests.train.token_caches import write_cache
+from tests.train.token_caches import cache_of, write_cache
 
 
 def add(folder: Path, key: str, **fields: object) -> None:
@@ -80,6 +80,50 @@ def test_held_out_pairs_that_were_trained_are_refused(tmp_path: Path, caplog: py
         hold_against_training(*pairs, "there", tmp_path / "tokens", 0.5)
     hold_against_training(*pairs, "there", tmp_path / "tokens", 1.0)
     assert "3 of 3 held-out pairs" in caplog.text
+
+
+def write_classes(folder: Path, counts: dict[str, int]) -> Path:
+    """Folders of classes in every split: names of files and captions repeat, as in ``train/apple/0.png``."""
+    for split, count in counts.items():
+        for name, caption in (("apple", "红苹果"), ("cat", "猫")):
+            for number in range(count):
+                add(folder / split / name, str(number))
+                (folder / split / name / f"{number}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def test_files_of_classes_that_are_called_alike_are_different_pairs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = write_classes(tmp_path / "own", {"train": 5, "val": 2})
+    tokens = tmp_path / "tokens"
+    cache_of(tokens, own, ["红苹果", "猫"])
+    same = read_eval_set(own, 8)
+    assert hold_against_training(*same, "own", tokens, 0.0) == same
+    assert same[0].counts()["unseen"] == 4
+
+    # The same pairs where their names say another split: of val/cat/0 to 1 nobody can tell, of 2 to 4 one can.
+    swapped = tmp_path / "swapped"
+    shutil.copytree(own / "train", swapped / "val")
+    shutil.copytree(own / "val", swapped / "train")
+    with pytest.raises(DataError, match=r"6 of 10 held-out pairs are among the training pairs .*val/apple/2, val/app"):
+        hold_against_training(*read_eval_set(swapped, 8), "swapped", tokens, 0.01)
+
+    # One of the folders alone, whose pairs are split by the hash of another path now: apple/0 may be either.
+    below, _ = read_eval_set(own / "train", 8, val_share=0.3)
+    assert {pair.key for pair in below.pairs} == {f"{name}/{n}" for name in ("apple", "cat") for n in range(5)}
+    count = below.counts()["unseen"]
+    assert count > 0
+    with pytest.raises(DataError, match=f"{count} of {count} held-out pairs are among the training pairs"):
+        hold_against_training(below, below.subset([]), "below", tokens, 0.01)
+
+    grown = write_classes(shutil.copytree(own, tmp_path / "grown"), {"train": 6})
+    (grown / "train" / "cat" / "1.png").unlink()
+    (grown / "train" / "cat" / "1.txt").unlink()
+    with pytest.raises(DataError, match=r"2 of 11 training pairs .* the 10 pairs in .*, and 1 of those are not in the"):
+        hold_against_training(*read_eval_set(grown, 8), "grown", tokens, 0.05)
+    kept, _ = hold_against_training(*read_eval_set(grown, 8), "grown", tokens, 0.1)
+    assert kept.counts()["trained"] == 9 and "train/apple/5, train/cat/5): they are left out" in caplog.text
 
 
 def test_pairs_that_were_not_trained_are_no_training_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,6 +43,19 @@ def test_sample_is_seeded_ordered_and_without_repeats() -> None:
     assert sample_indices(population, 500, seed=3) == population
 
 
+@pytest.mark.parametrize("seed", [-1, -(2**70)])
+def test_negative_seeds_are_those_from_the_end_of_64_bits(seed: int) -> None:
+    population = list(range(100))
+    assert sample_indices(population, 10, seed) == sample_indices(population, 10, seed % 2**64)
+    assert derangement(7, seed).tolist() == derangement(7, seed % 2**64).tolist()
+    assert sample_indices(population, 10, -1) != sample_indices(population, 10, 1)
+
+
+def test_what_a_seed_chooses_does_not_change() -> None:
+    assert sample_indices(range(100), 5, seed=3) == [8, 17, 18, 23, 77]
+    assert derangement(6, seed=3).tolist() == [3, 4, 0, 1, 5, 2]
+
+
 def test_figures_are_rounded_and_settings_are_not() -> None:
     figures = {"ce": {"right": 1.23456789, "parts": (0.00001, 3)}, "config": {"optim": {"eps": 1e-8}}, "seed": 3}
     figures |= {"drawing_settings": {"temperature": 0.123456789}}

@@ -64,6 +64,12 @@ def test_structural_similarity() -> None:
     assert structural_similarity(flat, brighter) == pytest.approx((2 * x * y + 1e-4) / (x * x + y * y + 1e-4), rel=1e-6)
 
 
+def test_structural_similarity_needs_its_window() -> None:
+    with pytest.raises(ValueError, match=r"pictures \[1, 3, 10, 10\]: structural similarity needs 11 pixels a side"):
+        structural_similarity(torch.zeros(1, 3, 10, 10), torch.zeros(1, 3, 10, 10))
+    assert structural_similarity(torch.zeros(1, 3, 11, 11), torch.zeros(1, 3, 11, 11)) == pytest.approx(1.0)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("table7")
@@ -144,6 +150,41 @@ def test_what_is_missing_for_the_table_is_named(
     assert "vilg evaluate table7 needs --data --json" in capsys.readouterr().err
     assert main(["evaluate", "--load", *map(str, runs), "--data", str(data), "--out", str(tmp_path)]) == EXIT_ERROR
     assert "only table7 takes several" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("prompts", "--max-prompts=1: a Frechet distance needs at least 2 pictures. Works: 160 (default)"),
+        ("held out", "--data: 1 held-out and 6 trained pairs; a Frechet distance needs at least 2 of each. Works: "),
+        ("trained", "--data: 4 held-out and 1 trained pairs; a Frechet distance needs at least 2 of each. Works: "),
+        ("size", "image_tokenizer.image_size=8: structural similarity looks through a window of 11 pixels. Works: "),
+    ],
+)
+def test_what_gives_no_distance_is_named_before_features_are_loaded(
+    changed: str,
+    message: str,
+    runs: list[Path],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megatron_vilg.models.features.load_feature_network", lambda _: pytest.fail("it was loaded"))
+    few, folders, options = shutil.copytree(data, tmp_path / "few"), list(map(str, runs)), []
+    if changed == "prompts":
+        folders, options = ["no-run"], ["--max-prompts", "1"]
+    elif changed == "size":
+        monkeypatch.setattr("megatron_vilg.evaluate.pairs.square", lambda picture, _: picture.resize((8, 8)))
+    else:
+        part = few / ("val" if changed == "held out" else "train")
+        for path in sorted(part.glob("*.png"))[1:]:
+            path.unlink()
+            path.with_suffix(".txt").unlink()
+    command = ["evaluate", "table7", "--load", *folders, "--data", str(few), "--json", str(tmp_path / "t.json")]
+    assert main([*command, *options, "--device", "cpu"]) == EXIT_ERROR
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
 
 
 def test_seeds_form_pairs_and_intervals() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -28,8 +30,13 @@ def changed(which: str, **values: object) -> tuple[Rule, ...]:
     "changes", [{}, {"sandwich_norm": True}, {"qk_norm": False, "segment_embedding": False, "codebook_dim": 0}]
 )
 def test_the_table_covers_every_variant_of_the_model(changes: dict[str, object]) -> None:
+    names = shapes(**changes)
     for tensor in (1, 2, 4):
-        check_plan(shapes(**changes), tensor)
+        check_plan(names, tensor)
+    for name in names:  # nothing else in the table would do for it
+        rules = [rule for rule in RULES if not fnmatchcase(name, rule.pattern)]
+        with pytest.raises(PlanError, match=rf"{re.escape(name)}: needs exactly one rule"):
+            check_plan({name: names[name]}, 1, rules)
 
 
 def test_offline_tools_can_ask_for_the_cut_of_a_name() -> None:

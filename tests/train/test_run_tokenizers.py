@@ -18,7 +18,7 @@ from megatron_vilg.data.text import train_text_tokenizer
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.models.vqgan import VQGAN
 from megatron_vilg.parallel.launch import Job
-from megatron_vilg.train.run_tokenizers import settle_tokenizers, unusable_tokenizer
+from megatron_vilg.train.run_tokenizers import read_seconds, settle_tokenizers, unusable_tokenizer
 from megatron_vilg.train.stages import prepare
 from tests.train.test_stages import TINY, pairs  # noqa: F401 - a fixture
 
@@ -70,6 +70,8 @@ def test_damaged_seconds_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None
     image_folder(tmp_path / "image_tokenizer"), text_folder(tmp_path / "text_tokenizer")
     (tmp_path / "seconds.json").write_text('{"text_tokenizer": 1')
     settle_tokenizers(config(), tmp_path, NONE)
+    assert read_seconds(tmp_path) == {}
+    assert (tmp_path / "seconds.json").read_text() == '{"text_tokenizer": 1', "it is left for people to look at"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ def write_cache(folder: Path, counts: dict[str, int]) -> TokenCache:
                 Image.new("RGB", (8, 8), (25 * i % 256, 60 * i % 256, 7 * i % 256)).save(picture, "PNG")
                 captions.append(f"图{i}")
                 writer.add(f"{split}{i}", picture.getvalue(), captions[-1], {"alternates": [f"第{i}张"]})
+    return cache_of(folder, pairs, captions)
+
+
+def cache_of(folder: Path, pairs: Path, captions: list[str]) -> TokenCache:
+    """The pairs that lie at ``pairs``, with a text tokenizer of ``captions``."""
     text = train_text_tokenizer(captions, TextTokenizerConfig(vocab_size=300), folder.with_name("text_tokenizer"))
     write_token_cache(
         folder,
