@@ -12,13 +12,13 @@ from megatron_vilg.data.source_parts import (
     FolderPart,
     JsonlPart,
     Part,
-    TarPart,
     clean_name,
     list_key,
     parse_fields,
     suffix_of,
 )
 from megatron_vilg.data.split_names import hash_split, split_from_name, warn_of_doubt
+from megatron_vilg.data.tar_parts import TarPart
 from megatron_vilg.errors import DataError
 from megatron_vilg.log import get_logger
 

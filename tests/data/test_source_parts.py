@@ -296,6 +296,37 @@ def test_captions_that_are_no_text_are_called_so(tmp_path: Path, make_png: Png, 
         assert list(got.values()) == ["x"] and report.skipped == {"caption is not text": 1}
 
 
+def test_a_picture_that_stands_in_the_line_or_has_too_long_a_name_is_counted(tmp_path: Path, make_png: Png) -> None:
+    (tmp_path / "a.png").write_bytes(make_png(0))
+    inline = "data:image/png;base64," + "A" * 5000
+    write_list(tmp_path / "l.jsonl", {inline: "x", "x/" * 4000: "y", "b/" * 200 + "c.png": "z", "a.png": "w"})
+    got, report = read(tmp_path / "l.jsonl", val_share=0.5)
+    assert got == {"a": "w"} and report.num_skipped == 3
+    assert report.skipped == {"unreadable file": 2, "missing picture": 1}
+    assert all(name.startswith("l.jsonl byte ") for names in report.names.values() for name in names)
+    assert all(
+        part.fingerprint and part.stamp for parts in find_records(tmp_path / "l.jsonl").values() for part in parts
+    )
+
+
+@pytest.mark.parametrize("levels", [101, 900, 100_000])
+def test_deeply_nested_json_is_broken(tmp_path: Path, make_png: Png, levels: int) -> None:
+    def nested(depth: int) -> bytes:
+        return b'{"caption": "x", "image": "a.png", "more": ' + b"[" * depth + b"]" * depth + b"}"
+
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name, data in {"a": nested(levels), "b": nested(99)}.items():
+        (folder / f"{name}.png").write_bytes(make_png(0))
+        (folder / f"{name}.json").write_bytes(data)
+    listed = folder / "l.jsonl"
+    listed.write_bytes(nested(levels) + b"\n" + nested(99))
+    tar = write_tar(tmp_path / "x.tar", {path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    for source in (folder, listed, tar):
+        got, report = read(source)
+        assert list(got.values()) == ["x"] and report.skipped == {"broken json": 1}, source
+
+
 def test_bare_pictures_without_a_list_say_what_is_missing(tmp_path: Path, make_png: Png) -> None:
     (tmp_path / "a.png").write_bytes(make_png(1))
     with pytest.raises(DataError, match="missing caption: a"):
