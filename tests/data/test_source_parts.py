@@ -190,6 +190,30 @@ def test_further_pictures_under_one_name_are_named_and_stop_nothing(
     assert report.skipped.total() == len(want) and report.read == 6
 
 
+def test_tars_among_pictures_with_captions_are_refused(
+    tmp_path: Path, make_folder: Folder, make_shards: Callable[..., Path], make_png: Png
+) -> None:
+    root = make_folder(tmp_path / "d", 3)
+    make_shards(root / "old", {"backup": 2})
+    message = r"holds both tars \(1, the first old/backup-00000\.tar\) and pictures .* \(3, the first p000\).*Works: "
+    with pytest.raises(DataError, match=message) as caught:
+        find_records(root)
+    pattern = str(caught.value).rpartition("for the tars ")[2].strip("'")
+    assert list(read(Path(pattern))[0]) == ["backup000", "backup001"]
+    for path in root.glob("*.txt"):
+        path.unlink()  # pictures without captions are no pairs: plots, or samples to look at
+    assert list(read(root)[0]) == ["backup000", "backup001"]
+
+
+def test_a_pattern_finds_tars_at_any_depth_and_none_twice(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
+    for folder, prefix in (("", "a"), ("x", "b"), ("x/val", "c")):
+        make_shards(tmp_path / folder, {prefix: 1})
+    (tmp_path / "x" / "round").symlink_to(tmp_path)
+    pattern = f"{tmp_path}/**/*.tar"
+    assert list(read(Path(pattern), split="train")[0]) == ["a000", "b000"]
+    assert list(read(Path(pattern), split="val")[0]) == ["c000"]
+
+
 def test_linked_folders_and_files_are_followed(tmp_path: Path, make_folder: Folder) -> None:
     make_folder(tmp_path / "store" / "more", 2)
     root = make_folder(tmp_path / "d", 1)
