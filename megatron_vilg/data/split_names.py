@@ -110,7 +110,7 @@ def warn_of_picture_names(where: str, names: Sequence[str]) -> None:
     if held_out:
         logger.warning(
             "%s: the names of %d of %d pictures look held out (%s), but those of pictures say no split: all are "
-            "divided by data.val_share. If these are to be held out, put them into a folder val, and the others into train",
+            "divided by data.val_share. To hold these out, put them into a folder val, and the others into train",
             where,
             len(held_out),
             len(names),
