@@ -116,7 +116,7 @@ def _add_filter(verbs: Any) -> None:
     parser.add_argument(
         "--min-similarity", type=float, metavar="X", help="similarity above X (default: 0.5, if there is any)"
     )
-    parser.add_argument("--score-batch", type=int, default=64, metavar="N", help="pairs a call of --scorer")
+    parser.add_argument("--score-batch", type=int, default=64, metavar="N", help="pairs a call of --scorer, at most")
     parser.set_defaults(run=run_filter)
 
 

@@ -47,6 +47,8 @@ RULES = (TOO_LONG, NO_NOUN, SPECIAL_CHARACTERS, TOO_SMALL, DUPLICATE, NO_SCORE, 
 """The order in which a pair meets them; it gets the first reason that applies. What cannot be read comes before."""
 
 _SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+_PIXELS_AT_ONCE = 1 << 26
+"""Pixels of pictures that a scorer gets at a time: whole photographs in 64s would take gigabytes."""
 _NO_SPLIT = "pairs"
 """Name of shards that say no split, so that a later command divides them by their keys, as it would the source."""
 
@@ -68,7 +70,7 @@ class FilterOptions:
     min_similarity: float = 0.5
     """Pairs are kept whose similarity is above it."""
     score_batch: int = 64
-    """Pairs that a scorer gets at a time."""
+    """Most pairs that a scorer gets at a time; fewer where pictures are large."""
 
     def __post_init__(self) -> None:
         choices = {
@@ -179,6 +181,7 @@ class _Work:
         self._bad = _Bad(lambda reason, name: self._reject(reason, self._split, name))
         self._seen: set[bytes] = set()
         self._waiting: list[tuple[str, Record]] = []
+        self._waiting_pixels = 0
         self._scored = 0
         self._unscored = ""
 
@@ -197,9 +200,7 @@ class _Work:
         if reason:
             self._reject(reason, split, record.key, record.caption)
         elif self.similarity.scorer is not None:
-            self._waiting.append((split, record))
-            if len(self._waiting) == self.options.score_batch:
-                self._score_waiting()
+            self._wait(split, record)
         elif self.similarity.file is not None:
             self._compare(split, record, self.similarity.file.get(split, record.key))
         else:
@@ -222,6 +223,15 @@ class _Work:
         self._seen.add(name)
         return ""
 
+    def _wait(self, split: str, record: Record) -> None:
+        width, height = record.decode().size
+        if self._waiting_pixels + width * height > _PIXELS_AT_ONCE:
+            self._score_waiting()
+        self._waiting.append((split, record))
+        self._waiting_pixels += width * height
+        if len(self._waiting) == self.options.score_batch:
+            self._score_waiting()
+
     def _score_waiting(self) -> None:
         scorer, waiting = self.similarity.scorer, self._waiting
         if scorer is None or not waiting:
@@ -229,7 +239,7 @@ class _Work:
         scores = call_scorer(scorer, self.similarity.name, [(r.decode(), r.caption) for _, r in waiting])
         for (split, record), score in zip(waiting, scores, strict=True):
             self._compare(split, record, score)
-        self._waiting = []
+        self._waiting, self._waiting_pixels = [], 0
 
     def _compare(self, split: str, record: Record, score: float | None) -> None:
         self._scored += score is not None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_vilg.errors import DataError
@@ -15,7 +15,16 @@ from megatron_vilg.errors import DataError
 WHITE = 1.0
 """What transparent pixels and the margin of a shifted picture become, in the range [-1, 1]."""
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture upright, by its orientation in EXIF; 1 is upright."""
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -29,7 +38,9 @@ def decode_image(data: bytes) -> Image.Image:
             return to_rgb(opened)
     except UnidentifiedImageError as error:
         raise DataError(f"not a readable picture ({len(data)} bytes): no format that Pillow knows") from error
-    except (*_UNREADABLE, DataError) as error:
+    except MemoryError:  # this machine's fault, not the picture's
+        raise
+    except Exception as error:  # every reader of Pillow has its own: RuntimeError for AVIF, NotImplementedError for DDS
         raise DataError(f"not a readable picture ({len(data)} bytes): {error}") from error
 
 
@@ -43,7 +54,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        turn = _turn_upright(image)
+        image = image if turn is None else image.transpose(turn)
         if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max(initial=0) > 255):
             # Pillow would clip 16-bit greys at 255 instead of scaling them.
             wide, clear = np.asarray(image), image.info.get("transparency")
@@ -56,8 +68,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
             ground.alpha_composite(image)
             image = ground
         return image.convert("RGB")
-    except _UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise DataError(f"it cannot be turned from mode {image.mode} into RGB: {error}") from error
+
+
+def _turn_upright(image: Image.Image) -> Image.Transpose | None:
+    """By the orientation in EXIF or XMP; None where there is none, or it cannot be read.
+
+    ``ImageOps.exif_transpose`` also writes all of EXIF anew, which fails where any other tag has an odd type.
+    """
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - malformed EXIF: struct.error, TypeError, AttributeError, ...
+        return None
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

@@ -47,7 +47,7 @@ class ScoreFile:
         where = f"--scores={self.path}, line {number}"
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: no JSON ({error}); needs lines like {_LINE}") from error
         key = fields.get("id", fields.get("key")) if isinstance(fields, dict) else None
         if isinstance(key, bool) or not isinstance(key, (str, int)):

@@ -12,13 +12,19 @@ from megatron_vilg.data.source_parts import (
     FolderPart,
     JsonlPart,
     Part,
-    TarPart,
     clean_name,
     list_key,
     parse_fields,
     suffix_of,
 )
-from megatron_vilg.data.split_names import hash_split, split_from_name, warn_of_doubt
+from megatron_vilg.data.split_names import (
+    hash_split,
+    split_from_name,
+    warn_of_doubt,
+    warn_of_picture_names,
+    warn_of_splits_in_splits,
+)
+from megatron_vilg.data.tar_parts import TarPart
 from megatron_vilg.errors import DataError
 from megatron_vilg.log import get_logger
 
@@ -34,43 +40,69 @@ PartsBySplit = dict[str, list[tuple[Part, bool]]]
 def find_parts(path: Path | str, *, val_share: float, part_size: int) -> PartsBySplit:
     """Detect what ``path`` is and cut it into parts by split, in a fixed order.
 
-    Split names come from the names of shards or of several lists and the folders that they lie in, first-level
-    folders, or the field ``split`` of a line; the name of ``path`` itself says nothing. A source without any is split
-    by the hash of its keys. Where only some names say a split, the others are training pairs, and a warning names them.
+    Split names come from the names of shards or of several lists and the folders that they lie in, the folders that
+    pictures lie in, or the field ``split`` of a line; the name of ``path`` itself says nothing. A source without any is
+    split by the hash of its keys. Where only some names say a split, the others are training pairs, and a warning names
+    them.
 
     Args:
-        path: folder, ``.jsonl`` file, tar, or a glob of tars.
+        path: folder, ``.jsonl`` file, tar, or a glob of tars (``**`` stands for any number of folders).
         val_share: share of keys that become ``val`` where a source names no splits.
         part_size: keys per part of folders and lists; a tar is always one part.
 
     Raises:
-        DataError: nothing that can be read was found there, or several lists that name no splits.
+        DataError: nothing that can be read was found there, tars among pictures with captions, or several lists that
+            name no splits.
     """
     text, source = str(path), Path(path)
-    files = list(_walk(source)) if source.is_dir() else []
-    if glob.has_magic(text) and not source.exists():
-        base = Path(*_before_magic(source))
-        tars = [p for p in map(Path, glob.glob(text)) if p.name.endswith(TAR_SUFFIXES) and not p.is_dir()]
-    elif source.is_dir():
-        base, tars = source, [source / name for name in files if name.endswith(TAR_SUFFIXES)]
-    else:
-        base, tars = source.parent, [source] if source.name.endswith(TAR_SUFFIXES) and source.is_file() else []
-    if tars:
-        return _tar_parts(sorted(tars), base, val_share)
-    if source.is_file() and source.suffix == ".jsonl":
+    if source.is_dir():
+        if (parts := _parts_below(source, val_share, part_size)) is not None:
+            return parts
+    elif source.is_file() and source.name.endswith(TAR_SUFFIXES):
+        return _tar_parts([source], source.parent, val_share)
+    elif source.is_file() and source.suffix == ".jsonl":
         return _jsonl_parts(source, val_share, part_size)
-    keys = _keys(files)
-    has_pictures = any(suffix_of(path) in IMAGE_SUFFIXES for paths in keys.values() for path in paths)
-    lists = [name for name in files if name.endswith(".jsonl")]
-    lists = [name for name in lists if os.sep not in name] or (lists if has_pictures else [])
-    if lists and not any(_is_captioned(paths) for paths in keys.values()):
-        return _parts_of_lists(source, lists, val_share, part_size)
-    if has_pictures:
-        return _folder_parts(source, keys, val_share, part_size)
+    elif glob.has_magic(text) and not source.exists():
+        base = Path(*_before_magic(source))
+        if tars := [tar for tar in map(Path, glob.glob(text, recursive=True)) if _is_tar(tar, base)]:
+            return _tar_parts(sorted(tars), base, val_share)
     raise DataError(
         f"data: found no pairs at {text!r}. Give a folder of NAME.png|jpg|jpeg|webp with NAME.txt, a .jsonl file "
         'with lines like {"image": "a.png", "caption": "..."}, or tar shards (a folder, one file, or "DIR/*.tar")'
     )
+
+
+def _parts_below(root: Path, val_share: float, part_size: int) -> PartsBySplit | None:
+    """What a folder holds; None: no pairs."""
+    files = list(_walk(root))
+    keys = _keys(files)
+    captioned = [key for key, paths in keys.items() if _is_captioned(paths)]
+    tars = sorted(root / name for name in files if name.endswith(TAR_SUFFIXES))
+    if tars and captioned:
+        suffix = next(suffix for suffix in TAR_SUFFIXES if tars[0].name.endswith(suffix))
+        pattern = os.path.join(glob.escape(str(root)), "**", f"*{suffix}")
+        raise DataError(
+            f"data: {clean_name(str(root))!r} holds both tars ({len(tars)}, the first "
+            f"{clean_name(str(tars[0].relative_to(root)))}) and pictures with captions of their own ({len(captioned)}, "
+            f"the first {clean_name(captioned[0])}), and nothing says which are meant. Works: a folder with one kind "
+            f"alone, or for the tars {clean_name(pattern)!r}"
+        )
+    if tars:
+        return _tar_parts(tars, root, val_share)
+    has_pictures = any(suffix_of(path) in IMAGE_SUFFIXES for paths in keys.values() for path in paths)
+    lists = [name for name in files if name.endswith(".jsonl")]
+    lists = [name for name in lists if os.sep not in name] or (lists if has_pictures else [])
+    if lists and not captioned:
+        return _parts_of_lists(root, lists, val_share, part_size)
+    return _folder_parts(root, keys, val_share, part_size) if has_pictures else None
+
+
+def _is_tar(path: Path, base: Path) -> bool:
+    """Whether a path that a pattern found below ``base`` is a tar, and not one found again through a link back."""
+    if not path.name.endswith(TAR_SUFFIXES) or path.is_dir():
+        return False
+    folders = [os.path.realpath(base / folder) for folder in path.relative_to(base).parents]
+    return len(set(folders)) == len(folders)
 
 
 def _walk(root: Path, inside: tuple[tuple[int, int], ...] = (), below: str = "") -> Iterator[str]:
@@ -143,14 +175,21 @@ def _is_captioned(paths: Sequence[str]) -> bool:
 
 
 def _folder_parts(root: Path, keys: dict[str, list[str]], val_share: float, part_size: int) -> PartsBySplit:
-    folders = {key: key.partition("/")[0] + "/" if "/" in key else "files in no folder" for key in keys}
-    names = {folder: split_from_name(folder[:-1]) if folder.endswith("/") else None for folder in folders.values()}
-    warn_of_doubt(clean_name(str(root)), {clean_name(folder): split for folder, split in sorted(names.items())})
-    named = any(names.values())
+    """The first folder on the way down that names a split decides.
+
+    Not the nearest, as with tars: below the splits lie folders of kinds of things, of trains and test tubes too.
+    """
+    where = clean_name(str(root))
+    names = {folder: _split_of_folder(folder) for folder in sorted({key.rpartition("/")[0] for key in keys})}
+    warn_of_doubt(where, {shown: split for shown, split in sorted(names.values())})
+    warn_of_splits_in_splits(where, {clean_name(folder): split for folder, (_, split) in names.items()})
+    named = any(split for _, split in names.values())
+    if not named:
+        warn_of_picture_names(where, [clean_name(key.rpartition("/")[2]) for key in keys])
     by_split: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for key in sorted(keys):
         name = clean_name(key)
-        split = (names[folders[key]] or "train") if named else hash_split(name, val_share)
+        split = (names[key.rpartition("/")[0]][1] or "train") if named else hash_split(name, val_share)
         by_split.setdefault(split, []).append((name, tuple(keys[key])))
     return {
         split: [
@@ -159,6 +198,15 @@ def _folder_parts(root: Path, keys: dict[str, list[str]], val_share: float, part
         ]
         for split, entries in by_split.items()
     }
+
+
+def _split_of_folder(folder: str) -> tuple[str, str | None]:
+    """How to call what lies in a folder, and its split."""
+    pieces = folder.split("/") if folder else []
+    for number, piece in enumerate(pieces, 1):
+        if (split := split_from_name(piece)) is not None:
+            return clean_name("/".join(pieces[:number]) + "/"), split
+    return clean_name(folder + "/") if folder else "files in no folder", None
 
 
 def _parts_of_lists(root: Path, lists: Sequence[str], val_share: float, part_size: int) -> PartsBySplit:

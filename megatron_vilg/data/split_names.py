@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_vilg.log import get_logger
 
@@ -65,7 +65,7 @@ def warn_of_doubt(where: str, splits: Mapping[str, str | None]) -> None:
             ", ".join(named),
             _RULE,
         )
-    elif inside := [name for name in doubtful if _HELD_OUT_INSIDE.search(name.lower())]:
+    elif inside := [name for name in doubtful if _looks_held_out(name)]:
         logger.warning(
             "%s: %d of %d names look held out but do not start so, and are trained on (%s); %s",
             where,
@@ -74,6 +74,52 @@ def warn_of_doubt(where: str, splits: Mapping[str, str | None]) -> None:
             _some(inside),
             _RULE,
         )
+
+
+def warn_of_splits_in_splits(where: str, splits: Mapping[str, str | None]) -> None:
+    """Name folders that lie in one split and are called like another.
+
+    Args:
+        where: the source.
+        splits: the split that the pictures in each folder were given.
+    """
+    doubtful = [
+        folder
+        for folder, split in splits.items()
+        if any(inner not in (None, split) for inner in map(split_from_name, folder.split("/")))
+    ]
+    if doubtful:
+        logger.warning(
+            "%s: %d of %d folders are called like one split and lie in another, which they are taken for (%s). If that "
+            "is wrong, name one folder as the source, or rename the outer one",
+            where,
+            len(doubtful),
+            len(splits),
+            _some([f"{folder} in {splits[folder]}" for folder in doubtful]),
+        )
+
+
+def warn_of_picture_names(where: str, names: Sequence[str]) -> None:
+    """Say that names of pictures are no splits, if some look held out.
+
+    Args:
+        where: the source, none of whose folders names a split.
+        names: of the pictures.
+    """
+    held_out = [name for name in names if split_from_name(name) not in (None, "train") or _looks_held_out(name)]
+    if held_out:
+        logger.warning(
+            "%s: the names of %d of %d pictures look held out (%s), but those of pictures say no split: all are "
+            "divided by data.val_share. To hold these out, put them into a folder val, and the others into train",
+            where,
+            len(held_out),
+            len(names),
+            _some(held_out),
+        )
+
+
+def _looks_held_out(name: str) -> bool:
+    return _HELD_OUT_INSIDE.search(name.lower()) is not None
 
 
 def _some(names: list[str]) -> str:

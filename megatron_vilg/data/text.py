@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -30,6 +30,13 @@ MAX_VOCAB_SIZE = 2**16
 """Token caches keep ids in 16 bits."""
 _MAX_TRAINING_CAPTIONS = 2_000_000
 _BORDER = "\x02"
+_SPACE_MARK = "\u2581"
+"""How SentencePiece writes a space. One that a caption itself holds goes through bytes: it would become a space."""
+_RESERVED_MARK = "\u2585"
+"""SentencePiece leaves out of training every text that holds it."""
+_MOST_TRAINING_BYTES, _TRAINING_CHARACTERS = 4192, 1000
+"""SentencePiece leaves longer texts out of training without a word (``max_sentence_length``, which a model records); in
+cuts of so many characters they stay below, whatever these are, and one endless text does not take hours."""
 # Pieces never reach across these, so that a style, a name, a number and a background are pieces of their own, however
 # often two of them stand together. Without them the tokenizer of a small set learns whole captions by heart.
 _SPLIT_AT = re.compile(r"([的在，。、；：！？（）《》“”,.;:!?()\"])")
@@ -44,6 +51,7 @@ class TextTokenizer:
     def __init__(self, model: bytes) -> None:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.sha256 = hashlib.sha256(model).hexdigest()
+        self._space_mark = [int(self._processor.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE_MARK.encode()]
 
     @classmethod
     def load(cls, folder: Path | str) -> TextTokenizer:
@@ -76,11 +84,20 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a caption, white space tidied, nothing added around it."""
-        return list(self._processor.encode(tidy_caption(text)))
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` for many captions."""
-        return [list(ids) for ids in self._processor.encode([tidy_caption(text) for text in texts])]
+        tidy = [tidy_caption(text) for text in texts]
+        plain = self._processor.encode(tidy)
+        return [
+            self._encode_with_marks(text) if _SPACE_MARK in text else list(ids)
+            for text, ids in zip(tidy, plain, strict=True)
+        ]
+
+    def _encode_with_marks(self, text: str) -> list[int]:
+        first, *rest = self._processor.encode(text.split(_SPACE_MARK))
+        return [*first, *(i for ids in rest for i in (*self._space_mark, *ids))]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; reserved ids are left out, broken byte sequences become U+FFFD."""
@@ -156,11 +173,21 @@ def _with_borders(text: str) -> str:
     return _SPLIT_AT.sub(rf"{_BORDER}\1{_BORDER}", text)
 
 
+def _training_texts(captions: Iterable[str]) -> Iterator[str]:
+    """What SentencePiece is shown of each caption: all of it."""
+    for caption in captions:
+        text = _with_borders(caption).replace(_RESERVED_MARK, _BORDER)
+        if len(text.encode()) <= _MOST_TRAINING_BYTES:
+            yield text
+        else:
+            yield from (text[i : i + _TRAINING_CHARACTERS] for i in range(0, len(text), _TRAINING_CHARACTERS))
+
+
 def _train(captions: Sequence[str], config: TextTokenizerConfig) -> bytes:
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(_with_borders(text) for text in captions),
+            sentence_iterator=_training_texts(captions),
             model_writer=out,
             model_type="unigram",
             vocab_size=config.vocab_size,

@@ -141,18 +141,30 @@ class _Writer:
         report = ReadReport()
         num_views = self.settings.num_views if split == "train" else 0
         columns = _Columns(self.settings.num_text_slots)
-        for batch in _batches(part.read(report), _PICTURES_AT_ONCE):
-            generator = torch.Generator().manual_seed(view_seed(self.settings.seed, split, number, len(columns.lines)))
-            columns.images.append(self._codes(batch, num_views, generator, part.name))
-            for record in batch:
-                columns.add_text(record, self.text_tokenizer.encode_batch([record.caption, *record.alternates]))
+        for start, pixels in self._batches(part.read(report), columns):
+            generator = torch.Generator().manual_seed(view_seed(self.settings.seed, split, number, start))
+            columns.images.append(self._codes(pixels, num_views, generator, part.name))
         arrays = columns.arrays((1 + num_views, self.settings.grid_side**2))
         self._write(stem, origin, arrays, columns, report)
         return report
 
-    def _codes(self, batch: Sequence[Record], num_views: int, generator: torch.Generator, where: str) -> np.ndarray:
-        size, options = self.settings.image_size, self.settings
-        pixels = torch.stack([to_tensor(square(record.decode(), size)) for record in batch])
+    def _batches(self, records: Iterator[Record], columns: _Columns) -> Iterator[tuple[int, Tensor]]:
+        """Squares [B, 3, S, S] of the pictures with the number of the first; the texts go to ``columns`` on the way.
+
+        Each picture is cut as it is read: as many whole ones as make a batch would take gigabytes.
+        """
+        start, squares = 0, list[Tensor]()
+        for record in records:
+            squares.append(to_tensor(square(record.decode(), self.settings.image_size)))
+            columns.add_text(record, self.text_tokenizer.encode_batch([record.caption, *record.alternates]))
+            if len(squares) == _PICTURES_AT_ONCE:
+                yield start, torch.stack(squares)
+                start, squares = start + len(squares), []
+        if squares:
+            yield start, torch.stack(squares)
+
+    def _codes(self, pixels: Tensor, num_views: int, generator: torch.Generator, where: str) -> np.ndarray:
+        options = self.settings
         versions = [pixels]
         for _ in range(num_views):
             versions.append(
@@ -165,7 +177,7 @@ class _Writer:
                 )
             )
         codes = torch.stack([self.encode_images(version) for version in versions], dim=1)
-        wanted = (len(batch), 1 + num_views, options.grid_side**2)
+        wanted = (len(pixels), 1 + num_views, options.grid_side**2)
         if tuple(codes.shape) != wanted or int(codes.min()) < 0 or int(codes.max()) >= options.codebook_size:
             raise DataError(
                 f"image tokenizer on {where}: gave codes of shape {tuple(codes.shape)} from {int(codes.min())} to "
@@ -296,17 +308,6 @@ class _Columns:
             "text_len": np.asarray(self.lengths, np.uint16),
             "caption_start": np.asarray(self.starts, np.int64),
         }
-
-
-def _batches(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def view_seed(seed: int, split: str, number: int, start: int) -> int:

@@ -177,6 +177,26 @@ def test_similarity_from_a_file(tmp_path: Path, make_folder: Folder) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_a_scorer_gets_few_large_pictures_at_a_time(
+    tmp_path: Path, make_shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def score(pairs: Sequence[tuple[Image.Image, str]]) -> list[float]:
+        sizes.append(len(pairs))
+        return [1.0] * len(pairs)
+
+    monkeypatch.setattr(filtering, "_PIXELS_AT_ONCE", 5 * 12 * 12 - 1)  # four of the fixture's pictures
+    source, options = make_shards(tmp_path / "in", {"train": 10}), FilterOptions(duplicates="keep", max_words=0)
+    report = filter_pairs(source, tmp_path / "out", options, Similarity(scorer=score, name="m:f"))
+    assert sizes == [4, 4, 2] and report["kept"] == 10
+    assert [r.key for r in read_records(tmp_path / "out")] == [r.key for r in read_records(source)]
+    monkeypatch.setattr(filtering, "_PIXELS_AT_ONCE", 1)  # a picture above the limit comes alone
+    sizes.clear()
+    filter_pairs(source, tmp_path / "one", options, Similarity(scorer=score, name="m:f"))
+    assert sizes == [1] * 10
+
+
 def test_similarity_by_a_function_in_batches(tmp_path: Path, make_shards: Shards) -> None:
     source = make_shards(tmp_path / "in", {"train": 5, "val": 3})
     calls: list[list[str]] = []

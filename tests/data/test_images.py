@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from megatron_vilg.data.images import decode_image, load_pixels, random_views, square, to_image, to_rgb, to_tensor
 from megatron_vilg.errors import DataError
@@ -82,6 +83,87 @@ def test_a_mode_that_cannot_be_converted_is_a_data_error() -> None:
 def test_unreadable_bytes_are_a_data_error(data: bytes) -> None:
     with pytest.raises(DataError, match="not a readable picture"):
         decode_image(data)
+
+
+def turned(image: Image.Image, orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    out = io.BytesIO()
+    image.save(out, kind, exif=exif, lossless=True)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_all_orientations_of_cameras_come_upright(kind: str) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
+    seen = set()
+    for orientation in range(1, 9):
+        data = turned(Image.fromarray(values), orientation, kind)
+        with Image.open(io.BytesIO(data)) as opened:
+            want = ImageOps.exif_transpose(opened).convert("RGB")
+        assert np.array_equal(np.asarray(decode_image(data)), np.asarray(want)), orientation
+        assert want.size == ((14, 9) if orientation < 5 else (9, 14))
+        seen.add(want.tobytes())
+    assert len(seen) == 8
+
+
+def with_odd_exif(image: Image.Image, tag: int, kind: int, count: int, orientation: tuple[int, int] = (3, 6)) -> bytes:
+    """A JPEG with an orientation (type and value) and one more tag of this type and length, its value all zeros."""
+    entries = [(0x0112, *orientation), (tag, kind, count)]
+    offset = 8 + 2 + 12 * 2 + 4
+    directory = b"".join(
+        struct.pack("<HHII", t, k, 1, n) if t == 0x0112 else struct.pack("<HHII", t, k, n, offset)
+        for t, k, n in sorted(entries)
+    )
+    block = b"II*\0" + struct.pack("<IH", 8, 2) + directory + bytes(4 + 64)
+    out = io.BytesIO()
+    image.save(out, "JPEG", exif=b"Exif\0\0" + block)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("tag", "kind", "count"), [(0x100, 2, 8), (0x11A, 2, 8)])
+def test_odd_exif_beside_the_orientation_costs_no_picture(tag: int, kind: int, count: int) -> None:
+    image = Image.new("RGB", (24, 30), (200, 10, 10))
+    data = with_odd_exif(image, tag, kind, count)
+    with Image.open(io.BytesIO(data)) as opened, pytest.raises((struct.error, TypeError, AttributeError, ValueError)):
+        ImageOps.exif_transpose(opened)  # what reading must not do
+    assert decode_image(data).size == (30, 24)
+
+
+def test_an_orientation_that_is_no_number_is_as_the_picture_is() -> None:
+    image = Image.new("RGB", (24, 30))
+    assert decode_image(with_odd_exif(image, 0x10E, 2, 8, orientation=(2, 6))).size == (24, 30)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, struct.error, IndexError, ZeroDivisionError])
+@pytest.mark.parametrize("step", ["open", "load"])
+def test_whatever_a_reader_of_pillow_raises_is_a_data_error(
+    monkeypatch: pytest.MonkeyPatch, step: str, error: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("damaged")
+
+    data = file_of(Image.new("RGB", (4, 4)))
+    with Image.open(io.BytesIO(data)) as opened:
+        monkeypatch.setattr(*((Image, "open") if step == "open" else (type(opened), "load")), fail)
+    with pytest.raises(DataError, match="not a readable picture .*damaged"):
+        decode_image(data)
+
+
+def test_a_full_memory_is_not_the_fault_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(MemoryError):
+        decode_image(file_of(Image.new("RGB", (4, 4))))
+
+
+def test_a_damaged_dds_is_a_data_error() -> None:
+    data = bytearray(file_of(Image.new("RGB", (4, 4)), "DDS"))
+    data[80:84] = struct.pack("<I", 0xFFFF0000)  # flags of a pixel format that is none
+    with pytest.raises(DataError, match="not a readable picture"):
+        decode_image(bytes(data))
 
 
 def test_centre_crop_keeps_the_middle() -> None:

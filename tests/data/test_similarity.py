@@ -31,6 +31,7 @@ def test_scores_by_key_and_by_split(tmp_path: Path) -> None:
     [
         ("", "holds no scores; needs lines like"),
         ("{", r"line 1: no JSON \(.*\); needs lines like \{\"id\""),
+        ("[" * 100_000, r"line 1: no JSON \(.*\); needs lines like \{\"id\""),
         ("\n[1]", "line 2: has no id"),
         ('{"id": true, "score": 1}', "line 1: has no id"),
         ('{"id": "a"}', "score = None is no finite number"),

@@ -190,6 +190,30 @@ def test_further_pictures_under_one_name_are_named_and_stop_nothing(
     assert report.skipped.total() == len(want) and report.read == 6
 
 
+def test_tars_among_pictures_with_captions_are_refused(
+    tmp_path: Path, make_folder: Folder, make_shards: Callable[..., Path], make_png: Png
+) -> None:
+    root = make_folder(tmp_path / "d", 3)
+    make_shards(root / "old", {"backup": 2})
+    message = r"holds both tars \(1, the first old/backup-00000\.tar\) and pictures .* \(3, the first p000\).*Works: "
+    with pytest.raises(DataError, match=message) as caught:
+        find_records(root)
+    pattern = str(caught.value).rpartition("for the tars ")[2].strip("'")
+    assert list(read(Path(pattern))[0]) == ["backup000", "backup001"]
+    for path in root.glob("*.txt"):
+        path.unlink()  # pictures without captions are no pairs: plots, or samples to look at
+    assert list(read(root)[0]) == ["backup000", "backup001"]
+
+
+def test_a_pattern_finds_tars_at_any_depth_and_none_twice(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
+    for folder, prefix in (("", "a"), ("x", "b"), ("x/val", "c")):
+        make_shards(tmp_path / folder, {prefix: 1})
+    (tmp_path / "x" / "round").symlink_to(tmp_path)
+    pattern = f"{tmp_path}/**/*.tar"
+    assert list(read(Path(pattern), split="train")[0]) == ["a000", "b000"]
+    assert list(read(Path(pattern), split="val")[0]) == ["c000"]
+
+
 def test_linked_folders_and_files_are_followed(tmp_path: Path, make_folder: Folder) -> None:
     make_folder(tmp_path / "store" / "more", 2)
     root = make_folder(tmp_path / "d", 1)
@@ -294,6 +318,37 @@ def test_captions_that_are_no_text_are_called_so(tmp_path: Path, make_png: Png, 
     for source in (folder, tmp_path / "l.jsonl", tar):
         got, report = read(source)
         assert list(got.values()) == ["x"] and report.skipped == {"caption is not text": 1}
+
+
+def test_a_picture_that_stands_in_the_line_or_has_too_long_a_name_is_counted(tmp_path: Path, make_png: Png) -> None:
+    (tmp_path / "a.png").write_bytes(make_png(0))
+    inline = "data:image/png;base64," + "A" * 5000
+    write_list(tmp_path / "l.jsonl", {inline: "x", "x/" * 4000: "y", "b/" * 200 + "c.png": "z", "a.png": "w"})
+    got, report = read(tmp_path / "l.jsonl", val_share=0.5)
+    assert got == {"a": "w"} and report.num_skipped == 3
+    assert report.skipped == {"unreadable file": 2, "missing picture": 1}
+    assert all(name.startswith("l.jsonl byte ") for names in report.names.values() for name in names)
+    assert all(
+        part.fingerprint and part.stamp for parts in find_records(tmp_path / "l.jsonl").values() for part in parts
+    )
+
+
+@pytest.mark.parametrize("levels", [101, 900, 100_000])
+def test_deeply_nested_json_is_broken(tmp_path: Path, make_png: Png, levels: int) -> None:
+    def nested(depth: int) -> bytes:
+        return b'{"caption": "x", "image": "a.png", "more": ' + b"[" * depth + b"]" * depth + b"}"
+
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name, data in {"a": nested(levels), "b": nested(99)}.items():
+        (folder / f"{name}.png").write_bytes(make_png(0))
+        (folder / f"{name}.json").write_bytes(data)
+    listed = folder / "l.jsonl"
+    listed.write_bytes(nested(levels) + b"\n" + nested(99))
+    tar = write_tar(tmp_path / "x.tar", {path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    for source in (folder, listed, tar):
+        got, report = read(source)
+        assert list(got.values()) == ["x"] and report.skipped == {"broken json": 1}, source
 
 
 def test_bare_pictures_without_a_list_say_what_is_missing(tmp_path: Path, make_png: Png) -> None:

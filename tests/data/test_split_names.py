@@ -117,3 +117,55 @@ def test_a_split_of_a_line_becomes_a_file_name(tmp_path: Path) -> None:
     listed = tmp_path / "pairs.jsonl"
     listed.write_text(json.dumps({"image": "a", "split": "val/../x"}) + "\n" + json.dumps({"split": "val\udc80x"}))
     assert list(find_records(listed)) == ["val-..-x", "val-udc80x"]
+
+
+def test_folders_name_splits_of_pictures_at_any_depth(
+    tmp_path: Path, make_folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("coco/train/cats", "coco/val/cats", "more/Test"):
+        make_folder(tmp_path / folder, 2)
+    with caplog.at_level(logging.WARNING, logger="megatron_vilg"):
+        assert list(find_records(tmp_path, val_share=0.5)) == ["train", "test", "val"]
+        assert [r.key for r in read_records(tmp_path, "val")] == ["coco/val/cats/p000", "coco/val/cats/p001"]
+        assert [r.key for r in read_records(tmp_path, "test")] == ["more/Test/p000", "more/Test/p001"]
+        assert not caplog.text
+        make_folder(tmp_path / "coco" / "extra" / "cats", 1)
+        assert len(list(read_records(tmp_path, "train"))) == 3
+    assert "1 of 4 names say no split and are trained on ('coco/extra/cats/'), beside the splits test, train, val" in (
+        caplog.text
+    )
+
+
+def test_kinds_of_things_that_are_called_like_splits_stay_in_theirs(
+    tmp_path: Path, make_folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("train/test tube", "train/train", "val/train"):
+        make_folder(tmp_path / folder, 1)
+    with caplog.at_level(logging.WARNING, logger="megatron_vilg"):
+        assert list(find_records(tmp_path)) == ["train", "val"]
+    assert [r.key for r in read_records(tmp_path, "val")] == ["val/train/p000"]
+    assert "2 of 3 folders are called like one split and lie in another" in caplog.text
+    assert "('train/test tube in train', 'val/train in val')" in caplog.text
+
+
+def test_names_of_pictures_say_no_split_and_a_warning_says_so(
+    tmp_path: Path, make_png: Callable[..., bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(folder: str, *names: str) -> Path:
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names:
+            (tmp_path / folder / f"{name}.png").write_bytes(make_png(1))
+            (tmp_path / folder / f"{name}.txt").write_text("x")
+        return tmp_path / folder
+
+    with caplog.at_level(logging.WARNING, logger="megatron_vilg"):
+        find_records(write("plain", "train-0", "cat", "valley"), val_share=0.5)
+        write("named/train", "val-0")
+        assert list(find_records(tmp_path / "named")) == ["train"]
+        assert not caplog.text
+        source = write("flat", "train-0", "train-1", "val-0", "COCO_val2014_7")
+        assert list(find_records(source)) == ["train"]
+    assert (
+        "the names of 2 of 4 pictures look held out ('COCO_val2014_7', 'val-0'), but those of pictures say no split"
+        in (caplog.text)
+    )

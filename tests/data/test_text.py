@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vilg.config.schema import TextTokenizerConfig
-from megatron_vilg.data.text import TextTokenizer, train_text_tokenizer
+from megatron_vilg.data.text import TextTokenizer, _training_texts, _with_borders, train_text_tokenizer
 from megatron_vilg.errors import DataError
 from megatron_vilg.sequence import TextToken
 
@@ -31,12 +31,17 @@ def test_captions_come_back_exactly(tokenizer: TextTokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["龘靐齉", "🐓🧑‍🚀", "naïve café, no. 7!", "全角！（ＡＢＣ）", "x\u00a0y z", "<cls>", ""]
+    "text",
+    [
+        *("龘靐齉", "🐓🧑‍🚀", "naïve café, no. 7!", "全角！（ＡＢＣ）", "x\u00a0y z", "<cls>", ""),
+        *("\u2581", "骰子\u2581的 \u2581\u2581 公鸡\u2581", "骰子\u2585", "\x02骰子\x02"),
+    ],
 )
 def test_what_was_never_seen_comes_back_through_bytes(tokenizer: TextTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert all(i >= len(TextToken) for i in ids)
     assert tokenizer.decode(ids) == " ".join(text.split())
+    assert tokenizer.encode_batch(["骰子", text]) == [tokenizer.encode("骰子"), ids]
 
 
 def test_style_and_name_are_pieces_of_their_own(tokenizer: TextTokenizer) -> None:
@@ -54,6 +59,21 @@ def test_number_measure_word_and_thing_are_pieces_of_their_own(tmp_path: Path) -
     assert pieces[:2] == ["六", "辆"] and "，" in pieces and "".join(pieces[2 : pieces.index("，")]) == "公交车"
     pieces = tokenizer.pieces("一只公鸡在一颗草莓的左边")
     assert [piece for piece in pieces if piece in "一只在颗的"] == ["一", "只", "在", "一", "颗", "的"]
+
+
+@pytest.mark.parametrize("caption", ["猫" * 5000, "很长的说明，" * 900 + "猫", "🐓" * 3000 + "猫", "猫\u2585"])
+def test_no_caption_is_left_out_of_training(tmp_path: Path, caption: str) -> None:
+    config = TextTokenizerConfig(vocab_size=500, character_coverage=1.0)
+    tokenizer = train_text_tokenizer([*captions(), caption], config, tmp_path)
+    assert tokenizer.pieces("猫") == ["猫"]
+    assert len(tokenizer.pieces("龘")) == 3  # what was not there goes through bytes
+
+
+def test_captions_of_ordinary_length_are_shown_whole() -> None:
+    texts = [*captions(), "猫" * (4192 // 3)]
+    assert list(_training_texts(texts)) == [_with_borders(text) for text in texts]
+    assert "".join(_training_texts(["🐓" * 1049])) == "🐓" * 1049
+    assert max(len(text.encode()) for text in _training_texts(["🐓" * 1049, "的" * 3000])) <= 4192
 
 
 def test_reserved_ids_are_skipped_by_decode(tokenizer: TextTokenizer) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_vilg.config.schema import DataConfig
-from megatron_vilg.data.images import load_pixels
+from megatron_vilg.data.images import decode_image, load_pixels
 from megatron_vilg.data.records import find_records, read_records
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import DataError
@@ -50,6 +52,24 @@ def test_tokens_are_those_of_the_tokenizers(tmp_path: Path, make_shards: Shards,
     assert tokens.num_captions(order).tolist() == [3] * 5
     other, other_len = tokens.captions(order, zeros + 2)
     assert make_cache.tokenizer.decode(other[0][: other_len[0]]) == records[12].alternates[1]
+
+
+def test_no_batch_of_whole_pictures_is_held(
+    tmp_path: Path, make_folder: Callable[[Path, int], Path], make_cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = weakref.WeakValueDictionary[int, Image.Image]()
+    most = []
+
+    def decode(data: bytes) -> Image.Image:
+        picture = decode_image(data)
+        alive[len(most)] = picture
+        most.append(len(alive))
+        return picture
+
+    source = make_folder(tmp_path / "d", 20)
+    monkeypatch.setattr("megatron_vilg.data.records.decode_image", decode)
+    assert make_cache.write(source, tmp_path / "c", part_size=100)
+    assert len(most) == 20 and max(most) <= 2  # the one in hand, and the next one
 
 
 def test_others_may_read_the_tokens_where_the_umask_lets_them(
