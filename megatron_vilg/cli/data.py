@@ -10,6 +10,7 @@ from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
 from megatron_vilg.cli.outputs import require_new_folder, require_writable
 from megatron_vilg.cli.shares import chosen_share
+from megatron_vilg.config.world import read_world
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
 
@@ -244,6 +245,7 @@ def run_encode(args: argparse.Namespace) -> int:
     from megatron_vilg.data.records import find_records
     from megatron_vilg.data.text import TextTokenizer
     from megatron_vilg.data.token_cache import write_token_cache
+    from megatron_vilg.parallel.launch import device_of
     from megatron_vilg.train.run_tokenizers import unusable_tokenizer
 
     run = run_config_from_args(args)
@@ -252,7 +254,7 @@ def run_encode(args: argparse.Namespace) -> int:
     if problems := [line for name, folder in given.items() for line in unusable_tokenizer(name, folder)]:
         raise ConfigError(problems)
     share = chosen_share(args.worker)
-    device = chosen_device(args.device)
+    device = device_of(read_world(), chosen_device(args.device))
     tokenizer = load_image_tokenizer(args.image_tokenizer).to(device)
 
     def encode(pixels: Tensor) -> Tensor:

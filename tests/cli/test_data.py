@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, save_image_tokenizer
@@ -117,6 +118,26 @@ def test_a_file_in_place_of_a_folder_is_named_first(
     out = tmp_path / place
     assert main(["data", verb, *inputs[verb], "--out", str(out)]) == 2
     assert f"--out={out}: cannot be written ({tmp_path / 'file'} is no folder)" in capsys.readouterr().err
+
+
+def test_each_rank_encodes_on_the_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Moved(Exception):
+        pass
+
+    class Tokenizer:
+        def to(self, device: torch.device) -> None:
+            raise Moved(str(device))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr("megatron_vilg.checkpoint.image_tokenizer.load_image_tokenizer", lambda _: Tokenizer())
+    monkeypatch.setattr("megatron_vilg.train.run_tokenizers.unusable_tokenizer", lambda *_: [])
+    command = ["data", "encode", "--data", "d", "--text-tokenizer", "t", "--image-tokenizer", "i"]
+    for rank in ("3", "0"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(Moved, match=f"^cuda:{rank}$"):
+            main([*command, "--out", str(tmp_path / "tokens")])
 
 
 @pytest.mark.parametrize("text", ["3/3", "a/2", "1", "-1/2", "0/0"])
