@@ -5,6 +5,8 @@ A message names the option (or file), the value, the rule, and values that would
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 
 
@@ -53,3 +55,14 @@ class TrainingError(VilgError):
 
 class StopRequestedError(BaseException):
     """A stop request that came where no step border is near; nothing that forgives errors shall catch it."""
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the operating system said, where an exception is that or repeats it; None: it is about something else.
+
+    Libraries written in Rust (safetensors) have exceptions of their own for it, which end in ``(os error 28)``.
+    """
+    if isinstance(error, OSError):
+        return error
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(named[1]), os.strerror(int(named[1]))) if named else None

@@ -22,7 +22,7 @@ from megatron_vilg.checkpoint.averages import AVERAGES, averages_in
 from megatron_vilg.checkpoint.files import PARTIAL, publish, recover, remove, sync_tree, with_suffix
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_sound_manifest, write_manifest
 from megatron_vilg.checkpoint.tensors import MODEL, part_of
-from megatron_vilg.errors import CheckpointError
+from megatron_vilg.errors import CheckpointError, system_error
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -79,7 +79,8 @@ def save_model_folder(
     except (OSError, SafetensorError) as error:
         if partial.exists():
             remove(partial)
-        raise CheckpointError(f"{folder}: cannot be written ({type(error).__name__}: {error})") from error
+        told = system_error(error) or error
+        raise CheckpointError(f"{folder}: cannot be written ({type(told).__name__}: {told})") from error
     return folder
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
-from megatron_vilg.cli.outputs import require_new_folder, require_writable
+from megatron_vilg.cli.outputs import full_disk_explained, require_new_folder, require_writable
 from megatron_vilg.cli.shares import chosen_share
-from megatron_vilg.errors import ConfigError
+from megatron_vilg.config.world import read_world
+from megatron_vilg.errors import ConfigError, DataError
 from megatron_vilg.log import get_logger
 
 if TYPE_CHECKING:
@@ -244,6 +245,7 @@ def run_encode(args: argparse.Namespace) -> int:
     from megatron_vilg.data.records import find_records
     from megatron_vilg.data.text import TextTokenizer
     from megatron_vilg.data.token_cache import write_token_cache
+    from megatron_vilg.parallel.launch import device_of
     from megatron_vilg.train.run_tokenizers import unusable_tokenizer
 
     run = run_config_from_args(args)
@@ -252,27 +254,28 @@ def run_encode(args: argparse.Namespace) -> int:
     if problems := [line for name, folder in given.items() for line in unusable_tokenizer(name, folder)]:
         raise ConfigError(problems)
     share = chosen_share(args.worker)
-    device = chosen_device(args.device)
+    device = device_of(read_world(), chosen_device(args.device))
     tokenizer = load_image_tokenizer(args.image_tokenizer).to(device)
 
     def encode(pixels: Tensor) -> Tensor:
         with torch.no_grad():
             return tokenizer.encode(pixels.to(device)).cpu()
 
-    complete = write_token_cache(
-        args.out,
-        find_records(args.data, val_share=run.data.val_share, part_size=run.data.shard_size),
-        TextTokenizer.load(args.text_tokenizer),
-        encode,
-        image_size=tokenizer.config.image_size,
-        views=run.data,
-        image_tokenizer_hash=image_tokenizer_hash(args.image_tokenizer),
-        codebook_size=tokenizer.config.codebook_size,
-        grid_side=tokenizer.config.grid_side,
-        num_text_slots=run.model.num_text_slots,
-        seed=run.train.seed,
-        worker=(share.index, share.count),
-    )
+    with full_disk_explained(args.out, DataError):
+        complete = write_token_cache(
+            args.out,
+            find_records(args.data, val_share=run.data.val_share, part_size=run.data.shard_size),
+            TextTokenizer.load(args.text_tokenizer),
+            encode,
+            image_size=tokenizer.config.image_size,
+            views=run.data,
+            image_tokenizer_hash=image_tokenizer_hash(args.image_tokenizer),
+            codebook_size=tokenizer.config.codebook_size,
+            grid_side=tokenizer.config.grid_side,
+            num_text_slots=run.model.num_text_slots,
+            seed=run.train.seed,
+            worker=(share.index, share.count),
+        )
     state = "complete" if complete else "this worker is done, others are not"
     print(f"{args.out}: {state}")
     return 0

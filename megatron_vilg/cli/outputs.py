@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vilg.errors import ConfigError, TrainingError
+from megatron_vilg.errors import ConfigError, TrainingError, VilgError, system_error
 
 
 def require_writable(folder: Path, given: str) -> None:
@@ -78,18 +78,23 @@ def write_json(file: Path | None, content: Any) -> None:
 
 
 @contextmanager
-def full_disk_explained(out: Path) -> Iterator[None]:
-    """Say in one sentence that a run has no room left, whatever it was writing.
+def full_disk_explained(out: Path, kind: type[VilgError] = TrainingError) -> Iterator[None]:
+    """Say in one sentence that work which can be taken up again has no room left, whatever it was writing.
+
+    Args:
+        out: as ``--out`` named it.
+        kind: the exception that says so.
 
     Raises:
-        TrainingError: the disk is full, or a quota is used up.
+        VilgError: of that kind: the disk is full, or a quota is used up.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        found = system_error(error)
+        if isinstance(error, VilgError) or found is None or found.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise TrainingError(
-            f"--out={out}: the disk is full or a quota is used up ({error}). Works: more room there (`df`, `quota`); "
+        raise kind(
+            f"--out={out}: the disk is full or a quota is used up ({found}). Works: more room there (`df`, `quota`); "
             "the same command then goes on from what is complete"
         ) from error

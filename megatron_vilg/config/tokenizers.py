@@ -68,7 +68,8 @@ class ImageTokenizerConfig:
     """Weight of the loss that keeps encoder outputs near their code."""
     dead_code_threshold: NonNegative = 0.05
     """A code used less often than this per step (moving average) is replaced: in a VQGAN by an encoder output, in a
-    dVAE by a copy of a busy code."""
+    dVAE by a copy of a busy code. 0: none is. Evenly used codes are used batch_size x tokens of a picture /
+    codebook_size times a step; that should be about five times the threshold (a warning says where it is less)."""
 
     @property
     def downsample(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_vilg.data.images import square
 from megatron_vilg.data.records import ReadReport, RecordPart
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.data.token_files import partial_path, read_json, write_json
+from megatron_vilg.data.token_files import read_json, whole_file, write_json
 from megatron_vilg.errors import DataError
 from megatron_vilg.log import get_logger
 
@@ -112,10 +112,8 @@ def _write(path: Path, part: RecordPart, size: int, wanted: dict[str, Any]) -> N
             f"{part.name}: its {len(keys)} pairs are not the {wanted['pairs']} that the token cache was made from; "
             "name the same --data"
         )
-    partial = partial_path(path)
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         np.save(file, np.stack(pictures) if pictures else np.empty((0, 3, size, size), np.uint8))
-    partial.rename(path)
     write_json(path.with_suffix(".json"), wanted)
     logger.info("%s: %d pictures of %d px", path, len(keys), size)
 

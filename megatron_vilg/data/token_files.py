@@ -14,8 +14,9 @@ and ``manifest.json``, written last: a folder without it is not finished. Only `
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write as a whole or not at all; two processes may write the same file at once."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another name to write a file under; it becomes ``path`` when the block ends, and is removed where that fails."""
     partial = partial_path(path)
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.rename(path)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        with suppress(OSError):  # what is left on a full disk would keep it full
+            partial.unlink()
+        raise
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file is written before it is renamed; two processes never share it."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Where a file is written before it is renamed: a new name at every call.
+
+    Process numbers would not do, which containers and machines that share a folder count each for themselves.
+    """
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")

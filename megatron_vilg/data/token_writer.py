@@ -24,8 +24,8 @@ from megatron_vilg.data.token_files import (
     MANIFEST_FILE,
     CacheSettings,
     check_same_settings,
-    partial_path,
     read_json,
+    whole_file,
     write_json,
 )
 from megatron_vilg.errors import DataError
@@ -189,15 +189,11 @@ class _Writer:
     def _write(
         self, stem: str, origin: dict[str, str], arrays: dict[str, np.ndarray], columns: _Columns, report: ReadReport
     ) -> None:
-        shard = self.out / f"{stem}.safetensors"
-        partial = partial_path(shard)
-        safetensors.numpy.save_file(arrays, partial)
-        records = partial_path(self.out / f"{stem}.jsonl")
-        records.write_text("".join(columns.lines), encoding="utf-8")
-        partial.chmod(records.stat().st_mode)  # safetensors makes files that nobody else may read
-        checksum = file_sha256(partial)
-        partial.rename(shard)
-        records.rename(self.out / f"{stem}.jsonl")
+        with whole_file(self.out / f"{stem}.jsonl") as records, whole_file(self.out / f"{stem}.safetensors") as shard:
+            safetensors.numpy.save_file(arrays, shard)
+            records.write_text("".join(columns.lines), encoding="utf-8")
+            shard.chmod(records.stat().st_mode)  # safetensors makes files that nobody else may read
+            checksum = file_sha256(shard)
         note = {
             "settings": self.settings.to_json(),
             **origin,

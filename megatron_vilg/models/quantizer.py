@@ -12,6 +12,8 @@ from megatron_vilg.config.schema import ImageTokenizerConfig
 
 _MAX_SCORES = 1 << 22
 """Most scores (vectors times codes) held at once in the search for the nearest code: 16 MiB of float32."""
+_LEAST_COUNT = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+"""Average use below which sum and count of a code's vectors are too small for float32 to divide: 9.9e-32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,9 @@ class VectorQuantizer(nn.Module):
             self.ema_sum.mul_(config.ema_decay).index_add_(0, ids, vectors.detach().to(self.ema_sum), alpha=share)
             self.ema_sum.copy_(torch.where(dead[:, None], fresh, self.ema_sum))
             self.ema_count.masked_fill_(dead, 1.0)
-            self.code.copy_(self._constrain(self.ema_sum / self.ema_count[:, None]))
+            moved = self._constrain(self.ema_sum / self.ema_count[:, None])
+            # Without replacement both fade to 0 where nobody chooses a code; it stays until somebody does.
+            self.code.copy_(torch.where(self.ema_count[:, None] < _LEAST_COUNT, self.code, moved))
         else:
             self.ema_count.masked_fill_(dead, 1.0)
             self.code.copy_(torch.where(dead[:, None], fresh, self.code))

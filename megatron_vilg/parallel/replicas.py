@@ -92,6 +92,13 @@ class Replicas:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def fill_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite contiguous tensors, as many and as large on all processes, with those of the main one."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process; all must ask."""
         if self.size == 1:

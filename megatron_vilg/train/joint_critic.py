@@ -28,8 +28,9 @@ _REPORTED = ("loss/critic", "loss/adversarial", "critic/weight")
 class JointCritic:
     """A PatchGAN critic whose gate is on every rank, and whose weights are on those of the last pipeline stage.
 
-    Its batch statistics, gradients and adaptive weight are those of the pictures of all data ranks, micro-batch by
-    micro-batch, so that its weights are those of one process with the same micro-batches.
+    Batch statistics, gradients and adaptive weight are those of the pictures of all data ranks. For the generator it
+    judges each micro-batch on its own; it learns from all pictures of a step at once. So its weights are those of one
+    process with the same micro-batches.
 
     Args:
         run: resolved configuration with ``reconstructor.critic_*``.

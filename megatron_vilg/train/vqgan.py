@@ -23,7 +23,7 @@ from megatron_vilg.models.features import find_feature_network
 from megatron_vilg.models.quantizer import codebook_use
 from megatron_vilg.models.tokenizers import AnyTokenizer
 from megatron_vilg.parallel.replicas import Replicas
-from megatron_vilg.train.codebook_watch import CodebookWatch
+from megatron_vilg.train.codebook_watch import CodebookWatch, replaced_though_used
 from megatron_vilg.train.dvae_engine import DVAEEngine
 from megatron_vilg.train.metrics import Column, MetricWriter, SilentWriter
 from megatron_vilg.train.pixel_source import PixelsInMemory, PixelSource
@@ -227,6 +227,8 @@ def _loop(
 ) -> int:
     """Resume, train until the end or a signal; return the finished steps, which are saved."""
     options, replicas = run.image_tokenizer_train, engine.replicas
+    if problem := replaced_though_used(run):
+        log.warning("%s", problem)
     step = _resume(engine, checkpointer, identity)
     tokens, skipped_in_row = options.batch_size * run.image_tokenizer.grid_side**2, 0
     watch = CodebookWatch(run.image_tokenizer.codebook_size)

@@ -108,7 +108,10 @@ class VQGANEngine(TokenizerEngine):
         count = -(-wanted // (self.options.batch_size * config.grid_side**2))
         batches = [source.batch(self.options.num_steps + k).to(self.device) for k in range(count)]
         vectors = torch.cat([self._encode(pixels).flatten(0, 1) for pixels in batches])
-        self.model.quantizer.fit_kmeans(vectors, seeded(self.options.seed, "k-means"))
+        quantizer = self.model.quantizer
+        quantizer.fit_kmeans(vectors, seeded(self.options.seed, "k-means"))
+        # On a GPU sums come in any order, and one vector that changes its cluster would change all that follows.
+        self.replicas.fill_from_main([quantizer.code, quantizer.ema_sum, quantizer.ema_count])
         self.started = True
 
     def train_step(self, step: int, pixels: Tensor) -> TokenizerStep:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megatron_vilg.checkpoint import export
 from megatron_vilg.checkpoint.export import load_model_folder, save_model_folder
@@ -111,12 +112,22 @@ def test_bad_extras_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "e").exists()
 
 
-def test_a_failed_write_keeps_the_old_folder(folder: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_failed_write_keeps_the_old_folder(folder: Path, monkeypatch, said: Exception) -> None:
     def full(*args: object, **kwargs: object) -> None:
-        raise OSError("No space left on device")
+        raise said
 
     monkeypatch.setattr(export, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"export: cannot be written .*No space left"):
+    with pytest.raises(
+        CheckpointError, match=r"export: cannot be written \(OSError: \[Errno 28\] No space left on device\)"
+    ):
         save_model_folder(folder, {"w": torch.ones(2)}, {"a": 1}, MANIFEST)
     assert load_model_folder(folder)[0] == json.loads(json.dumps(CONFIG))
     assert not (folder.parent / "export.partial").exists()

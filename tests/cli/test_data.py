@@ -1,21 +1,41 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, save_image_tokenizer
 from megatron_vilg.cli.main import main
 from megatron_vilg.cli.shares import Share, chosen_share
-from megatron_vilg.config.schema import ImageTokenizerConfig
+from megatron_vilg.config.schema import ImageTokenizerConfig, TextTokenizerConfig
 from megatron_vilg.data.emoji import DEMO_STYLES
+from megatron_vilg.data.text import train_text_tokenizer
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.models.vqgan import VQGAN
 from tests.data.fake_emoji import write_packages
+
+
+def tiny_vqgan() -> VQGAN:
+    return VQGAN(
+        ImageTokenizerConfig(
+            image_size=16,
+            channels=8,
+            channel_multipliers=(1, 1, 1),
+            num_res_blocks=1,
+            codebook_size=32,
+            codebook_dim=4,
+            norm_groups=8,
+            bottom_attention=False,
+        )
+    )
 
 
 def test_help_names_the_demo_styles(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,9 +55,7 @@ def test_demo_tokenizer_and_encode_in_a_row(tmp_path: Path, capsys: pytest.Captu
         main(["data", "text-tokenizer", "text_tokenizer.vocab_size=420", "--data", str(data), "--out", str(text)]) == 0
     )
     assert "tokens (model.num_text_slots = 16)" in capsys.readouterr().out
-    config = ImageTokenizerConfig(image_size=16, channels=8, channel_multipliers=(1, 1, 1), num_res_blocks=1,
-                                  codebook_size=32, codebook_dim=4, norm_groups=8, bottom_attention=False)  # fmt: skip
-    save_image_tokenizer(VQGAN(config), image)
+    save_image_tokenizer(tiny_vqgan(), image)
     encode = ["data", "encode", "--data", str(data), "--text-tokenizer", str(text), "--image-tokenizer", str(image)]
     tokens = tmp_path / "tokens"
     settings = ["--out", str(tokens), "--device", "cpu", "data.num_views=1", "model.num_text_slots=12"]
@@ -55,6 +73,60 @@ def test_demo_tokenizer_and_encode_in_a_row(tmp_path: Path, capsys: pytest.Captu
     assert opened.split("train").num_views == 1
     assert main([*encode, *settings, "data.num_views=2"]) == 2
     assert "  data.num_views: 1 there, 2 asked for" in capsys.readouterr().err
+
+
+@pytest.fixture
+def encode(tmp_path: Path) -> list[str]:
+    """``vilg data encode`` of eight pairs, whose tokens take more than 64 kB; without ``--out``."""
+    data, text, image = (tmp_path / name for name in ("pairs", "text", "image"))
+    data.mkdir()
+    for index in range(8):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(data / f"{index}.png")
+        (data / f"{index}.txt").write_text("一只猫", encoding="utf-8")
+    train_text_tokenizer(["一只猫"], TextTokenizerConfig(vocab_size=280), text)
+    save_image_tokenizer(tiny_vqgan(), image)
+    folders = ["--data", str(data), "--text-tokenizer", str(text), "--image-tokenizer", str(image)]
+    return ["data", "encode", "model.num_text_slots=4096", *folders, "--device", "cpu"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
+    try:
+        refusal = subprocess.run(mount, capture_output=True, text=True).stderr
+    except FileNotFoundError:
+        refusal = "there is no mount"
+    if refusal:
+        pytest.skip(f"no file system can be mounted here: {refusal.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_explained(small_disk: Path, encode: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    out = small_disk / "tokens"
+    assert main([*encode, "--out", str(out)]) == 2
+    assert f"DataError: --out={out}: the disk is full or a quota is used up (" in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
+def test_the_end_of_a_quota_that_safetensors_reports_is_explained(
+    tmp_path: Path, encode: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(arrays: object, path: Path) -> None:
+        path.write_bytes(b"the beginning")
+        raise SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)")
+
+    out = tmp_path / "tokens"
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", fail)
+        assert main([*encode, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"DataError: --out={out}: the disk is full or a quota is used up ([Errno 122] Disk quota exceeded)" in error
+    assert not list(out.iterdir())
+    assert main([*encode, "--out", str(out)]) == 0
 
 
 def test_filter(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +189,26 @@ def test_a_file_in_place_of_a_folder_is_named_first(
     out = tmp_path / place
     assert main(["data", verb, *inputs[verb], "--out", str(out)]) == 2
     assert f"--out={out}: cannot be written ({tmp_path / 'file'} is no folder)" in capsys.readouterr().err
+
+
+def test_each_rank_encodes_on_the_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class MovedError(Exception):
+        pass
+
+    class Tokenizer:
+        def to(self, device: torch.device) -> None:
+            raise MovedError(str(device))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr("megatron_vilg.checkpoint.image_tokenizer.load_image_tokenizer", lambda _: Tokenizer())
+    monkeypatch.setattr("megatron_vilg.train.run_tokenizers.unusable_tokenizer", lambda *_: [])
+    command = ["data", "encode", "--data", "d", "--text-tokenizer", "t", "--image-tokenizer", "i"]
+    for rank in ("3", "0"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(MovedError, match=f"^cuda:{rank}$"):
+            main([*command, "--out", str(tmp_path / "tokens")])
 
 
 @pytest.mark.parametrize("text", ["3/3", "a/2", "1", "-1/2", "0/0"])

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from megatron_vilg.cli.outputs import require_json_place, require_new_folder, require_writable, write_json
-from megatron_vilg.errors import ConfigError
+from megatron_vilg.cli.outputs import (
+    full_disk_explained,
+    require_json_place,
+    require_new_folder,
+    require_writable,
+    write_json,
+)
+from megatron_vilg.errors import CheckpointError, ConfigError
 
 
 def test_a_folder_that_is_there_or_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +75,19 @@ def test_no_json_file_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     require_json_place(None)
     write_json(None, {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a picture of 28 pixels (error 28)"),
+        RuntimeError("I/O error: No such file or directory (os error 2)"),
+        OSError(errno.EIO, "Input/output error"),
+        CheckpointError("run/export: cannot be written (OSError: No space left on device (os error 28))"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_full_disk_or_is_explained_already_stays_what_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, full_disk_explained(Path("run")):
+        raise error
+    assert caught.value is error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 from megatron_vilg.cli.main import EXIT_ERROR, main
 from megatron_vilg.train import precision, stages
@@ -41,9 +42,17 @@ def test_a_folder_in_which_another_job_still_makes_tokenizers_is_refused(
     assert owner.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["system", "safetensors"],
+)
 @pytest.mark.parametrize("verb", ["train", "train-vqgan"])
 def test_a_full_disk_is_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, said: Exception
 ) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     data.mkdir()
@@ -52,7 +61,7 @@ def test_a_full_disk_is_explained(
         (data / f"{index}.txt").write_text("一个圆", encoding="utf-8")
 
     def fail(*_: object) -> None:
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        raise said
 
     monkeypatch.setattr(stages, "settle_precision", fail)
     monkeypatch.setattr(precision, "settle_precision", fail)

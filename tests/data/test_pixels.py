@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import io
+import resource
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from megatron_vilg.data import pixels as pixels_module
 from megatron_vilg.data.pixels import read_pixels, read_train_and_held_out
 from megatron_vilg.data.shards import ShardWriter
 from megatron_vilg.data.split_names import hash_split
@@ -26,6 +30,32 @@ def test_pictures_become_squares_of_bytes(tmp_path: Path) -> None:
     pixels = read_pixels(tmp_path, "train", 8, max_bad_share=0.0)
     assert pixels.shape == (3, 3, 8, 8) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
     assert np.array_equal(pixels[:, :, 0, 0].numpy(), [[0, 0, 255], [10, 0, 255], [20, 0, 255]])
+
+
+def test_blocks_are_put_together_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pairs(tmp_path, 5)
+    whole = read_pixels(tmp_path, "train", 8, max_bad_share=0.0)
+    for pictures in (1, 2, 5, 6):
+        monkeypatch.setattr(pixels_module, "BLOCK_BYTES", pictures * 3 * 8 * 8 + 1)
+        assert torch.equal(read_pixels(tmp_path, "train", 8, max_bad_share=0.0), whole)
+
+
+def _peak_of_64_mebibytes() -> float:
+    """How far the peak of this process's memory rises, in bytes of the pictures that it collects."""
+    pixels_module.BLOCK_BYTES = 4 << 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pictures = pixels_module._Pictures(pixels_module._Room("x", 256, 1 << 30))
+    picture = Image.new("RGB", (256, 256), (1, 2, 3))
+    for _ in range((64 << 20) // (3 * 256 * 256)):
+        pictures.add(SimpleNamespace(decode=lambda: picture))  # type: ignore[arg-type]
+    found = pictures.tensor()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / found.numel()
+
+
+def test_memory_holds_each_picture_once() -> None:
+    with get_context("fork").Pool(1) as processes:
+        peak = processes.apply(_peak_of_64_mebibytes)
+    assert 0.9 < peak < 1.3
 
 
 def test_a_source_without_other_splits_has_nothing_held_out(tmp_path: Path) -> None:
@@ -84,3 +114,14 @@ def test_more_pictures_than_memory_allows_are_refused(tmp_path: Path) -> None:
     assert len(read_pixels(tmp_path, "train", 8, max_bad_share=0.0, max_bytes=4 * 192)) == 4
     with pytest.raises(DataError, match=r"more than 3 pictures of 8 px.*image_size.*PixelSource"):
         read_pixels(tmp_path, "train", 8, max_bad_share=0.0, max_bytes=3 * 192)
+
+
+def test_all_splits_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pairs(tmp_path / "train", 3)
+    write_pairs(tmp_path / "val", 2)
+    monkeypatch.setattr(pixels_module, "MAX_BYTES", 5 * 192)
+    train, held_out = read_train_and_held_out(tmp_path, 8, max_bad_share=0.0)
+    assert len(train) == 3 and held_out is not None and len(held_out) == 2
+    monkeypatch.setattr(pixels_module, "MAX_BYTES", 4 * 192)
+    with pytest.raises(DataError, match="more than 4 pictures of 8 px"):
+        read_train_and_held_out(tmp_path, 8, max_bad_share=0.0)

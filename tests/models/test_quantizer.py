@@ -69,6 +69,20 @@ def test_averages_move_codes_to_the_mean_of_their_vectors() -> None:
     assert torch.allclose(quantizer.code[5], vectors.mean(0), atol=1e-4)
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+def test_codes_that_nobody_chooses_stay_where_they_are(normalise: bool) -> None:
+    quantizer = build(l2_normalise=normalise, ema_decay=0.5, dead_code_threshold=0.0)
+    start = quantizer.code.clone()
+    vectors = quantizer.prepare(torch.randn(2, 4, generator=generator()))
+    for _ in range(300):
+        assert quantizer.follow(vectors, torch.tensor([5, 5]), generator()) == 0
+    assert quantizer.ema_count[6] == 0 and quantizer.ema_sum[6].abs().max() == 0
+    others = [code for code in range(16) if code != 5]
+    assert torch.allclose(quantizer.code[others], start[others], rtol=1e-5, atol=1e-6)
+    quantizer.follow(vectors, torch.tensor([6, 6]), generator())  # somebody does
+    assert torch.allclose(quantizer.codebook[6], quantizer.prepare(vectors.mean(0)), atol=1e-6)
+
+
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_dead_codes_become_encoder_outputs(update: str) -> None:
     quantizer = build(codebook_update=update, ema_decay=0.5, dead_code_threshold=0.3)

@@ -13,6 +13,8 @@ def test_one_process_changes_nothing() -> None:
     assert alone.whole(value) is value and alone.mean(value) is value
     assert alone.any(True) and not alone.any(False) and alone.from_main("x") == "x"
     assert alone.gather("x") == ["x"]
+    alone.fill_from_main([value])
+    assert torch.equal(value, torch.arange(6.0))
 
 
 def _meet() -> dict[str, object]:
@@ -22,6 +24,8 @@ def _meet() -> dict[str, object]:
     unused = torch.nn.Parameter(torch.zeros(3))
     (weight.sum() * float(replicas.rank)).backward()
     replicas.average_gradients([weight, unused])
+    filled = [torch.full((2,), float(replicas.rank)), torch.nn.Parameter(torch.full((3,), 5.0 + replicas.rank))]
+    replicas.fill_from_main(filled)
     means = replicas.means({"a": torch.tensor(float(replicas.rank)), "b": torch.tensor(5.0)})
     return {
         "part": replicas.part(batch),
@@ -29,6 +33,7 @@ def _meet() -> dict[str, object]:
         "gradient": weight.grad,
         "unused": unused.grad,
         "means": {name: float(value) for name, value in means.items()},
+        "filled": [tensor.tolist() for tensor in filled],
         "any": replicas.any(replicas.rank == 1),
         "none": replicas.any(False),
         "from_main": replicas.from_main(f"rank {replicas.rank}"),
@@ -44,6 +49,7 @@ def test_three_processes_see_parts_and_know_the_whole() -> None:
         assert torch.equal(seen["part"], batch[[rank, rank + 3]])
         assert torch.equal(seen["whole"], batch) and not seen["whole"].requires_grad
         assert torch.equal(seen["gradient"], torch.full((2, 2), 1.0)) and seen["unused"] is None
+        assert seen["filled"] == [[0.0, 0.0], [5.0, 5.0, 5.0]]
         assert seen["means"] == {"a": 1.0, "b": 5.0}
         assert seen["any"] and not seen["none"] and seen["from_main"] == "rank 0"
         assert seen["gather"] == ["", "a", "ab"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -18,8 +19,8 @@ from megatron_vilg.data.text import train_text_tokenizer
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.models.vqgan import VQGAN
 from megatron_vilg.parallel.launch import Job
-from megatron_vilg.train.run_tokenizers import read_seconds, settle_tokenizers, unusable_tokenizer
-from megatron_vilg.train.stages import prepare
+from megatron_vilg.train.run_tokenizers import settle_tokenizers, unusable_tokenizer
+from megatron_vilg.train.stages import prepare, timed
 from tests.train.test_stages import TINY, pairs  # noqa: F401 - a fixture
 
 NONE: dict[str, Path | None] = {"text_tokenizer": None, "image_tokenizer": None}
@@ -66,12 +67,24 @@ def test_folders_that_hold_no_such_tokenizer_are_not_copied(tmp_path: Path) -> N
     assert {path.name for path in out.iterdir()} == {"image_tokenizer", "text_tokenizer"}
 
 
-def test_damaged_seconds_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
-    image_folder(tmp_path / "image_tokenizer"), text_folder(tmp_path / "text_tokenizer")
-    (tmp_path / "seconds.json").write_text('{"text_tokenizer": 1')
+@pytest.mark.parametrize("damaged", ['{"text_tokenizer": 1', "[1]", '{"text_tokenizer": "long"}'])
+def test_damaged_seconds_do_not_keep_a_run_from_going_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    image, text = image_folder(tmp_path / "image_tokenizer"), text_folder(tmp_path / "text_tokenizer")
+    before = {path: path.read_bytes() for path in [*image.iterdir(), *text.iterdir()]}
+    seconds = tmp_path / "seconds.json"
+    seconds.write_text(damaged)
     settle_tokenizers(config(), tmp_path, NONE)
-    assert read_seconds(tmp_path) == {}
-    assert (tmp_path / "seconds.json").read_text() == '{"text_tokenizer": 1', "it is left for people to look at"
+    assert f"{seconds}: cannot be read (" in caplog.text
+    assert "the seconds of earlier stages do not count" in caplog.text
+    with timed(tmp_path, "tokens"):
+        pass
+    assert set(json.loads(seconds.read_text())) == {"tokens"}
+    assert {path: path.read_bytes() for path in before} == before
+    caplog.clear()
+    settle_tokenizers(config(), tmp_path, NONE)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from megatron_vilg.errors import ConfigError
 from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.train.pixel_source import PixelsInMemory
 from megatron_vilg.train.vqgan import build_tokenizer_engine, train_image_tokenizer, uneven_parts
+from megatron_vilg.train.vqgan_engine import VQGANEngine
 from tests.helpers import run_distributed
 from tests.train.vqgan_case import discs, tiny_run
 
@@ -81,6 +82,29 @@ def test_ranks_stay_equal_with_a_critic() -> None:
     assert any(entry.startswith("critic.") for entry in one["state"])
     for entry, value in one["state"].items():
         assert torch.equal(value, two["state"][entry]), entry
+
+
+class _OwnPixels(PixelsInMemory):
+    """Pictures that differ between processes, for what a GPU's sums do."""
+
+    def batch(self, step: int) -> Tensor:
+        return super().batch(step) * (1.0 - 0.1 * Replicas.of_group().rank)
+
+
+def _start_codebook(run: RunConfig) -> list[Tensor]:
+    engine = VQGANEngine(run, replicas=Replicas.of_group())
+    engine.start_codebook(_OwnPixels(discs(), run))
+    quantizer = engine.model.quantizer
+    return [value.detach().clone() for value in (quantizer.code, quantizer.ema_sum, quantizer.ema_count)]
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_the_codebook_of_all_starts_as_the_first_has_it(update: str) -> None:
+    run = with_tokenizer(tiny_run(precision="fp32"), codebook_update=update)
+    alone = _start_codebook(run)
+    for found in run_distributed(_start_codebook, 2, run):
+        for value, expected in zip(found, alone, strict=True):
+            assert torch.equal(value, expected)
 
 
 def _train(run: RunConfig, out: Path) -> str:
