@@ -158,9 +158,10 @@ def _print_plan(config: RunConfig, cost: Estimate, hardware: Hardware) -> None:
 def _time_words(config: RunConfig, time: StepTime) -> str:
     pairs = config.train.batch_size / time.step
     days = config.train.num_steps * time.step / 86_400
+    update = f" + update {time.update:.2f}" if config.optim.name == "muon" else ""
     return (
         f"{time.step:.2f} s = compute {time.compute:.2f} + idle {time.idle:.2f} + tensor {time.tensor:.2f} + "
-        f"data {time.data:.2f}; {pairs:.0f} pairs/s, MFU {time.mfu:.1%}, {days:.1f} days for "
+        f"data {time.data:.2f}{update}; {pairs:.0f} pairs/s, MFU {time.mfu:.1%}, {days:.1f} days for "
         f"{config.train.num_steps} steps"
     )
 
@@ -196,7 +197,8 @@ def _as_json(config: RunConfig, cost: Estimate, hardware: Hardware) -> dict[str,
         "fits": fits(cost, hardware),
         "sent_bytes": cost.busiest,
         "bubble": cost.bubble,
-        "flops": {"kept": cost.flops_kept, "dense": cost.flops_dense, "executed": cost.flops_executed},
+        "flops": {"kept": cost.flops_kept, "dense": cost.flops_dense, "executed": cost.flops_executed}
+        | {"update": cost.flops_update},
         "seconds": dataclasses.asdict(time) | {"step": time.step},
         "hardware": dataclasses.asdict(hardware),
     }

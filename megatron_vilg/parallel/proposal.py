@@ -46,32 +46,42 @@ class StepTime:
     """Exchanges over tp; nothing overlaps with them."""
     data: float
     """What is left of gathering and reducing over shard and replica behind the arithmetic."""
+    update: float
+    """Muon's Newton-Schulz steps and their messages; other optimizers' updates are not counted."""
     mfu: float
     """Model FLOPs utilisation over the whole step, kept attention only."""
 
     @property
     def step(self) -> float:
         """The whole step."""
-        return self.compute + self.idle + self.tensor + self.data
+        return self.compute + self.idle + self.tensor + self.data + self.update
 
 
 def step_time(cost: Estimate, hardware: Hardware) -> StepTime:
     """Seconds of a step at the given peaks; messages between stages are taken to hide behind the arithmetic."""
-    layout, sent = cost.layout, cost.busiest
-    compute = cost.flops_executed / (layout.world_size * hardware.peak * 1e12 * hardware.efficiency)
+    layout = cost.layout
+    rate = hardware.peak * 1e12 * hardware.efficiency
+    compute = (cost.flops_executed - cost.flops_update) / (layout.world_size * rate)
+    spans = {"tp": layout.tensor, "shard": layout.tensor * layout.shard}
+    spans["replica"] = spans["shard"] * layout.replica
 
-    def seconds(axis: str, span: int) -> float:
-        bandwidth = hardware.node_bandwidth if span <= hardware.gpus_per_node else hardware.network_bandwidth
-        return sent[axis] / (bandwidth * 1e9)
+    def seconds(axis: str, size: float) -> float:
+        is_inside = spans[axis] <= hardware.gpus_per_node
+        return size / (1e9 * (hardware.node_bandwidth if is_inside else hardware.network_bandwidth))
 
-    tensor = seconds("tp", layout.tensor)
-    data = seconds("shard", layout.tensor * layout.shard)
-    data += seconds("replica", layout.tensor * layout.shard * layout.replica)
+    # What the busiest rank sends over an axis, Muon's update left out: that cannot begin before the arithmetic is over.
+    sent = {axis: max(r.sent[axis] - r.update.sent.get(axis, 0.0) for r in cost.ranks) for axis in spans}
+    tensor = seconds("tp", sent["tp"])
+    data = seconds("shard", sent["shard"]) + seconds("replica", sent["replica"])
     idle = (compute + tensor) * cost.bubble / (1.0 - cost.bubble)
     exposed = max(0.0, data - compute)
-    whole = compute + idle + tensor + exposed
+    update = max(
+        rank.update.flops_busiest / rate + sum(seconds(axis, size) for axis, size in rank.update.sent.items())
+        for rank in cost.ranks
+    )
+    whole = compute + idle + tensor + exposed + update
     mfu = cost.flops_kept / (layout.world_size * hardware.peak * 1e12 * whole)
-    return StepTime(compute, idle, tensor, exposed, mfu)
+    return StepTime(compute, idle, tensor, exposed, update, mfu)
 
 
 def fits(cost: Estimate, hardware: Hardware) -> bool:
