@@ -10,7 +10,7 @@ import pytest
 from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.parallel.estimate import estimate, pair_flops
-from megatron_vilg.parallel.proposal import Hardware, step_time
+from megatron_vilg.parallel.proposal import Hardware, offloads, propose, step_time
 
 
 def paper_10b(optimizer: str = "adamw", **parallel: Any) -> RunConfig:
@@ -51,3 +51,11 @@ def test_ranks_divide_muons_work_and_wait_for_its_messages() -> None:
     assert time.compute == pytest.approx(without.compute) and time.data == without.data
     seconds = rank.update.flops_busiest / (989e12 * 0.45) + (7 / 8 + 1) * whole / 400e9 + whole / 50e9
     assert time.update == pytest.approx(seconds)
+
+
+def test_layouts_that_offload_come_last_whatever_their_estimate_says() -> None:
+    found = propose(paper_10b(cpu_offload=True), 8, Hardware(memory=24.0), most=1000)
+    last = [offloads(run) for run, _ in found]
+    assert last == sorted(last) and set(last) == {False, True}
+    times = [step_time(cost, Hardware()).step for _, cost in found]
+    assert min(times[last.index(True) :]) < times[0], "the estimate alone would have ranked one first"
