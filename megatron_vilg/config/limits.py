@@ -13,9 +13,7 @@ _MODEL = {
     "width": 2**20,
     "num_heads": 2**20,
     "mlp_ratio": 1024,
-    "num_text_slots": 65_535,
     "image_side": 1024,
-    "image_vocab_size": 65_535,
 }
 _PARALLEL = ("tensor", "pipeline", "stages_per_rank", "replica", "shard", "num_microbatches")
 _IMAGE_TOKENIZER = {"image_size": 2**16, "patch": 1024, "channels": 2**16, "norm_groups": 2**16, "codebook_dim": 2**16}
