@@ -14,7 +14,7 @@ from megatron_vilg.parallel.estimate import Estimate, estimate
 
 GIB = 2.0**30
 PEAKS = {"bf16": 989.0, "fp32": 67.0}
-"""TFLOP/s of dense matrix products of an H100 or H200 by ``train.precision``; fp32 as torch computes it, without TF32."""
+"""TFLOP/s of dense products of an H100 or H200 by ``train.precision``; fp32 as torch has it, without TF32."""
 
 
 @dataclass(frozen=True, slots=True)

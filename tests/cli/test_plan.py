@@ -88,7 +88,10 @@ def test_proposals_fit_and_come_fastest_first(tmp_path: Path, capsys: pytest.Cap
     [
         (["--world-size", "0"], "--world-size=0: is no number of GPUs. Works: 1 to 1048576."),
         (["--world-size", "9999999999"], "--world-size=9999999999: is no number of GPUs. Works: 1 to 1048576."),
-        (["parallel.tensor=99999", "parallel.shard=99999"], "tensor x pipeline x replica x shard=9999800001: is no number"),
+        (
+            ["parallel.tensor=99999", "parallel.shard=99999"],
+            "tensor x pipeline x replica x shard=9999800001: is no number",
+        ),
         (["--gpu-memory", "nan"], "--gpu-memory=nan: is no quantity. Works: a finite number above 0."),
         (["--peak-tflops", "inf"], "--peak-tflops=inf: is no quantity."),
         (["--network-bandwidth", "-1"], "--network-bandwidth=-1.0: is no quantity."),
