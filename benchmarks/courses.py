@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,15 +24,22 @@ class Course:
 
 
 def rows_of_curve(id: str, name: str, unit: str, ours: Course, peer: tuple[str, Course], prefix: str) -> Iterator[Row]:
-    """Steps to the last value of the peer, and the last ones; less is better."""
+    """Steps to the last value of the peer, and the last ones; less is better.
+
+    The peer may have been there before its end, where its curve turned: its own first step there is what counts.
+    """
     peer_name, theirs = peer
     end, bound = theirs.curves[name][-1]
-    reached = next((step for step, value in ours.curves[name] if value <= bound), None)
+    reached = _first_step(ours, name, bound)
     if reached is not None:  # otherwise there is no ratio, and the next row says by how much it was missed
         metric = f"{prefix}steps to {peer_name}'s last {name}, held out"
-        yield Row(id, metric, reached, "steps", peer_name, end, less_is_better=True)
+        yield Row(id, metric, reached, "steps", peer_name, _first_step(theirs, name, bound), less_is_better=True)
     metric = f"{prefix}{name} after {end} steps, held out"
     yield Row(id, metric, ours.curves[name][-1][1], unit, peer_name, bound, less_is_better=True)
+
+
+def _first_step(course: Course, name: str, bound: float) -> int | None:
+    return next((step for step, value in course.curves[name] if value <= bound), None)
 
 
 def row_of_seconds(id: str, name: str, ours: Course, peer: tuple[str, Course], prefix: str) -> Row:
@@ -44,9 +51,10 @@ def row_of_seconds(id: str, name: str, ours: Course, peer: tuple[str, Course], p
     return Row(id, metric, value, "CPU-seconds", peer_name, peer_value, less_is_better=True, rounds=both)
 
 
-def show(bench: Bench, command: str, rows: Sequence[Row], file: Path | None) -> None:
-    """Print rows, and write them with their machine and command where a file is given."""
+def show(bench: Bench, command: str, rows: Sequence[Row], courses: Mapping[str, Course], file: Path | None) -> None:
+    """Print rows; where a file is given write them with their machine and command, and the curves that they are of."""
     for row in rows:
         print(line(row))
     if file is not None:
-        write_rows(file, describe(bench.device, command), rows)
+        curves = {name: course.curves for name, course in courses.items()}
+        write_rows(file, describe(bench.device, command) | {"curves": curves}, rows)

@@ -120,7 +120,7 @@ def _packages(
     if peers.has(peers.X_TRANSFORMERS):
         decoder = peers.x_transformer(model, joint_vocabulary(model)).to(device, dtype).eval()
         count, prompt = model.spec.num_image_tokens, _prompt(model, device, rows)
-        found[peers.X_TRANSFORMERS] = partial(decoder.generate, prompt, count, cache_kv=True)
+        found[peers.X_TRANSFORMERS] = partial(peers.x_transformers_codes, decoder, prompt, count)
     if peers.has(peers.DALLE):
         generator = peers.dalle(model, axial=True, cached=True).to(device, dtype)
         text = random_pairs(model, rows, seed=3).text_ids[:, 0].to(device)

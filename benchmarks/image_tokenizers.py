@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VilgError as error:
         print(f"benchmarks/image_tokenizers.py: {error}", file=sys.stderr)
         return 2
-    show(bench, shlex.join(["python", "benchmarks/image_tokenizers.py", *words]), list(rows(courses)), options.json)
+    command = shlex.join(["python", "benchmarks/image_tokenizers.py", *words])
+    show(bench, command, list(rows(courses)), courses, options.json)
     return 0
 
 
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, metavar="D", help="pairs, as `vilg data demo` writes them")
     parser.add_argument("--preset", default="demo", metavar="P", help="default demo")
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each optimizer; default 400")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the rows")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write rows and curves")
     parser.add_argument("settings", nargs="*", metavar="section.option=value", help="for both")
     return parser
 

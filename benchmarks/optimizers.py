@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VilgError as error:
         print(f"benchmarks/optimizers.py: {error}", file=sys.stderr)
         return 2
-    show(bench, shlex.join(["python", "benchmarks/optimizers.py", *words]), list(rows(courses)), options.json)
+    command = shlex.join(["python", "benchmarks/optimizers.py", *words])
+    show(bench, command, list(rows(courses)), courses, options.json)
     return 0
 
 
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each optimizer; default 400")
     parser.add_argument("--names", default="muon", metavar="A,B", help=f"beside {PEER}; default muon")
     parser.add_argument("--split", default="val-pairs", metavar="S", help="held-out split; default val-pairs")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the rows")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write rows and curves")
     parser.add_argument("settings", nargs="*", metavar="section.option=value", help="for all contenders")
     return parser
 

@@ -55,6 +55,7 @@ def dalle(model: ModelConfig, *, axial: bool, cached: bool = False) -> Any:
     with stand_ins():
         import dalle_pytorch
 
+    dalle_pytorch.dalle_pytorch.top_k = _unfiltered
     levels = 2  # any number of halvings will do: pictures are given as codes
     vae = dalle_pytorch.DiscreteVAE(
         image_size=model.image_side * 2**levels,
@@ -82,6 +83,16 @@ def dalle(model: ModelConfig, *, axial: bool, cached: bool = False) -> Any:
             *args, cache=cache, **rest
         )
     return generator
+
+
+def _unfiltered(logits: Tensor, thres: float) -> Tensor:
+    """In place of dalle-pytorch's top-k, as nobody else filters: ``filter_thres=0`` keeps all, and sorts them."""
+    return logits
+
+
+def x_transformers_codes(decoder: Any, prompt: Tensor, count: int) -> Tensor:
+    """Draw ``count`` tokens behind ``prompt`` [B, n] with x-transformers: [B, count], any token, no top-k."""
+    return decoder.generate(prompt, count, cache_kv=True, filter_logits_fn=lambda logits: logits)
 
 
 def dalle_codes(generator: Any, text: Tensor, *, cached: bool, given: Tensor | None = None, count: int = 0) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from megatron_vilg.config.check import require
 from megatron_vilg.config.load import COMMAND_LINE, Loaded, load_with_origins
 from megatron_vilg.config.presets import PRESETS
-from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.config.schema import ReconstructorConfig, RunConfig
 from megatron_vilg.config.world import read_world
 from megatron_vilg.log import get_logger
 
@@ -33,7 +34,19 @@ def load_from_args(args: argparse.Namespace) -> Loaded:
     Raises:
         ConfigError: unknown names, wrong values.
     """
-    return load_with_origins(args.preset, args.config, args.overrides)
+    loaded = load_with_origins(args.preset, args.config, args.overrides)
+    # No error: the configuration of a generator that was taken out of an end-to-end run has them.
+    if idle := _idle(loaded.run.reconstructor):
+        names = ", ".join(f"reconstructor.{name}" for name in idle)
+        _log.warning("%s: nothing reads this without reconstructor.enabled=true", names)
+    return loaded
+
+
+def _idle(options: ReconstructorConfig) -> list[str]:
+    """Options of a reconstructor that there is not, at other values than their defaults."""
+    usual = ReconstructorConfig()
+    names = [field.name for field in dataclasses.fields(options)]
+    return [] if options.enabled else [name for name in names if getattr(options, name) != getattr(usual, name)]
 
 
 def run_config_from_args(args: argparse.Namespace, *, is_joint: bool = False) -> RunConfig:

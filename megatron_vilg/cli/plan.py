@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 from megatron_vilg.cli.options import add_config_options, load_from_args
 from megatron_vilg.cli.outputs import require_json_place, write_json
 from megatron_vilg.config.check import check
+from megatron_vilg.config.limits import MAX_PROCESSES
 from megatron_vilg.config.schema import ParallelConfig, RunConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.parallel.estimate import AXES, KINDS, Estimate, estimate
-from megatron_vilg.parallel.proposal import GIB, Hardware, StepTime, fits, nearest_layout, propose, step_time
+from megatron_vilg.parallel.proposal import (
+    GIB,
+    PEAKS,
+    Hardware,
+    StepTime,
+    fits,
+    hindrances,
+    nearest_layout,
+    offloads,
+    propose,
+    step_time,
+)
 
 EXIT_DOES_NOT_FIT = 1
+LEFT_OUT = "left out: moving what is offloaded, and updating it there"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,7 +49,8 @@ def add_parser(subparsers: Any) -> None:
     given = parser.add_argument_group("hardware that times and fits are computed from")
     hardware = Hardware()
     given.add_argument("--gpu-memory", type=float, default=hardware.memory, metavar="GIB", help="per GPU")
-    given.add_argument("--peak-tflops", type=float, default=hardware.peak, metavar="T", help="dense bf16")
+    peaks = " or ".join(f"{peak:g} in {precision}" for precision, peak in PEAKS.items())
+    given.add_argument("--peak-tflops", type=float, metavar="T", help=f"dense, in the run's precision (H100: {peaks})")
     given.add_argument(
         "--efficiency", type=float, default=hardware.efficiency, help="share of the peak that is reached"
     )
@@ -55,23 +70,18 @@ def run(args: argparse.Namespace) -> int:
     config = config.resolve(text_vocab_size=config.model.text_vocab_size or config.text_tokenizer.vocab_size)
     if config.train.precision == "auto":  # which it is on the GPUs that a plan is made for
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
-    hardware = Hardware(
-        memory=args.gpu_memory,
-        peak=args.peak_tflops,
-        efficiency=args.efficiency,
-        gpus_per_node=args.gpus_per_node,
-        node_bandwidth=args.node_bandwidth,
-        network_bandwidth=args.network_bandwidth,
-    )
-    _check_hardware(hardware, args.world_size)
-    require_json_place(args.json)
     parallel = config.parallel
     fixed = parallel.tensor * parallel.pipeline * parallel.replica
-    world_size = args.world_size or fixed * max(1, parallel.shard)
+    world_size = fixed * max(1, parallel.shard) if args.world_size is None else args.world_size
+    hardware = _hardware(args, config, world_size)
+    require_json_place(args.json)
     if args.propose:
         found = propose(config, world_size, hardware)
+        if not found and (problems := hindrances(config, world_size, hardware)):
+            raise ConfigError(problems)
         _print_proposals(config, world_size, hardware, found)
-        write_json(args.json, {"proposals": [_as_json(each, cost, hardware) for each, cost in found]})
+        proposals = [_as_json(each, cost, hardware, config.parallel) for each, cost in found]
+        write_json(args.json, {"proposals": proposals})
         return 0 if found else EXIT_DOES_NOT_FIT
     _refuse_impossible(config, world_size)
     cost = estimate(config, world_size)
@@ -80,13 +90,37 @@ def run(args: argparse.Namespace) -> int:
     return 0 if fits(cost, hardware) else EXIT_DOES_NOT_FIT
 
 
-def _check_hardware(hardware: Hardware, world_size: int | None) -> None:
-    values = dataclasses.asdict(hardware) | ({} if world_size is None else {"world size": world_size})
-    problems = [f"{name}={value}: must be above 0" for name, value in values.items() if value <= 0]
-    if hardware.efficiency > 1:
-        problems.append(f"--efficiency={hardware.efficiency}: is a share of the peak. Works: above 0, up to 1")
+def _hardware(args: argparse.Namespace, config: RunConfig, world_size: int) -> Hardware:
+    """The hardware that was described; refused unless every figure can be computed with."""
+    peak = PEAKS[config.train.precision] if args.peak_tflops is None else args.peak_tflops
+    figures = {
+        "--gpu-memory": args.gpu_memory,
+        "--peak-tflops": peak,
+        "--efficiency": args.efficiency,
+        "--gpus-per-node": args.gpus_per_node,
+        "--node-bandwidth": args.node_bandwidth,
+        "--network-bandwidth": args.network_bandwidth,
+    }
+    problems = [
+        f"{name}={value}: is no quantity. Works: a finite number above 0."
+        for name, value in figures.items()
+        if not 0 < value < math.inf
+    ]
+    if 1 < args.efficiency < math.inf:
+        problems.append(f"--efficiency={args.efficiency}: is a share of the peak. Works: above 0, up to 1.")
+    if not 0 < world_size <= MAX_PROCESSES:
+        name = "tensor x pipeline x replica x shard" if args.world_size is None else "--world-size"
+        problems.append(f"{name}={world_size}: is no number of GPUs. Works: 1 to {MAX_PROCESSES}.")
     if problems:
         raise ConfigError(problems)
+    return Hardware(
+        memory=args.gpu_memory,
+        peak=peak,
+        efficiency=args.efficiency,
+        gpus_per_node=args.gpus_per_node,
+        node_bandwidth=args.node_bandwidth,
+        network_bandwidth=args.network_bandwidth,
+    )
 
 
 def _refuse_impossible(config: RunConfig, world_size: int) -> None:
@@ -99,12 +133,16 @@ def _refuse_impossible(config: RunConfig, world_size: int) -> None:
     raise ConfigError(problems)
 
 
-def layout_words(parallel: ParallelConfig) -> str:
-    """The options that give a layout, to be pasted behind a command."""
+def layout_words(parallel: ParallelConfig, asked: ParallelConfig | None = None) -> str:
+    """The options that give a layout, to be pasted behind a command, which asked for ``asked``."""
     names = ["tensor", "pipeline", "replica", "shard", "zero", "num_microbatches", "recompute"]
     if parallel.schedule != "1f1b":
         names += ["schedule", "stages_per_rank"]
-    return " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in names)
+    usual = [parallel if asked is None else asked, ParallelConfig()]
+    for name in ("cpu_offload", "offload_optimizer", "offload_weights"):
+        if any(getattr(parallel, name) != getattr(other, name) for other in usual):
+            names.append(name)
+    return " ".join(f"parallel.{name}={str(getattr(parallel, name)).lower()}" for name in names)
 
 
 def _print_plan(config: RunConfig, cost: Estimate, hardware: Hardware) -> None:
@@ -158,10 +196,11 @@ def _print_plan(config: RunConfig, cost: Estimate, hardware: Hardware) -> None:
 def _time_words(config: RunConfig, time: StepTime) -> str:
     pairs = config.train.batch_size / time.step
     days = config.train.num_steps * time.step / 86_400
+    update = f" + update {time.update:.2f}" if config.optim.name == "muon" else ""
     return (
         f"{time.step:.2f} s = compute {time.compute:.2f} + idle {time.idle:.2f} + tensor {time.tensor:.2f} + "
-        f"data {time.data:.2f}; {pairs:.0f} pairs/s, MFU {time.mfu:.1%}, {days:.1f} days for "
-        f"{config.train.num_steps} steps"
+        f"data {time.data:.2f}{update}; {pairs:.0f} pairs/s, MFU {time.mfu:.1%}, {days:.1f} days for "
+        f"{config.train.num_steps} steps{f'; {LEFT_OUT}' if offloads(config) else ''}"
     )
 
 
@@ -170,23 +209,27 @@ def _print_proposals(
 ) -> None:
     title = f"{world_size} GPUs of {hardware.memory:g} GiB, {config.train.batch_size} pairs a step"
     if not found:
-        print(f"{title}: no layout fits. Works: more GPUs or memory, or parallel.cpu_offload=true")
+        offload = "" if offloads(config) or config.optim.name == "muon" else ", or parallel.cpu_offload=true"
+        print(f"{title}: no layout fits. Works: more GPUs or memory{offload}")
         return
-    print(f"{title}; fastest first, by estimate:")
+    offload = f"; those with offloading last ({LEFT_OUT})" if offloads(config) else ""
+    print(f"{title}; fastest first, by estimate{offload}:")
     for each, cost in found:
         time = step_time(cost, hardware)
-        print(f"{time.step:8.2f} s  {cost.fullest.peak / GIB:6.1f} GiB  {layout_words(each.parallel)}")
+        print(f"{time.step:8.2f} s  {cost.fullest.peak / GIB:6.1f} GiB  {layout_words(each.parallel, config.parallel)}")
 
 
 def _line(name: str, text: str) -> None:
     print(f"{name:<14} {text}")
 
 
-def _as_json(config: RunConfig, cost: Estimate, hardware: Hardware) -> dict[str, Any]:
+def _as_json(
+    config: RunConfig, cost: Estimate, hardware: Hardware, asked: ParallelConfig | None = None
+) -> dict[str, Any]:
     time = step_time(cost, hardware)
     return {
         "layout": dataclasses.asdict(cost.layout) | {"world_size": cost.layout.world_size},
-        "options": layout_words(config.parallel),
+        "options": layout_words(config.parallel, asked),
         "parameters": cost.parameters,
         "stack_parameters": cost.stack_parameters,
         "reconstructor_parameters": cost.reconstructor_parameters,
@@ -196,7 +239,9 @@ def _as_json(config: RunConfig, cost: Estimate, hardware: Hardware) -> dict[str,
         "fits": fits(cost, hardware),
         "sent_bytes": cost.busiest,
         "bubble": cost.bubble,
-        "flops": {"kept": cost.flops_kept, "dense": cost.flops_dense, "executed": cost.flops_executed},
+        "flops": {"kept": cost.flops_kept, "dense": cost.flops_dense, "executed": cost.flops_executed}
+        | {"update": cost.flops_update},
         "seconds": dataclasses.asdict(time) | {"step": time.step},
+        "seconds_leave_out_offload": offloads(config),
         "hardware": dataclasses.asdict(hardware),
     }

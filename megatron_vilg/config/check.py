@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 from megatron_vilg.config.check_engine import check_engine
+from megatron_vilg.config.limits import over_limits, tokenizer_over_limits
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.sequence import TextToken
@@ -28,9 +29,14 @@ NUM_BYTE_PIECES = 256
 def check(run: RunConfig, world_size: int | None = 1) -> list[str]:
     """All broken rules of a configuration for ``world_size`` processes; empty when it can run.
 
-    With None it is not asked whether the layout fits any number of processes.
+    With None it is not asked whether the layout fits any number of processes. Sizes beyond reason are reported alone,
+    because what follows from them would take hours.
     """
+    if problems := over_limits(run, world_size):
+        return problems
     run = run.resolve()
+    if problems := over_limits(run, world_size):
+        return problems
     return [
         *_check_model(run),
         *_check_text(run),
@@ -103,7 +109,7 @@ def _check_text(run: RunConfig) -> Iterable[str]:
 
 def check_image_tokenizer(tokenizer: ImageTokenizerConfig) -> list[str]:
     """All broken rules of an image tokenizer's architecture."""
-    return list(_check_image_tokenizer(tokenizer))
+    return tokenizer_over_limits(tokenizer) or list(_check_image_tokenizer(tokenizer))
 
 
 def _check_image_tokenizer(tokenizer: ImageTokenizerConfig) -> Iterable[str]:

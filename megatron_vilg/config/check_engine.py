@@ -34,6 +34,11 @@ def check_engine(run: RunConfig, world_size: int | None) -> Iterator[str]:
             rule = "is for sharded weights, and there is one process"
             yield f"parallel.cpu_offload=True: {rule}. Works: false, more processes, or train.engine=deepspeed."
         yield from _check_reduce(run)
+    folder = run.parallel.offload_folder
+    if folder and "nvme" not in (run.parallel.offload_optimizer, run.parallel.offload_weights):
+        rule = "nothing is offloaded to nvme"
+        works = "leave it out, or parallel.offload_optimizer=nvme or parallel.offload_weights=nvme"
+        yield f"parallel.offload_folder={folder}: {rule}. Works: {works}."
     yield from _check_optimizer(run, world_size)
 
 

@@ -9,16 +9,16 @@ import functools
 import json
 import math
 import os
-import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_vilg.config.aliases import split_settings
+from megatron_vilg.config.markup import MarkupError, read_file_text, read_yaml
 from megatron_vilg.config.options import all_options, nearest, nearest_name, nearest_section, section_meanings
 from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.config.schema import RunConfig
@@ -76,8 +76,10 @@ def load_with_origins(preset: str | None = None, file: Path | None = None, overr
     if name and name not in PRESETS:
         near = nearest_name(name, PRESETS)
         hint = f" Did you mean {near}?" if near else ""
-        problems.append(f"preset={name}: no such preset.{hint} Works: {', '.join(PRESETS)}.")
+        problems.append(f"preset={_short(name)}: no such preset.{hint} Works: {', '.join(PRESETS)}.")
         name = None
+        for settings_of in (from_file, from_command):  # one problem is enough
+            settings_of.pop("preset", None)
     if name:
         settings.update(_settings_of_preset(name))
     settings.update(from_file)
@@ -145,17 +147,17 @@ def _flatten(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_file(file: Path, problems: list[str]) -> dict[str, _Setting]:
-    """Settings of a YAML or JSON file (JSON is YAML)."""
+    """Settings of a YAML or JSON file."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        content = read_file_text(file.read_text(encoding="utf-8"))
     except OSError as error:
         problems.append(f"{file}: cannot be read ({error.strerror}). Works: a YAML or JSON file.")
         return {}
-    except _RepeatedKeyError as error:
+    except MarkupError as error:
         problems.append(f"{file}: {error}")
         return {}
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError also of a date that does not exist
-        problems.append(f"{file}: is not YAML or JSON: {' '.join(str(error).split())}")
+    except UnicodeDecodeError as error:
+        problems.append(f"{file}: is not UTF-8 text (byte {error.start}). Works: a YAML or JSON file in UTF-8.")
         return {}
     if content is None:
         return {}
@@ -166,7 +168,7 @@ def _read_file(file: Path, problems: list[str]) -> dict[str, _Setting]:
     for section, values in content.items():
         if section in section_meanings() and not isinstance(values, dict):
             if values is not None:
-                problems.append(f"{section}={values!r}: is a section; write its options below it ({file}).")
+                problems.append(f"{section}={_dumped(values)}: is a section; write its options below it ({file}).")
         elif isinstance(values, dict):
             settings.update({f"{section}.{option}": _Setting(value, str(file)) for option, value in values.items()})
         else:
@@ -198,29 +200,42 @@ def _read_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, 
 def _parsed(text: str) -> object:
     """What ``text`` means as YAML; itself if it is none."""
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError):
+        return read_yaml(text)
+    except MarkupError:
         return text
 
 
 def _validate(settings: Mapping[str, _Setting], problems: list[str]) -> RunConfig | None:
     """Check names, then types; adds to ``problems``."""
     nested: dict[str, Any] = {}
+    wrong: dict[str, None] = {}
     for path, setting in settings.items():
         if path not in all_options():
             problems.append(_unknown(path, setting))
             continue
+        if not _is_value(setting.value):
+            wrong[path] = None
+            continue
         section, _, name = path.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = setting.value
+    run = None
     try:
         # Strict JSON mode: true is no number and "12" no integer, while 1 is a float and a list a tuple.
-        return _adapter().validate_json(json.dumps(nested, default=str), strict=True)
+        run = _adapter().validate_json(json.dumps(nested, default=str), strict=True)
     except ValidationError as error:
-        wrong: dict[str, None] = {}
         for detail in error.errors():
             wrong[".".join(str(part) for part in detail["loc"][:2])] = None
-        problems.extend(_wrong_value(path, settings.get(path)) for path in wrong)
-        return None
+    problems.extend(_wrong_value(path, settings.get(path)) for path in wrong)
+    return None if wrong else run
+
+
+def _is_value(value: object) -> bool:
+    """Whether an option could have it: a number, a text that JSON can hold, or a list of them, but no section."""
+    if isinstance(value, list):
+        return not any(isinstance(each, list) or not _is_value(each) for each in value)
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, dict)
 
 
 def _unknown(path: str, setting: _Setting) -> str:
@@ -246,7 +261,26 @@ def _wrong_value(path: str, setting: _Setting | None) -> str:
 
 
 def _shown(setting: _Setting) -> str:
-    return setting.text if setting.text or setting.origin == COMMAND_LINE else json.dumps(setting.value, default=str)
+    return _short(setting.text) if setting.text or setting.origin == COMMAND_LINE else _dumped(setting.value)
+
+
+def _dumped(value: object) -> str:
+    """The value as JSON; as much of it as tells where it is, if that is not possible."""
+    if _is_deep(value):
+        return reprlib.repr(value)  # which ends, where a list holds itself too
+    try:
+        return _short(json.dumps(value, default=str))
+    except (TypeError, ValueError):  # keys that are no texts
+        return reprlib.repr(value)
+
+
+def _is_deep(value: object, most: int = 3) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and (most == 0 or any(_is_deep(each, most - 1) for each in inner))
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _kind(value: object) -> str:
@@ -257,13 +291,14 @@ def _kind(value: object) -> str:
         case bool():
             return str(value).lower()
         case int():
-            return f"the whole number {value}"
+            return f"the whole number {_short(str(value))}"
         case float():
             return f"the number {value}" + ("" if math.isfinite(value) else ", which is not finite")
         case str():
-            return f"the text {value!r}"
+            coding = "" if _is_value(value) else ", which is not UTF-8"
+            return f"the text {_short(repr(value))}{coding}"
         case list():
-            return f"the list {json.dumps(value, default=str)}"
+            return f"the list {_dumped(value)}"
         case dict():
             return "a section"
     return repr(value)
@@ -272,29 +307,3 @@ def _kind(value: object) -> str:
 @functools.cache
 def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
-
-
-class _RepeatedKeyError(yaml.YAMLError):
-    """A section or an option that a file has twice; YAML says that this is an error, PyYAML forgets the first."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2: PyYAML takes ``1e-4``, without a point, for text, and a repeated key for a correction."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A section as a dictionary."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                rule = f"is there twice (lines {lines[name]} and {line}), and only one could count"
-                raise _RepeatedKeyError(f"{name}: {rule}. Works: one {name} with everything in it.")
-            lines[name] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)

@@ -179,15 +179,23 @@ def _near(config: ModelConfig, pattern: str, direction: Direction, query: int) -
             return side
         return min(query, side) + min(count - 1 - query, side) + 1
     half = config.conv_kernel // 2
+    if not config.conv_wrap:
+        row, column = divmod(query, side)
+        first, last = max(0, column - half), min(side - 1, column + half)
+        above, below = min(row, half), 0 if causal else min(side - 1 - row, half)
+        own = column - first + 1 if causal else last - first + 1
+        return (above + below) * (last - first + 1) + own
     reach = half * side + half
     first, last = max(0, query - reach), query if causal else min(count - 1, query + reach)
-    return sum(_in_window(query, key, side, half, wrap=config.conv_wrap) for key in range(first, last + 1))
+    # A window that wraps holds 2 half + 1 columns of every row, counted from its own corner on.
+    return _in_window(last - query + reach, side, half) - _in_window(first - query + reach - 1, side, half)
 
 
-def _in_window(query: int, key: int, side: int, half: int, *, wrap: bool) -> bool:
-    if not wrap:
-        return abs(query // side - key // side) <= half and abs(query % side - key % side) <= half
-    return 2 * half + 1 >= side or (key - query + half * side + half) % side <= 2 * half
+def _in_window(offset: int, side: int, half: int) -> int:
+    """How many of the offsets 0 to ``offset`` from a window's corner lie in one of its columns."""
+    width = min(2 * half + 1, side)
+    rows, rest = divmod(offset + 1, side)
+    return rows * width + min(rest, width)
 
 
 @dataclass(frozen=True, slots=True)

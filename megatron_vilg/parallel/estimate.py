@@ -28,6 +28,7 @@ from megatron_vilg.ops.attention_choice import Implementation, executed_by, impl
 from megatron_vilg.parallel.joint_estimate import JointCost, joint_cost
 from megatron_vilg.parallel.layout import Layout, stages_of_rank
 from megatron_vilg.parallel.part import Part, part_of
+from megatron_vilg.parallel.update_cost import UpdateCost, update_cost
 
 MASTER_BYTES = 4
 """Weights, gradients and gradient sums are kept in float32."""
@@ -61,6 +62,8 @@ class RankCost:
     """The same on a disk (``nvme``)."""
     sent: dict[str, float]
     """Bytes this rank sends per step, by axis (``AXES``)."""
+    update: UpdateCost
+    """What of it, and of the operations, is Muon's update: behind the backward pass, with nothing to hide behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,13 @@ class Estimate:
     flops_dense: float
     """The same with attention from everywhere to everywhere."""
     flops_executed: float
-    """``flops_kept``, what is computed again, and with tensor parallelism or a reconstructor the last block whole."""
+    """``flops_kept``, what is computed again, with tensor parallelism or a reconstructor the last block whole, and
+    Muon's Newton-Schulz steps."""
+
+    @property
+    def flops_update(self) -> float:
+        """Of ``flops_executed``, what comes once a step however large the batch is."""
+        return sum(rank.update.flops for rank in self.ranks)
 
     @property
     def fullest(self) -> RankCost:
@@ -104,6 +113,7 @@ def estimate(run: RunConfig, world_size: int) -> Estimate:
     unread = flops.unread if _computes_all(run, layout) else 0
     again = {"none": 0, "selective": flops.attention_kept, "block": flops.linear + unread + flops.attention_kept}
     ranks = tuple(_rank_cost(run, layout, rank, joint) for rank in range(layout.pipeline))
+    executed = pairs * (3.0 * (flops.kept + unread) + again[run.parallel.recompute] + joint.flops_executed)
     return Estimate(
         layout=layout,
         parameters=num_parameters(run.model) + joint.parameters,
@@ -114,7 +124,7 @@ def estimate(run: RunConfig, world_size: int) -> Estimate:
         bubble=bubble(layout),
         flops_kept=pairs * pair_flops(run),
         flops_dense=pairs * (3.0 * flops.dense + joint.flops_needed),
-        flops_executed=pairs * (3.0 * (flops.kept + unread) + again[run.parallel.recompute] + joint.flops_executed),
+        flops_executed=executed + sum(rank.update.flops for rank in ranks),
     )
 
 
@@ -141,8 +151,10 @@ def _rank_cost(run: RunConfig, layout: Layout, rank: int, joint: JointCost) -> R
     # Between steps, when activations and gradients are gone.
     peak = max(peak, memory["weights"] + memory["optimizer"] + joint.critic_gradients + drawn)
     sent = _sent(run, layout, part, sizes, rank)
-    sent |= {axis: sent[axis] + more for axis, more in joint.sent.items()}
-    return RankCost(part.sharded + joint.parameters, memory, peak, states["cpu"], states["nvme"], sent)
+    update = update_cost(run, layout, len(part.patterns))
+    for more in (joint.sent, update.sent):
+        sent |= {axis: sent[axis] + size for axis, size in more.items()}
+    return RankCost(part.sharded + joint.parameters, memory, peak, states["cpu"], states["nvme"], sent, update)
 
 
 def _drawn_bytes(run: RunConfig, layout: Layout, joint: JointCost) -> float:

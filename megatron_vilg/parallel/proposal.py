@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vilg.config.check import check
+from megatron_vilg.config.deepspeed import offload_of
 from megatron_vilg.config.schema import ParallelConfig, RunConfig
 from megatron_vilg.parallel.estimate import Estimate, estimate
 
 GIB = 2.0**30
+PEAKS = {"bf16": 989.0, "fp32": 67.0}
+"""TFLOP/s of dense products of an H100 or H200 by ``train.precision``; fp32 as torch has it, without TF32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +24,8 @@ class Hardware:
 
     memory: float = 80.0
     """GiB per GPU."""
-    peak: float = 989.0
-    """TFLOP/s of dense bf16 matrix products."""
+    peak: float = PEAKS["bf16"]
+    """TFLOP/s of dense matrix products in the run's precision."""
     efficiency: float = 0.45
     """Share of it that a step reaches while it computes; measure your own."""
     gpus_per_node: int = 8
@@ -46,37 +49,56 @@ class StepTime:
     """Exchanges over tp; nothing overlaps with them."""
     data: float
     """What is left of gathering and reducing over shard and replica behind the arithmetic."""
+    update: float
+    """Muon's Newton-Schulz steps and their messages; other optimizers' updates are not counted."""
     mfu: float
     """Model FLOPs utilisation over the whole step, kept attention only."""
 
     @property
     def step(self) -> float:
         """The whole step."""
-        return self.compute + self.idle + self.tensor + self.data
+        return self.compute + self.idle + self.tensor + self.data + self.update
 
 
 def step_time(cost: Estimate, hardware: Hardware) -> StepTime:
-    """Seconds of a step at the given peaks; messages between stages are taken to hide behind the arithmetic."""
-    layout, sent = cost.layout, cost.busiest
-    compute = cost.flops_executed / (layout.world_size * hardware.peak * 1e12 * hardware.efficiency)
+    """Seconds of a step at the given peaks; messages between stages are taken to hide behind the arithmetic.
 
-    def seconds(axis: str, span: int) -> float:
-        bandwidth = hardware.node_bandwidth if span <= hardware.gpus_per_node else hardware.network_bandwidth
-        return sent[axis] / (bandwidth * 1e9)
+    Whatever is offloaded, nothing is counted for moving it or for updating it on the host: see :func:`offloads`.
+    """
+    layout = cost.layout
+    rate = hardware.peak * 1e12 * hardware.efficiency
+    compute = (cost.flops_executed - cost.flops_update) / (layout.world_size * rate)
+    spans = {"tp": layout.tensor, "shard": layout.tensor * layout.shard}
+    spans["replica"] = spans["shard"] * layout.replica
 
-    tensor = seconds("tp", layout.tensor)
-    data = seconds("shard", layout.tensor * layout.shard)
-    data += seconds("replica", layout.tensor * layout.shard * layout.replica)
+    def seconds(axis: str, size: float) -> float:
+        is_inside = spans[axis] <= hardware.gpus_per_node
+        return size / (1e9 * (hardware.node_bandwidth if is_inside else hardware.network_bandwidth))
+
+    # What the busiest rank sends over an axis, Muon's update left out: that cannot begin before the arithmetic is over.
+    sent = {axis: max(r.sent[axis] - r.update.sent.get(axis, 0.0) for r in cost.ranks) for axis in spans}
+    tensor = seconds("tp", sent["tp"])
+    data = seconds("shard", sent["shard"]) + seconds("replica", sent["replica"])
     idle = (compute + tensor) * cost.bubble / (1.0 - cost.bubble)
     exposed = max(0.0, data - compute)
-    whole = compute + idle + tensor + exposed
+    update = max(
+        rank.update.flops_busiest / rate + sum(seconds(axis, size) for axis, size in rank.update.sent.items())
+        for rank in cost.ranks
+    )
+    whole = compute + idle + tensor + exposed + update
     mfu = cost.flops_kept / (layout.world_size * hardware.peak * 1e12 * whole)
-    return StepTime(compute, idle, tensor, exposed, mfu)
+    return StepTime(compute, idle, tensor, exposed, update, mfu)
 
 
 def fits(cost: Estimate, hardware: Hardware) -> bool:
     """Whether the fullest rank fits."""
     return cost.fullest.peak <= hardware.memory * hardware.memory_share * GIB
+
+
+def offloads(run: RunConfig) -> bool:
+    """Whether states live outside the GPU, so that a step takes longer than :func:`step_time` says."""
+    places = offload_of(run)
+    return places.optimizer != "none" or places.weights != "none"
 
 
 def nearest_layout(run: RunConfig, world_size: int) -> ParallelConfig | None:
@@ -100,9 +122,48 @@ def nearest_layout(run: RunConfig, world_size: int) -> ParallelConfig | None:
 def propose(run: RunConfig, world_size: int, hardware: Hardware, most: int = 5) -> list[tuple[RunConfig, Estimate]]:
     """Layouts that fit, the fastest first (by estimate); tensor parallelism stays inside a node.
 
-    Layout, micro-batches, ZeRO number and recomputation are chosen; the model and the batch are not touched.
+    Layout, micro-batches, ZeRO number and recomputation are chosen; the model and the batch are not touched. Where
+    states are offloaded, layouts that fit without come first, since the estimate knows no time for moving them.
     """
-    found: list[tuple[float, RunConfig, Estimate]] = []
+    found: list[tuple[bool, float, RunConfig, Estimate]] = []
+    for wish in (_without_offload(run), run) if offloads(run) else (run,):
+        for layout in _layouts(wish, world_size, hardware):
+            fitting = _with_micro_batches(layout, world_size, hardware)
+            if fitting is not None:
+                found.append((offloads(wish), step_time(fitting[1], hardware).step, *fitting))
+    found.sort(key=lambda each: each[:2])
+    return [(config, cost) for _, _, config, cost in found[:most]]
+
+
+def hindrances(run: RunConfig, world_size: int, hardware: Hardware) -> list[str]:
+    """Why none of the layouts that :func:`propose` looks at is possible, however much memory there is.
+
+    What all of them have in common; if that is nothing, what the layout with the fewest problems has. Empty: at least
+    one of them is possible.
+    """
+    fewest: list[str] | None = None
+    common: set[str] | None = None
+    for layout in _layouts(run, world_size, hardware):
+        for candidate in _micro_batched(layout):
+            problems = check(candidate, world_size)
+            if not problems:
+                return []
+            common = set(problems) if common is None else common & set(problems)
+            if fewest is None or len(problems) < len(fewest):
+                fewest = problems
+    if fewest is None:
+        rule = f"cannot be divided over {world_size} GPUs in any layout that is proposed"
+        return [f"train.batch_size={run.train.batch_size}: {rule}. Works: a multiple of {world_size}."]
+    return [problem for problem in fewest if problem in (common or ())] or fewest
+
+
+def _without_offload(run: RunConfig) -> RunConfig:
+    parallel = dataclasses.replace(run.parallel, cpu_offload=False, offload_optimizer="none", offload_weights="none")
+    return dataclasses.replace(run, parallel=parallel)
+
+
+def _layouts(run: RunConfig, world_size: int, hardware: Hardware) -> Iterator[RunConfig]:
+    """The run in every usual layout, in one micro-batch."""
     for tensor, pipeline, replica, shard in _grids(world_size):
         if tensor > hardware.gpus_per_node or pipeline > 16 or not _is_usual(replica, shard * tensor, hardware):
             continue
@@ -116,11 +177,7 @@ def propose(run: RunConfig, world_size: int, hardware: Hardware, most: int = 5) 
             stages_per_rank=1,
         )
         for parallel in _variants(grid):
-            fitting = _with_micro_batches(dataclasses.replace(run, parallel=parallel), world_size, hardware)
-            if fitting is not None:
-                found.append((step_time(fitting[1], hardware).step, *fitting))
-    found.sort(key=lambda each: each[0])
-    return [(config, cost) for _, config, cost in found[:most]]
+            yield dataclasses.replace(run, parallel=parallel)
 
 
 def _variants(grid: ParallelConfig) -> Iterator[ParallelConfig]:
@@ -130,15 +187,21 @@ def _variants(grid: ParallelConfig) -> Iterator[ParallelConfig]:
         yield dataclasses.replace(grid, zero=zero, recompute="block")  # type: ignore[arg-type]
 
 
-def _with_micro_batches(run: RunConfig, world_size: int, hardware: Hardware) -> tuple[RunConfig, Estimate] | None:
-    """The number of micro-batches with which the layout fits and a step is fastest."""
-    best: tuple[RunConfig, Estimate] | None = None
+def _micro_batched(run: RunConfig) -> Iterator[RunConfig]:
+    """The run in 1, 2, 4 micro-batches and so on: as many as its pipeline needs, and as its batch divides into."""
     data_size = run.parallel.replica * run.parallel.shard
     pieces = 1
     while run.train.batch_size % (data_size * pieces) == 0:
-        candidate = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, num_microbatches=pieces))
+        if pieces >= run.parallel.pipeline:
+            yield dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, num_microbatches=pieces))
         pieces *= 2
-        if candidate.parallel.num_microbatches < candidate.parallel.pipeline or check(candidate, world_size):
+
+
+def _with_micro_batches(run: RunConfig, world_size: int, hardware: Hardware) -> tuple[RunConfig, Estimate] | None:
+    """The number of micro-batches with which the layout fits and a step is fastest."""
+    best: tuple[RunConfig, Estimate] | None = None
+    for candidate in _micro_batched(run):
+        if check(candidate, world_size):
             continue
         cost = estimate(candidate, world_size)
         if fits(cost, hardware):

@@ -277,8 +277,8 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Rates since the last call and memory peaks; starts the next interval.
 
-        ``tokens/cpu_s`` divides by the processor time of this process, which other load on the machine does not
-        change; on a GPU the device's time is what counts, so ``tokens/s/gpu`` stands there instead.
+        ``tokens/cpu_s`` divides a process's share of the tokens by its processor time, which other load on the machine
+        does not change; on a GPU the device's time is what counts, so ``tokens/s/gpu`` stands there instead.
         """
         wall, cpu = time.perf_counter(), time.process_time()
         seconds, cpu_seconds = max(wall - self._wall, 1e-9), max(cpu - self._cpu, 1e-9)
@@ -295,7 +295,7 @@ class Meter:
             values["throughput(tokens/s/gpu)"] = self.tokens / seconds / world_size
             values["memory/max_reserved(GiB)"] = torch.cuda.max_memory_reserved(self._device) / GIB
         else:
-            values["throughput(tokens/cpu_s)"] = self.tokens / cpu_seconds
+            values["throughput(tokens/cpu_s)"] = self.tokens / cpu_seconds / world_size
         self.items = self.tokens = 0
         self.data_seconds = 0.0
         self._wall, self._cpu = wall, cpu

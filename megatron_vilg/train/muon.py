@@ -23,15 +23,12 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from megatron_vilg.parallel.divided import Ranks, divided, portions
+from megatron_vilg.parallel.update_cost import GRAM_ASPECT, STEPS
 
 MOMENTUM = 0.95
 """Of the averaged gradient, with Nesterov's look ahead: Jordan's value."""
-STEPS = 5
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """Of ``X``, ``X X^T X`` and ``X X^T X X^T X`` in one step: Jordan's, whose slope at 0 is largest."""
-GRAM_ASPECT = 1.5
-"""Sides of a matrix from whose ratio on its steps take fewer products on its Gram matrix: 5 + 10 a times the short side
-cubed for a ratio of a, against 17 + 2 a."""
 _EPS = 1e-7
 """What the Frobenius norm of an update is at least taken for."""
 _RMS = 0.2

@@ -29,6 +29,13 @@ def test_rows_count_steps_to_the_peers_end() -> None:
     assert len(found) == 5 and seconds.ratio == 0.5
 
 
+def test_equal_curves_are_level_also_where_they_turn() -> None:
+    """The peer is credited with the first step at which it was as good as at its end, as ours is."""
+    values = [4.0, 3.5, 3.6, 3.8]
+    steps, *_ = rows({"adamw": course(values, 1.0), "muon": course(values, 1.0)})
+    assert (steps.value, steps.peer_value, steps.ratio) == (2, 2, 1.0)
+
+
 def test_an_end_that_is_never_reached_has_no_row() -> None:
     found = list(rows({"adamw": course([5.0, 2.0], 1.0), "muon": course([5.0, 4.0], 1.0)}))
     assert len(found) == 3 and found[0].ratio == 0.5
@@ -52,6 +59,11 @@ def test_a_run_folder_is_trained_by_both(tmp_path: Path, capsys: pytest.CaptureF
     ends = [row for row in record["rows"] if "after 8 steps" in row["metric"]]
     assert len(ends) == 2 and all(row["value"] != row["peer_value"] for row in ends)
     assert len(record["rows"][-1]["rounds_s"]["muon"]) == 8 and "--steps 8" in record["command"]
+    assert record["curves"].keys() == {"adamw", "muon"}
+    for name, place in (("muon", "value"), ("adamw", "peer_value")):
+        curves = [record["curves"][name][direction] for direction in DIRECTIONS]
+        assert [step for step, _ in curves[0]] == list(range(1, 9))
+        assert [curve[-1][1] for curve in curves] == [row[place] for row in ends]
     assert "muon: training step" in capsys.readouterr().out
     assert main([*command, "--split", "test"]) == 2
     assert "--split=test: no such held-out split" in (error := capsys.readouterr().err) and "Works: val" in error

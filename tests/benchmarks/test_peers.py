@@ -101,6 +101,37 @@ def test_tokens_without_a_cache_are_spread_over_the_picture(monkeypatch: pytest.
     assert generator.before == [13, 14, 15]
 
 
+@pytest.mark.skipif(not peers.has(peers.X_TRANSFORMERS), reason="x-transformers is not installed")
+def test_x_transformers_draws_without_a_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    decoder = peers.x_transformer(config, 40).eval()
+    prompt = torch.randint(40, (2, 3))
+    assert peers.x_transformers_codes(decoder, prompt, 4).shape == (2, 4)
+    _refuse_sorting(monkeypatch)
+    assert peers.x_transformers_codes(decoder, prompt, 4).shape == (2, 4)
+    with pytest.raises(AssertionError, match="sorted"):
+        decoder.generate(prompt, 4, cache_kv=True)  # what it does by itself
+
+
+@pytest.mark.skipif(not peers.has(peers.DALLE), reason="dalle-pytorch is not installed")
+def test_dalle_pytorch_draws_without_a_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    generator = peers.dalle(config, axial=True, cached=True)
+    _refuse_sorting(monkeypatch)
+    text = random_pairs(config, 2, seed=3).text_ids[:, 0]
+    codes = peers.dalle_codes(generator, text, cached=True)
+    assert codes.shape == (2, config.spec.num_image_tokens)
+    assert codes.min() >= 0 and codes.max() < config.image_vocab_size
+
+
+def _refuse_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the peer sorted its logits, which ours does not")
+
+    monkeypatch.setattr(torch, "topk", refuse)
+    monkeypatch.setattr(torch.Tensor, "topk", refuse)
+
+
 def test_the_optimizers_row_names_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.start.paper_size", lambda precision: tiny_run())
     (row,) = optimizer_update(Bench(torch.device("cpu"), rounds=1))

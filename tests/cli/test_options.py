@@ -50,3 +50,16 @@ def test_number_of_processes_comes_from_the_launcher(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="does not give the number of processes, 4"):
         run_config_from_args(parser.parse_args(["--preset", "demo", "parallel.replica=3"]), is_joint=True)
+
+
+def test_options_of_a_reconstructor_that_is_off_get_a_warning(
+    parser: argparse.ArgumentParser, messages: list[str]
+) -> None:
+    idle = ["reconstructor.weight=2", "reconstructor.detach=true"]
+    run_config_from_args(parser.parse_args([*idle, "reconstructor.enabled=true"]))
+    run_config_from_args(parser.parse_args([]))
+    assert not [message for message in messages if "reconstructor" in message]
+    assert run_config_from_args(parser.parse_args(idle)).reconstructor.weight == 2.0
+    (warning,) = [message for message in messages if "reconstructor" in message]
+    expected = "reconstructor.weight, reconstructor.detach: nothing reads this without reconstructor.enabled=true"
+    assert warning == expected

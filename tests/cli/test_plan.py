@@ -86,7 +86,16 @@ def test_proposals_fit_and_come_fastest_first(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--world-size", "0"], "world size=0: must be above 0"),
+        (["--world-size", "0"], "--world-size=0: is no number of GPUs. Works: 1 to 1048576."),
+        (["--world-size", "9999999999"], "--world-size=9999999999: is no number of GPUs. Works: 1 to 1048576."),
+        (
+            ["parallel.tensor=99999", "parallel.shard=99999"],
+            "tensor x pipeline x replica x shard=9999800001: is no number",
+        ),
+        (["--gpu-memory", "nan"], "--gpu-memory=nan: is no quantity. Works: a finite number above 0."),
+        (["--peak-tflops", "inf"], "--peak-tflops=inf: is no quantity."),
+        (["--network-bandwidth", "-1"], "--network-bandwidth=-1.0: is no quantity."),
+        (["--efficiency", "nan"], "--efficiency=nan: is no quantity."),
         (["--efficiency", "1.5"], "--efficiency=1.5: is a share of the peak"),
         (
             ["--json", f"{__file__}/f.json"],
@@ -97,6 +106,47 @@ def test_proposals_fit_and_come_fastest_first(tmp_path: Path, capsys: pytest.Cap
 def test_messages(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--preset", "demo", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_proposals_of_what_cannot_run_say_why(capsys: pytest.CaptureFixture[str]) -> None:
+    """No memory helps against a configuration that every layout refuses."""
+    propose = [*PAPER, "--world-size", "16", "--propose"]
+    assert main([*propose, "optim.warmup_steps=1000000"]) == 2
+    out, error = capsys.readouterr()
+    assert "optim.warmup_steps=1000000: must be below train.num_steps=430000" in error and "problem" in error
+    assert "parallel." not in error and out == ""
+    assert main([*propose[:2], "paper-10b", "--world-size", "256", "--propose", "train.batch_size=7"]) == 2
+    assert "train.batch_size=7: cannot be divided over 256 GPUs in any layout" in capsys.readouterr().err
+
+
+def test_offloading_is_not_called_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No time is estimated for it, which the line says, and what fits without comes first."""
+    layout = [*PAPER, "--world-size", "8", "parallel.num_microbatches=128"]
+    main(layout)
+    assert "left out" not in capsys.readouterr().out
+    main([*layout, "parallel.cpu_offload=true"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert line.endswith("left out: moving what is offloaded, and updating it there")
+    file = tmp_path / "plan.json"
+    for memory, needs_it in (("20", True), ("24", False)):
+        words = ["--world-size", "8", "--propose", "--gpu-memory", memory, "--json", str(file)]
+        assert main([*PAPER, *words, "parallel.cpu_offload=true"]) == 0
+        assert "those with offloading last (left out:" in capsys.readouterr().out
+        for each in json.loads(file.read_text())["proposals"]:
+            assert each["seconds_leave_out_offload"] == needs_it
+            settings = ["parallel.cpu_offload=true", *each["options"].split()]  # as pasted behind the command
+            assert load_run_config("paper-10b", overrides=settings).parallel.cpu_offload == needs_it
+
+
+def test_fp32_has_a_peak_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {}
+    for precision in ("bf16", "fp32"):
+        file = tmp_path / f"{precision}.json"
+        words = [*PAPER, "--world-size", "8", "parallel.num_microbatches=128", f"train.precision={precision}"]
+        main([*words, "--json", str(file)])
+        seconds[precision] = json.loads(file.read_text())["seconds"]["compute"]
+    assert seconds["fp32"] / seconds["bf16"] == pytest.approx(989 / 67)
+    assert "67 TFLOP/s x 0.45" in capsys.readouterr().out
 
 
 def test_no_torch_is_needed() -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from megatron_vilg.config.check import check, require
+from megatron_vilg.config.check import check, check_image_tokenizer, require
 from megatron_vilg.config.load import load_run_config
 from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.errors import ConfigError
@@ -301,3 +303,38 @@ def test_an_odd_width_has_no_number_of_heads(width: int, works: str) -> None:
     problems = check(load_run_config("demo", overrides=[f"model.width={width}", "model.num_heads=4"]))
     rule = "must be a multiple of 2 x model.num_heads=4: heads have an even size"
     assert problems == [f"model.width={width}: {rule}. Works: {works}."]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.num_layers=1000000000",
+        "model.width=1000000006",
+        "model.num_heads=1000000000000007",
+        "model.image_side=1000000",
+        "parallel.tensor=1000000000039",
+        "parallel.num_microbatches=1000000000039",
+        "image_tokenizer.channels=1000000000039",
+        "image_tokenizer.norm_groups=1000000000039",
+        "image_tokenizer.image_size=1000000000039",
+    ],
+)
+def test_sizes_beyond_reason_are_refused_at_once(override: str) -> None:
+    """Looking for numbers that divide them would take minutes to years."""
+    run = load_run_config("demo", overrides=[override])
+    start = time.process_time()
+    problems = check(run)
+    assert time.process_time() - start < 1.0
+    name, _, value = override.partition("=")
+    assert [problem for problem in problems if problem.startswith(f"{name}={value}: is more than")]
+    if name.startswith("image_tokenizer."):
+        (problem,) = check_image_tokenizer(run.image_tokenizer)
+        assert problem in problems
+
+
+def test_a_job_has_a_limit_and_levels_do() -> None:
+    assert check(load_run_config("demo"), 10**12) == [
+        "1000000000000 processes: are more than a job can have. Works: 1 to 1048576."
+    ]
+    run = load_run_config("demo", overrides=[f"image_tokenizer.channel_multipliers={[1] * 10_000}"])
+    assert check(run) == ["image_tokenizer.channel_multipliers: has 10000 levels. Works: 1 to 16."]

@@ -80,6 +80,12 @@ RULES = [
         "Works: an existing folder, or offload to cpu.",
     ),
     (
+        [DEEPSPEED, "parallel.offload_optimizer=cpu", "parallel.offload_folder=/local"],
+        2,
+        "parallel.offload_folder=/local: nothing is offloaded to nvme. "
+        "Works: leave it out, or parallel.offload_optimizer=nvme or parallel.offload_weights=nvme.",
+    ),
+    (
         ["parallel.offload_optimizer=cpu"],
         2,
         "parallel.offload_optimizer=cpu: is for train.engine=deepspeed. "

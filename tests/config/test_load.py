@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_vilg.config.load import (
     read_run_folder_config,
     write_run_folder_config,
 )
+from megatron_vilg.config.markup import read_yaml
 from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.errors import ConfigError
@@ -55,6 +57,86 @@ def test_numbers_are_numbers(text: str, tmp_path: Path) -> None:
     file.write_text(f"optim:\n  lr: {text}\n")
     assert load_run_config(file=file).optim.lr == pytest.approx(1e-4)
     assert load_run_config(overrides=[f"optim.lr={text}"]).optim.lr == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("010000", 10_000), ("0o17", 15), ("0x1F", 31), ("1_000", 1000), ("+7", 7), ("!!int 010", 10), ("0e0", 0.0)]
+    + [("1_000.5", 1000.5), (".5", 0.5), ("5.", 5.0), ("1.e2", 100.0), ("!!float 3", 3.0), ("!!float 010", 10.0)]
+    + [(text, text) for text in ("1:30", "1:30.5", "0b11", "1__0", "_1", "1_", "0o8", "e5", ".", "+0x1", "inf")],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, number: object, tmp_path: Path) -> None:
+    assert read_yaml(text) == number and type(read_yaml(text)) is type(number)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"log:\n  peak_tflops: {text}\n")
+    if isinstance(number, str):
+        message = f"log.peak_tflops={{}}: must be a number of at least 0, got the text '{text}'"
+        assert problems_of(file=file)[0].startswith(message.format(f'"{text}"'))
+        assert problems_of(overrides=(f"log.peak_tflops={text}",)) == [message.format(text) + "."]
+    else:
+        assert load_run_config(file=file).log.peak_tflops == number
+
+
+@pytest.mark.parametrize("text", [".inf", "-.Inf", "+.INF", ".nan", ".NaN"])
+def test_numbers_that_are_not_finite_are_called_so(text: str) -> None:
+    value = read_yaml(text)
+    assert isinstance(value, float) and not math.isfinite(value)
+    assert problems_of(overrides=(f"log.peak_tflops={text}",))[0].endswith("which is not finite.")
+
+
+def test_json_may_be_indented_with_tabs(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    run = load_run_config(overrides=["train.seed=5", "train.deepspeed_config=\U0001f600/a.json"])
+    file.write_text(json.dumps(dump_run_config(run), indent="\t"))
+    assert "\n\t\t" in file.read_text() and "\\ud83d\\ude00" in file.read_text()
+    assert load_run_config(file=file) == run
+    file.write_text('{\n\t"optim": {\n\t\t"lr": 1,\n\t\t"lr": 2\n\t}\n}')
+    assert problems_of(file=file)[0].startswith(f"{file}: lr: is there twice (lines 3 and 4), and only one")
+
+
+NOT_UTF_8 = "a\udcff"
+"""What Python makes of a byte of the command line that is not UTF-8."""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"train.deepspeed_config={NOT_UTF_8}", "must be text, got the text 'a\\udcff', which is not UTF-8."),
+        (f"preset={NOT_UTF_8}", "no such preset."),
+        ("optim.lr=" + "[" * 1500, "must be a number above 0, got the text '[[["),
+        ("optim.lr=" + "[" * 150 + "]" * 150, "must be a number above 0, got the list [[["),
+        ("image_tokenizer.channel_multipliers=" + "[" * 1500, "must be a list such as [1, 2], each a whole number"),
+        ("optim.lr=&a [*a]", "must be a number above 0, got the list [["),
+        ("optim.lr=&a {b: *a}", "must be a number above 0, got a section."),
+        ("optim.lr={2026-11-29: 1}", "must be a number above 0, got a section."),
+        ("train.num_steps=0x" + "f" * 9999, "must be a whole number above 0, got the text '0xfff"),
+    ],
+)
+def test_odd_values_are_one_problem(override: str, message: str) -> None:
+    (problem,) = problems_of(overrides=(override,))
+    path, _, text = override.partition("=")
+    assert problem.startswith(f"{path}={text[:200]}") and message in problem and len(problem) < 800
+    both = problems_of(overrides=(override, "model.width=wide"))
+    assert len(both) == 2, "other mistakes are reported too"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optim:\n  lr: " + "[" * 1500 + "]" * 1500, "{file}: is nested too deeply. Works: sections with options"),
+        ("[" * 100_000 + "]" * 100_000, "{file}: is nested too deeply. Works: sections with options below them"),
+        ("&a [*a]", "{file}: must hold sections such as `model:`, got the list [["),
+        ("optim: &a [*a]", "optim=[["),
+        ("&a {optim: *a}", "optim.optim={{'optim': {{'optim'"),
+        ('{"train": {"deepspeed_config": "\\ud83d"}}', 'train.deepspeed_config="\\ud83d": must be text, got the text'),
+        ("a: \udcff", "{file}: is not UTF-8 text (byte 3). Works: a YAML or JSON file in UTF-8."),
+    ],
+)
+def test_odd_files_are_one_problem(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content, encoding="utf-8", errors="surrogateescape")
+    (problem,) = problems_of(file=file)
+    assert problem.startswith(message.format(file=file)) and len(problem) < 800
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "1,2", "(1, 2)", "[1,2]"])

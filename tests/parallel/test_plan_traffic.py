@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.config.schema import OptimConfig, RunConfig
 from megatron_vilg.parallel.estimate import AXES, estimate
 from megatron_vilg.parallel.mesh import build_mesh
 from megatron_vilg.train.engine import NativeEngine
@@ -72,3 +73,25 @@ def test_ranks_send_what_was_planned(world_size: int, precision: str, parallel: 
     planned = estimate(run, world_size).ranks
     for place, sent in run_distributed(sent_in_second_step, world_size, run, timeout=300.0):
         assert sent == pytest.approx(planned[place].sent, rel=0.005), (place, planned[place].sent)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "precision", "parallel"),
+    [
+        layout(2, "bf16"),
+        slow(4, tensor=2),
+        slow(4, "bf16", replica=2),
+        slow(4, "bf16", tensor=4),
+        slow(4, "bf16", pipeline=2, num_microbatches=2),
+        slow(8, "bf16", tensor=2, replica=2),
+    ],
+)
+def test_what_muon_sends_is_planned(world_size: int, precision: str, parallel: dict[str, Any]) -> None:
+    """It gathers every matrix over all axes that hold pieces, and broadcasts its update over all that need it."""
+    run = case_run(parallel, MODEL, batch_size=BATCH, precision=precision)
+    adamw = estimate(run, world_size).ranks
+    run = dataclasses.replace(run, optim=OptimConfig(name="muon", lr=1e-2, warmup_steps=2))
+    planned = estimate(run, world_size).ranks
+    for place, sent in run_distributed(sent_in_second_step, world_size, run, timeout=300.0):
+        assert sent == pytest.approx(planned[place].sent, rel=0.005), (place, planned[place].sent)
+        assert sum(sent.values()) > 1.05 * sum(adamw[place].sent.values())

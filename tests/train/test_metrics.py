@@ -69,6 +69,19 @@ def test_rates_and_waiting_time_are_measured(tmp_path: Path) -> None:
         assert again["throughput(pictures/s)"] == 0.0 and again["time/data(%)"] == 0.0
 
 
+def test_tokens_per_processor_second_are_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are counted over all ranks, processor time on the one that reports."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with MetricWriter(tmp_path, QUIET, num_steps=10) as writer:
+        cpu = time.process_time()
+        while time.process_time() - cpu < 0.05:
+            pass
+        writer.count(items=30, tokens=600)
+        values = writer.log(1, {})
+        cpu_seconds = time.process_time() - cpu
+    assert values["throughput(tokens/cpu_s)"] == pytest.approx(600 / 4 / cpu_seconds, rel=0.2)
+
+
 def test_mfu_is_of_a_given_peak_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     config = dataclasses.replace(QUIET, peak_tflops=2.0)

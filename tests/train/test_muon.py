@@ -15,13 +15,15 @@ from torch.optim import AdamW, Optimizer
 from torch.optim import Muon as TorchMuon
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vilg.checkpoint.plan_sizes import canonical_tensors
 from megatron_vilg.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_vilg.parallel.estimate import estimate
 from megatron_vilg.parallel.mesh import build_mesh
+from megatron_vilg.parallel.update_cost import STEPS, newton_schulz_flops
 from megatron_vilg.train.engine import NativeEngine
-from megatron_vilg.train.muon import MOMENTUM, STEPS, Muon, orthogonal
+from megatron_vilg.train.muon import MOMENTUM, Muon, orthogonal
 from megatron_vilg.train.optim import build_optimizer
 from tests.helpers import run_distributed
 from tests.tiny import tiny_batch, tiny_config, tiny_run
@@ -131,6 +133,15 @@ def test_bf16_takes_its_steps_on_the_matrix() -> None:
     with Calls() as calls:
         orthogonal(matrix)
     assert calls.found[torch.ops.aten.addmm.default] == 2 * STEPS
+
+
+@pytest.mark.parametrize("in_bf16", [True, False])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 11), (12, 8), (32, 8), (8, 32)])
+def test_the_planned_operations_are_those_a_profiler_counts(shape: tuple[int, int], in_bf16: bool) -> None:
+    matrix = torch.randn(shape, dtype=torch.bfloat16 if in_bf16 else torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        orthogonal(matrix)
+    assert newton_schulz_flops(*shape, in_bf16=in_bf16) == counter.get_total_flops()
 
 
 def test_a_kernel_is_updated_as_the_matrix_of_its_output_channels() -> None:
