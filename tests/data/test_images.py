@@ -159,9 +159,9 @@ def test_a_full_memory_is_not_the_fault_of_the_picture(monkeypatch: pytest.Monke
         decode_image(file_of(Image.new("RGB", (4, 4))))
 
 
-def test_a_damaged_dds_is_a_data_error() -> None:
+def test_a_picture_of_a_kind_that_pillow_knows_in_part_is_a_data_error() -> None:
     data = bytearray(file_of(Image.new("RGB", (4, 4)), "DDS"))
-    data[80:84] = struct.pack("<I", 0xFFFF0000)  # flags of a pixel format that is none
+    data[80:88] = struct.pack("<I4s", 4, b"ABCD")  # a compression that is none: NotImplementedError
     with pytest.raises(DataError, match="not a readable picture"):
         decode_image(bytes(data))
 
