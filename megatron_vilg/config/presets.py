@@ -44,14 +44,14 @@ def demo() -> RunConfig:
             codebook_dim=16,
         ),
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            num_steps=900,
+            num_steps=800,
             batch_size=16,
             optimizer="muon",
             lr=2.5e-3,
             warmup_steps=30,
             continuous_fraction=0.12,
             perceptual_weight=0.5,
-            picture_every=450,
+            picture_every=400,
             checkpoint_every=300,
         ),
         data=DataConfig(
@@ -70,10 +70,10 @@ def demo() -> RunConfig:
         # Adam's step size for everything.
         loss=LossConfig(image_to_text_weight=0.35),
         optim=OptimConfig(name="muon", lr=4e-3, betas=(0.9, 0.97), weight_decay=0.2, warmup_steps=60),
-        train=TrainConfig(num_steps=740, batch_size=32, eval_every=200, sample_every=300),
+        train=TrainConfig(num_steps=700, batch_size=32, eval_every=200, sample_every=300),
         checkpoint=CheckpointConfig(every=250),
         sample=SampleConfig(
-            temperature=0.8, top_k=16, guidance=1.25, manner_guidance=1.0, rerank=8, caption_candidates=32
+            temperature=0.8, top_k=16, guidance=1.4, manner_guidance=1.0, rerank=8, caption_candidates=32
         ),
     )
 
