@@ -53,6 +53,7 @@ def test_ranks_divide_muons_work_and_wait_for_its_messages() -> None:
     assert time.update == pytest.approx(seconds)
 
 
+@pytest.mark.slow  # hundreds of layouts
 def test_layouts_that_offload_come_last_whatever_their_estimate_says() -> None:
     found = propose(paper_10b(cpu_offload=True), 8, Hardware(memory=24.0), most=1000)
     last = [offloads(run) for run, _ in found]

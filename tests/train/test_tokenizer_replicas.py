@@ -59,20 +59,20 @@ def flat(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_one_process(name: str) -> None:
+def test_equals_one_process(name: str, ranks: int) -> None:
     run = CASES[name]
     alone = train_steps(run)
     assert any(value > 0 for value in alone["losses"][-1].values())
-    for ranks in (2, 4):
-        for found in run_distributed(train_steps, ranks, run):
-            for step, expected in enumerate(alone["losses"]):
-                assert found["losses"][step] == pytest.approx(expected, rel=1e-5, abs=1e-5), (ranks, step)
-                for parameter, gradient in alone["gradients"][step].items():
-                    torch.testing.assert_close(found["gradients"][step][parameter], gradient, rtol=1e-5, atol=1e-5)
-            for entry, value in alone["state"].items():
-                # The gate's average is not a number as long as there is no critic.
-                torch.testing.assert_close(found["state"][entry], value, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for found in run_distributed(train_steps, ranks, run):
+        for step, expected in enumerate(alone["losses"]):
+            assert found["losses"][step] == pytest.approx(expected, rel=1e-5, abs=1e-5), (ranks, step)
+            for parameter, gradient in alone["gradients"][step].items():
+                torch.testing.assert_close(found["gradients"][step][parameter], gradient, rtol=1e-5, atol=1e-5)
+        for entry, value in alone["state"].items():
+            # The gate's average is not a number as long as there is no critic.
+            torch.testing.assert_close(found["state"][entry], value, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_ranks_stay_equal_with_a_critic() -> None:
