@@ -32,6 +32,7 @@ def check(run: RunConfig, world_size: int | None = 1) -> list[str]:
     With None it is not asked whether the layout fits any number of processes. Sizes beyond reason are reported alone,
     because what follows from them would take hours.
     """
+    # Twice: resolving computes with the sizes that were asked for, and derives others from them.
     if problems := over_limits(run, world_size):
         return problems
     run = run.resolve()
