@@ -26,9 +26,8 @@ $(BASE_STAMP): pyproject.toml setup.py
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Works: PYTHON=python3.12 make ..." >&2; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; \
-	  then $(PIP) 'torch>=2.11'; \
-	  else $(PIP) 'torch==2.13.0'; fi
-	$(PIP) -e .
+	  then $(PIP) 'torch>=2.11' -e .; \
+	  else $(PIP) 'torch==2.13.0' -e .; fi
 	touch $@
 
 $(STAMP): $(BASE_STAMP)

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_vilg.data.npm import ensure_package
+from megatron_vilg.data.npm import ensure_package, ensure_packages
 from megatron_vilg.errors import DataError, MissingPackageError
 
 NAMES_PACKAGE = ("emojibase-data", "17.0.0")
@@ -143,14 +143,14 @@ class EmojiSet:
         if unknown or not styles:
             raise DataError(f"styles = {','.join(styles)!r}: works any of {','.join(STYLES)}")
         self.styles = tuple(styles)
-        self.packages = {NAMES_PACKAGE[0]: NAMES_PACKAGE[1]}
+        self.packages = dict([NAMES_PACKAGE, *((STYLES[style].package, STYLES[style].version) for style in styles)])
+        ensure_packages(cache, self.packages)
         self.concepts = _read_concepts(ensure_package(cache, *NAMES_PACKAGE))
         self._icons: dict[str, dict[str, Any]] = {}
         self._files: dict[str, dict[str, Path]] = {}
         self._names: dict[str, dict[str, str]] = {}
         for style in styles:
             folder = ensure_package(cache, STYLES[style].package, STYLES[style].version)
-            self.packages[STYLES[style].package] = STYLES[style].version
             if (folder / "assets").is_dir():
                 self._files[style] = {normal_hexcode(p.stem): p for p in sorted((folder / "assets").glob("*.webp"))}
             else:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vilg.data.npm import ensure_package, package_folder
+from megatron_vilg.data.npm import ensure_package, ensure_packages, package_folder
 from megatron_vilg.errors import DataError, MissingPackageError
 
 
-def tarball(version: str, extra: str = "package/data/a.json") -> bytes:
+def tarball(name: str, version: str, extra: str = "package/data/a.json") -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for name, text in (("package/package.json", json.dumps({"version": version})), (extra, "[1]")):
-            member = tarfile.TarInfo(name)
+        for path, text in (("package/package.json", json.dumps({"name": name, "version": version})), (extra, "[1]")):
+            member = tarfile.TarInfo(path)
             member.size = len(text)
             tar.addfile(member, io.BytesIO(text.encode()))
     return out.getvalue()
@@ -31,8 +31,8 @@ def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
 
 
 def test_fetches_once_and_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "p.tgz").write_bytes(tarball("1.2.3"))
-    # npm pack --silent --ignore-scripts --pack-destination DIR SPEC
+    (tmp_path / "p.tgz").write_bytes(tarball("@scope/name", "1.2.3"))
+    # npm pack --loglevel=error --ignore-scripts --pack-destination DIR SPEC
     fake_npm(tmp_path / "bin", monkeypatch, f'echo "$6" >> {tmp_path}/calls; cp {tmp_path}/p.tgz "$5/"')
     for _ in range(2):
         folder = ensure_package(tmp_path / "cache", "@scope/name", "1.2.3")
@@ -52,7 +52,9 @@ def test_another_version_in_the_cache_is_named(tmp_path: Path) -> None:
 
 def test_without_npm_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingPackageError, match=r"no npm client to fetch name@1\.0\.0\. Install it .*your own"):
+    with pytest.raises(
+        MissingPackageError, match=r"no npm client to fetch name@1\.0\.0\. Install it .*as name is.*your own"
+    ):
         ensure_package(tmp_path / "cache", "name", "1.0.0")
 
 
@@ -64,16 +66,37 @@ def test_a_failing_npm_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_wrong_package_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "p.tgz").write_bytes(tarball("2.0.0"))
+    (tmp_path / "p.tgz").write_bytes(tarball("name", "2.0.0"))
     fake_npm(tmp_path / "bin", monkeypatch, f'cp {tmp_path}/p.tgz "$5/"')
-    with pytest.raises(DataError, match=r"npm gave name 2\.0\.0 instead of 1\.0\.0"):
+    with pytest.raises(DataError, match=r"npm gave name 2\.0\.0 instead of name 1\.0\.0"):
         ensure_package(tmp_path / "cache", "name", "1.0.0")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_names_that_leave_the_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "p.tgz").write_bytes(tarball("1.0.0", "package/../../evil.json"))
+    (tmp_path / "p.tgz").write_bytes(tarball("name", "1.0.0", "package/../../evil.json"))
     fake_npm(tmp_path / "bin", monkeypatch, f'cp {tmp_path}/p.tgz "$5/"')
     with pytest.raises((tarfile.TarError, DataError)):
         ensure_package(tmp_path / "cache", "name", "1.0.0")
     assert not list(tmp_path.rglob("evil.json"))
+
+
+def test_several_come_by_one_call_and_those_that_are_there_are_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}@1.0.0.tgz").write_bytes(tarball(name, "1.0.0"))
+    each = f'cp {tmp_path}/$spec.tgz "$into/" || exit 1'
+    script = f'echo "$@" >> {tmp_path}/calls; into="$5"; shift 5; for spec; do {each}; done'
+    fake_npm(tmp_path / "bin", monkeypatch, script)
+    cache = tmp_path / "cache"
+    ensure_package(cache, "b", "1.0.0")
+    ensure_packages(cache, dict.fromkeys(["a", "b", "c"], "1.0.0"))
+    assert sorted(path.name for path in cache.iterdir()) == ["a", "b", "c"]
+    assert [line.split()[5:] for line in (tmp_path / "calls").read_text().splitlines()] == [
+        ["b@1.0.0"],
+        ["a@1.0.0", "c@1.0.0"],
+    ]
+    with pytest.raises(DataError, match=r"could not fetch d@1\.0\.0 gone@1\.0\.0 \(exit code 1\): .*d@1\.0\.0"):
+        ensure_packages(cache, {"a": "1.0.0", "d": "1.0.0", "gone": "1.0.0"})
+    assert sorted(path.name for path in cache.iterdir()) == ["a", "b", "c"]
