@@ -218,23 +218,22 @@ def _choice(num_candidates: int, num_shown: int) -> str:
 
 def _group(measurement: Measurement, kind: Kind) -> Group:
     settings, pairs = measurement.settings, measurement.pairs
-    shown = sample_indices(measurement.chosen[kind], settings.shown_prompts, settings.seed + 2)
     captioned = sample_indices(measurement.chosen[kind], settings.shown_captions, settings.seed + 3)
     title, subtitle = _TITLES[kind, kind in measurement.galleries]
     return Group(
         title=title,
         subtitle=subtitle,
-        prompts=_drawn_prompts(measurement, kind, shown),
+        prompts=_drawn_prompts(measurement, kind),
         captions=tuple(
             CaptionedPicture(pairs.picture(number), pairs.pairs[number].caption, said)
-            for number, said in zip(captioned, measurement.say(captioned), strict=True)
+            for number, said in zip(captioned, measurement.said(captioned), strict=True)
         ),
     )
 
 
-def _drawn_prompts(measurement: Measurement, kind: Kind, numbers: list[int]) -> tuple[DrawnPrompt, ...]:
+def _drawn_prompts(measurement: Measurement, kind: Kind) -> tuple[DrawnPrompt, ...]:
     each, pairs = measurement.settings.shown_samples, measurement.pairs
-    drawn, _ = measurement.draw(numbers, each, measurement.settings.seed + 1)
+    numbers, drawn = measurement.shown_prompts[kind], measurement.shown(kind)
     verdicts: list[tuple[bool | None, bool | None]] = [(None, None)] * len(drawn)
     if kind in measurement.galleries and len(pairs.labelled(numbers)) == len(numbers):
         asked = [label for label in pairs.labels(numbers) for _ in range(each)]

@@ -51,7 +51,14 @@ class Measurement:
         self.chosen = {
             kind: sample_indices(pairs.of_kind(kind), settings.max_prompts, settings.seed) for kind in self.kinds
         }
+        self.shown_prompts = {
+            kind: sample_indices(numbers, settings.shown_prompts, settings.seed + 2)
+            for kind, numbers in self.chosen.items()
+        }
+        """Of the chosen pairs, those whose drawings are kept to be looked at."""
         self.galleries = {} if network is None else self._galleries(network)
+        self._said: dict[int, str] = {}
+        self._drawn: dict[int, Tensor] = {}
 
     def cross_entropy(self) -> dict[Kind, dict[str, dict[str, float]]]:
         """Nats per token of both directions: right, shuffled and unigram, by kind."""
@@ -82,7 +89,8 @@ class Measurement:
         found: dict[str, Any] = {}
         for kind in self.kinds:
             numbers = self.chosen[kind]
-            said, true = self.say(numbers), self.pairs.captions(numbers)
+            said, true = self._say(numbers), self.pairs.captions(numbers)
+            self._said.update(zip(numbers, said, strict=True))
             greedy = score_captions(self.subject.pipeline.caption(self.codes[numbers]), true)
             found[kind.value] = _caption_entry(score_captions(said, true)) | self._names(said, numbers)
             found[kind.value]["greedy_exact_match"] = greedy.exact_match
@@ -92,8 +100,11 @@ class Measurement:
         chance = chance_score(self.pairs.captions(asked), pool)
         return found | {"chance": chance.exact_match, "chance_char_f1": chance.char_f1}
 
-    def say(self, numbers: list[int]) -> list[str]:
-        """Generated captions of pairs."""
+    def said(self, numbers: Sequence[int]) -> list[str]:
+        """The captions that ``captions`` judged, of some of the chosen pairs."""
+        return [self._said[number] for number in numbers]
+
+    def _say(self, numbers: list[int]) -> list[str]:
         pipeline, candidates = self.subject.pipeline, self.subject.config.sample.caption_candidates
         if candidates:
             return pipeline.caption_of_candidates(self.codes[numbers], candidates, seed=self.settings.seed)
@@ -116,6 +127,17 @@ class Measurement:
         chosen = self._decode(keep_best(ids, scores, num_images)[0])
         return chosen, None if scores is None else self._decode(ids[:, :num_images])
 
+    def shown(self, kind: Kind) -> Tensor:
+        """``shown_samples`` drawings of each of the ``shown_prompts``: those that ``drawings`` judged, where it did.
+
+        Returns:
+            [prompts * shown_samples, 3, S, S] in [-1, 1].
+        """
+        numbers, each = self.shown_prompts[kind], self.settings.shown_samples
+        if all(len(self._drawn.get(number, ())) == each for number in numbers):
+            return torch.cat([self._drawn[number] for number in numbers])
+        return self.draw(numbers, each, self.settings.seed + 1)[0]
+
     def _decode(self, ids: Tensor) -> Tensor:
         return self.subject.pipeline.decode(ids.flatten(0, 1)).float().cpu()
 
@@ -136,6 +158,9 @@ class Measurement:
             each = self.settings.samples_per_prompt
             labels = [label for label in asked for _ in range(each)]
             chosen, first = self.draw(numbers, each, self.settings.seed)
+            for number, pictures in zip(numbers, chosen.split(each), strict=True):
+                if number in self.shown_prompts[kind]:
+                    self._drawn[number] = pictures[: self.settings.shown_samples].clone()
             hits = self.judge(kind, chosen, labels)
             for name, right in _by_figure(hits).items():
                 found[name][kind.value] = _share(right, len(numbers))

@@ -4,10 +4,13 @@ import dataclasses
 import html
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -106,6 +109,35 @@ def test_same_seed_same_files(report: Report, tmp_path: Path) -> None:
     for name in ("report.json", "report.png", "report.html"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert not list((tmp_path / "a").glob("*.partial"))
+
+
+@pytest.mark.parametrize(("judged", "drawn_again"), [(1, 2), (2, 0), (3, 0)])
+def test_what_is_shown_was_judged(judged: int, drawn_again: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, settings = toy_pairs(), dataclasses.replace(SETTINGS, samples_per_prompt=judged)
+    subject, seeds = toy_subject(pairs), []
+    draw, caption, captioned = subject.pipeline.draw_candidates, subject.pipeline.caption, []
+
+    def noted_draw(prompts: Sequence[str], **options: Any) -> tuple[Tensor, Tensor | None]:
+        seeds.append(options["seed"])
+        ids, scores = draw(prompts, **options)
+        # Drawings of a prompt differ: the second and third show other pictures.
+        return torch.stack([(ids[:, n] + n) % 16 for n in range(ids.shape[1])], dim=1), scores
+
+    def noted_caption(images: Tensor) -> list[str]:
+        captioned.append(len(images))
+        return caption(images)
+
+    monkeypatch.setattr(subject.pipeline, "draw_candidates", noted_draw)
+    monkeypatch.setattr(subject.pipeline, "caption", noted_caption)
+    report = make_report(subject, pairs, Flat(), settings)
+    assert seeds == [SETTINGS.seed] * 2 + [SETTINGS.seed + 1] * drawn_again, "of the two kinds"
+    rows = [prompt for group in report.view.groups for prompt in group.prompts]
+    assert [len(row.samples) for row in rows] == [2] * 4
+    assert all(row.samples[0].picture.tobytes() != row.samples[1].picture.tobytes() for row in rows)
+    assert rows[0].samples[0].picture.tobytes() == rows[0].reconstruction.tobytes(), "known by heart"
+    # As the run says and greedily, each once per kind: none for the picture.
+    candidates = subject.config.sample.caption_candidates
+    assert captioned == [NUM_TRAINED] * 2 + [3] * 2 and not candidates
 
 
 def test_written_report_can_be_read(report: Report, tmp_path: Path) -> None:
