@@ -320,7 +320,7 @@ def _subject(pipeline: Pipeline, config: RunConfig, replicas: Replicas) -> Subje
 
     divided = DividedPipeline(pipeline, replicas)
     parts = pipeline.image_tokenizer, pipeline.text_tokenizer
-    return Subject(divided, *parts, forward, config, max_batch=pipeline.max_batch)
+    return Subject(divided, *parts, forward, config, max_batch=pipeline.max_batch, replicas=replicas)
 
 
 def _seconds(run_dir: Path) -> dict[str, float]:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from megatron_vilg.data.batch import IGNORE, PairBatch, build_targets
 from megatron_vilg.evaluate.statistics import derangement
+from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.sequence import Direction, StreamSpec
 
 Forward = Callable[[PairBatch], tuple[Tensor, Tensor]]
 """A model as this module sees it: P pairs to image logits [P, N, K] and text logits [P, L + 1, V]."""
+_ALONE = Replicas()
 LOGIT_BYTES = 2**31
 """Logits that are there at a time."""
 BatchReader = Callable[[Sequence[int]], PairBatch]
@@ -100,6 +102,7 @@ def condition_test(
     *,
     seed: int,
     batch_size: int = 64,
+    replicas: Replicas = _ALONE,
 ) -> dict[Direction, ConditionTest]:
     """Measure both directions on the pairs of ``batch`` (at least two), whatever its size.
 
@@ -107,14 +110,15 @@ def condition_test(
         forward: the model, in evaluation mode.
         seed: who trades conditions with whom.
         batch_size: pairs per forward pass at most; fewer where their logits would be larger than ``LOGIT_BYTES``.
+        replicas: processes that call this alike and divide the forward passes; the result is that of one, to the bit.
     """
     batch_size = min(batch_size, pairs_within(spec, frequencies, LOGIT_BYTES))
     image_labels, text_labels = split_targets(batch, spec)
     labels = {Direction.TEXT_TO_IMAGE: image_labels, Direction.IMAGE_TO_TEXT: text_labels}
     tables = {Direction.TEXT_TO_IMAGE: frequencies.image, Direction.IMAGE_TO_TEXT: frequencies.text}
     partner = torch.from_numpy(derangement(len(batch), seed))
-    right = _mean_cross_entropy(forward, batch, labels, batch_size)
-    shuffled = _mean_cross_entropy(forward, shuffle_conditions(batch, partner), labels, batch_size)
+    variants = (batch, shuffle_conditions(batch, partner))
+    right, shuffled = _mean_cross_entropies(forward, variants, labels, batch_size, replicas)
     return {
         direction: ConditionTest(
             right=right[direction],
@@ -125,23 +129,35 @@ def condition_test(
     }
 
 
-def _mean_cross_entropy(
-    forward: Forward, batch: PairBatch, labels: dict[Direction, Tensor], batch_size: int
-) -> dict[Direction, float]:
-    """Mean over all tokens that count, so that a last, smaller block weighs no more than its tokens."""
-    total = dict.fromkeys(Direction, 0.0)
-    for start in range(0, len(batch), batch_size):
-        stop = min(start + batch_size, len(batch))
-        for direction, nats in _sums(forward, batch.slice(start, stop), labels, slice(start, stop)).items():
-            total[direction] += nats
-    return {d: total[d] / int((labels[d] != IGNORE).sum()) for d in Direction}
+def _mean_cross_entropies(
+    forward: Forward,
+    variants: Sequence[PairBatch],
+    labels: dict[Direction, Tensor],
+    batch_size: int,
+    replicas: Replicas,
+) -> list[dict[Direction, float]]:
+    """Means over all tokens that count, so that a last, smaller block weighs no more than its tokens; by variant of the
+    batch."""
+    blocks = [
+        (number, slice(start, min(start + batch_size, len(batch))))
+        for number, batch in enumerate(variants)
+        for start in range(0, len(batch), batch_size)
+    ]
+    own = range(replicas.rank, len(blocks), replicas.size)
+    sums = {place: _sums(forward, variants[blocks[place][0]], labels, blocks[place][1]) for place in own}
+    sums = {place: nats for part in replicas.gather(sums) for place, nats in part.items()}
+    totals = [dict.fromkeys(Direction, 0.0) for _ in variants]
+    for place, (number, _) in enumerate(blocks):
+        for direction, nats in sums[place].items():
+            totals[number][direction] += nats
+    return [{d: total[d] / int((labels[d] != IGNORE).sum()) for d in Direction} for total in totals]
 
 
-def _sums(forward: Forward, block: PairBatch, labels: dict[Direction, Tensor], rows: slice) -> dict[Direction, float]:
-    """Nats of a block; its logits are gone before those of the next one are computed."""
+def _sums(forward: Forward, batch: PairBatch, labels: dict[Direction, Tensor], rows: slice) -> dict[Direction, float]:
+    """Nats of some rows; their logits are gone before those of the next ones are computed."""
     return {
         direction: F.cross_entropy(
             logits.float().flatten(0, 1), labels[direction][rows].flatten(), ignore_index=IGNORE, reduction="sum"
         ).item()
-        for direction, logits in zip(Direction, forward(block), strict=True)
+        for direction, logits in zip(Direction, forward(batch.slice(rows.start, rows.stop)), strict=True)
     }

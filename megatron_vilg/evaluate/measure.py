@@ -76,6 +76,7 @@ class Measurement:
                 frequencies,
                 seed=self.settings.seed,
                 batch_size=min(_FORWARD_PAIRS, self.subject.max_batch or _FORWARD_PAIRS),
+                replicas=self.subject.replicas,
             )
             found[kind] = {direction.name.lower(): dataclasses.asdict(test) for direction, test in result.items()}
             log.info("cross-entropy, %s: %s", kind.value, _short(found[kind]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from megatron_vilg.config.schema import RunConfig, SampleConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.evaluate.cross_entropy import Forward
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.sequence import StreamSpec
 
 
@@ -65,6 +66,8 @@ class Subject:
     """With every size resolved."""
     max_batch: int | None = None
     """Pairs that go through ``forward`` at a time at most; None: as many as an evaluation likes."""
+    replicas: Replicas = field(default_factory=Replicas)
+    """Processes that evaluate together, each with all of this."""
 
     @property
     def spec(self) -> StreamSpec:

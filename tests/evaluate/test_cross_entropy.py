@@ -12,13 +12,16 @@ from torch import Tensor
 
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.evaluate.cross_entropy import (
+    ConditionTest,
     condition_test,
     count_tokens,
     pairs_within,
     shuffle_conditions,
     split_targets,
 )
+from megatron_vilg.parallel.replicas import Replicas
 from megatron_vilg.sequence import Direction, StreamSpec, TextToken
+from tests.helpers import run_distributed
 
 SPEC = StreamSpec(num_text_slots=3, image_side=2)
 IMAGE_VOCAB, TEXT_VOCAB, SHARPNESS = 8, 14, 4.0
@@ -88,6 +91,30 @@ def test_logits_are_there_for_as_many_pairs_as_fit(monkeypatch: pytest.MonkeyPat
     sizes.clear()
     condition_test(watched, read(numbers), SPEC, frequencies, seed=0, batch_size=2)
     assert sizes == [2, 2, 2, 2]
+
+
+def _measured_together(batch_size: int) -> tuple[dict[Direction, ConditionTest], int]:
+    numbers, calls = [0, 1, 2, 4, 6], []
+    frequencies = count_tokens(read, numbers, SPEC, image_vocab_size=IMAGE_VOCAB, text_vocab_size=TEXT_VOCAB)
+
+    def counted(batch: PairBatch) -> tuple[Tensor, Tensor]:
+        calls.append(len(batch))
+        return translator(batch)
+
+    everyone = Replicas.of_group()
+    found = condition_test(counted, read(numbers), SPEC, frequencies, seed=0, batch_size=batch_size, replicas=everyone)
+    return found, len(calls)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "calls"), [(2, [3, 3]), (3, [2, 1, 1]), (5, [1, 1, 0])], ids=["even", "uneven", "one without work"]
+)
+def test_processes_divide_the_passes_and_find_what_one_does(batch_size: int, calls: list[int]) -> None:
+    alone, total = _measured_together(batch_size)
+    assert total == sum(calls)
+    found = run_distributed(_measured_together, len(calls), batch_size)
+    assert [own for _, own in found] == calls
+    assert all(figures == alone for figures, _ in found), "to the bit"
 
 
 def test_padding_behind_a_caption_does_not_count() -> None:
