@@ -19,6 +19,8 @@ class World:
     """Processes of the job."""
     local_rank: int = 0
     """Number of this process on its machine; it takes the GPU of this number."""
+    local_size: int = 1
+    """Processes on its machine, as far as the launcher says: torchrun does."""
 
     @property
     def is_main(self) -> bool:
@@ -38,7 +40,8 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
     env = os.environ if environment is None else environment
     size = _number(env, "WORLD_SIZE", "1")
     alone = "0" if size == 1 else ""
-    world = World(_number(env, "RANK", alone), size, _number(env, "LOCAL_RANK", alone))
+    local = _number(env, "LOCAL_RANK", alone), _number(env, "LOCAL_WORLD_SIZE", "1")
+    world = World(_number(env, "RANK", alone), size, *local)
     if not 0 <= world.rank < size:
         raise ConfigError([f"RANK={world.rank}: must be below WORLD_SIZE={size}. Works: 0 to {size - 1}."])
     return world

@@ -61,10 +61,12 @@ class Job:
             LostRankError: another process has failed while this one was waiting.
         """
         key = f"{next(self._meetings)} {name}"
-        if self.store is None or self.world.is_main:
-            result = work()
-            if self.store is not None:
-                self.store.set(key, "done")
+        if self.store is None:
+            return work()
+        if self.world.is_main:
+            with _threads_of_waiting_processes(self.world):
+                result = work()
+            self.store.set(key, "done")
             return result
         polls = 0
         while not self.store.check([key]):
@@ -75,6 +77,18 @@ class Job:
             if polls % _POLLS_PER_MESSAGE == 0:
                 log.info("waiting for the main process: %s", name)
         return work()
+
+
+@contextmanager
+def _threads_of_waiting_processes(world: World) -> Iterator[None]:
+    """As many threads as all processes of this machine have, and it has cores for: the others do nothing meanwhile."""
+    own = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(own, min(own * world.local_size, cores)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ def test_without_a_launcher_there_is_one_process() -> None:
 
 
 def test_torchrun_is_understood() -> None:
-    world = read_world({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"})
-    assert world == World(5, 8, 1) and not world.is_main
+    world = read_world({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"})
+    assert world == World(5, 8, 1, 4) and not world.is_main
 
 
 @pytest.mark.parametrize(
