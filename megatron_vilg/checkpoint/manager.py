@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial as partial_call
 from pathlib import Path
 from typing import Any, TypeVar
@@ -341,6 +341,19 @@ class Checkpointer:
         for step in sound:
             if step not in kept:
                 remove(self.path(step))
+
+
+def newest_manifest(folder: Path) -> tuple[Path, Manifest | None]:
+    """The newest checkpoint of a run whose manifest can be read, and that; the files that it lists are not read.
+
+    Args:
+        folder: of the checkpoints; without one, or where there is none, it comes back with None.
+    """
+    checkpointer = Checkpointer(folder, CheckpointConfig())
+    for step in reversed(checkpointer.steps()):
+        with suppress(CheckpointError):
+            return checkpointer.path(step), read_manifest(checkpointer.path(step))
+    return folder, None
 
 
 @contextmanager
