@@ -45,6 +45,8 @@ from megatron_vilg.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
 Value = TypeVar("Value")
+_MOST_NAMED = 20
+"""Tensors that a message names: more are of no more help."""
 
 
 class Checkpointer:
@@ -281,7 +283,7 @@ class Checkpointer:
             problems = list(mismatches(flat, reader.read_metadata().state_dict_metadata, self._all_names(flat)))
             problems = sorted({problem for found in self._mesh.gather(problems) for problem in found})
             if problems:
-                raise CheckpointError(f"{path}: does not fit\n" + "\n".join(f"  {p}" for p in problems))
+                raise CheckpointError(_misfit(path, problems))
             with _one_process():
                 dcp.load(dict(flat), storage_reader=reader, no_dist=not self._mesh.is_distributed)
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -354,6 +356,12 @@ def newest_manifest(folder: Path) -> tuple[Path, Manifest | None]:
         with suppress(CheckpointError):
             return checkpointer.path(step), read_manifest(checkpointer.path(step))
     return folder, None
+
+
+def _misfit(path: Path, problems: Sequence[str]) -> str:
+    more = [f"and {len(problems) - _MOST_NAMED} more"] if len(problems) > _MOST_NAMED else []
+    lines = "\n".join(f"  {line}" for line in [*problems[:_MOST_NAMED], *more])
+    return f"{path}: does not fit\n{lines}\n  Works: the options that it was written with, or another output folder"
 
 
 @contextmanager
