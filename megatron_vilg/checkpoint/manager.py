@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial as partial_call
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +45,8 @@ from megatron_vilg.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
 Value = TypeVar("Value")
+_MOST_NAMED = 20
+"""Tensors that a message names: more are of no more help."""
 
 
 class Checkpointer:
@@ -281,7 +283,7 @@ class Checkpointer:
             problems = list(mismatches(flat, reader.read_metadata().state_dict_metadata, self._all_names(flat)))
             problems = sorted({problem for found in self._mesh.gather(problems) for problem in found})
             if problems:
-                raise CheckpointError(f"{path}: does not fit\n" + "\n".join(f"  {p}" for p in problems))
+                raise CheckpointError(_misfit(path, problems))
             with _one_process():
                 dcp.load(dict(flat), storage_reader=reader, no_dist=not self._mesh.is_distributed)
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -341,6 +343,25 @@ class Checkpointer:
         for step in sound:
             if step not in kept:
                 remove(self.path(step))
+
+
+def newest_manifest(folder: Path) -> tuple[Path, Manifest | None]:
+    """The newest checkpoint of a run whose manifest can be read, and that; the files that it lists are not read.
+
+    Args:
+        folder: of the checkpoints; without one, or where there is none, it comes back with None.
+    """
+    checkpointer = Checkpointer(folder, CheckpointConfig())
+    for step in reversed(checkpointer.steps()):
+        with suppress(CheckpointError):
+            return checkpointer.path(step), read_manifest(checkpointer.path(step))
+    return folder, None
+
+
+def _misfit(path: Path, problems: Sequence[str]) -> str:
+    more = [f"and {len(problems) - _MOST_NAMED} more"] if len(problems) > _MOST_NAMED else []
+    lines = "\n".join(f"  {line}" for line in [*problems[:_MOST_NAMED], *more])
+    return f"{path}: does not fit\n{lines}\n  Works: the options that it was written with, or another output folder"
 
 
 @contextmanager

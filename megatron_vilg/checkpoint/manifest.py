@@ -144,18 +144,17 @@ def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEnt
     Args:
         folder: everything but the manifest is there already.
         manifest: its ``files`` are replaced.
-        known: files whose size and digest were read from the disk already.
+        known: files whose size and digest were read from the disk already; they are listed, seen here or not.
 
     Returns:
         The manifest with ``files`` filled in.
     """
     known = known or {}
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(PARTIAL))
-    files = {
-        name: known[name] if name in known else entry_of(path)
-        for path, name in ((path, path.relative_to(folder).as_posix()) for path in paths)
-        if path != folder / FILE_NAME
-    }
+    paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(PARTIAL))
+    seen = {path.relative_to(folder).as_posix(): path for path in paths if path != folder / FILE_NAME}
+    # On a shared disk a list of names may lack for a while what other machines have written and read back.
+    names = sorted(seen.keys() | known.keys())
+    files = {name: known[name] if name in known else entry_of(seen[name]) for name in names}
     manifest = dataclasses.replace(manifest, files=files, format_version=FORMAT_VERSION)
     content = _plain(dataclasses.asdict(manifest))
     text = json.dumps({**content, "digest": _digest(content)}, ensure_ascii=False, indent=1)

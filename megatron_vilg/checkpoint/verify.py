@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -245,7 +246,7 @@ def _can_be_rounded(one: torch.dtype, other: torch.dtype) -> bool:
 
 
 def _largest_difference(one: TensorSource, other: TensorSource, name: str) -> float | None:
-    """None where values are the same, in the coarser of the two types."""
+    """None where values are the same, in the coarser of the two types; NaN where one of them has that alone."""
     dtypes = [source.tensors[name].dtype for source in (one, other)]
     coarse = min(dtypes, key=lambda dtype: dtype.itemsize)
     largest = None
@@ -253,6 +254,8 @@ def _largest_difference(one: TensorSource, other: TensorSource, name: str) -> fl
         mine, theirs = (source.rows(name, start, stop).to(coarse) for source in (one, other))
         if not equal_bits(mine, theirs):
             difference = float((mine.double() - theirs.double()).abs().max())
+            if math.isnan(difference):  # which no comparison of numbers would call the largest
+                return difference
             largest = max(largest or 0.0, difference)
     return largest
 

@@ -47,6 +47,23 @@ def require_new_folder(folder: Path, given: str) -> None:
         raise ConfigError([f"{given}: must be new or empty, it holds {shown}. Works: a new folder, or remove this one"])
 
 
+def require_run_folder(out: Path) -> None:
+    """Refuse to train into a folder that is complete as it is: a model, a tokenizer, a token cache, demo pairs.
+
+    A run at step 0 in it would leave the weights there aside, and change files that its manifest lists.
+
+    Raises:
+        ConfigError: it has a manifest of its own, as no run folder has.
+    """
+    if (out / "manifest.json").is_file():
+        rule = "has a manifest.json, so it is a finished model, tokenizer or set of pairs, and no run"
+        works = (
+            "a new folder; to train on from a model that was merged with --optimizer: vilg checkpoint shard --load-dir "
+            f"{out} --save-dir NEW --to dcp --optimizer, then --out NEW"
+        )
+        raise ConfigError([f"--out={out}: {rule}. Works: {works}"])
+
+
 def require_json_place(file: Path | None) -> None:
     """Check, without making anything, that ``--json FILE`` can be written; None: nobody asked for one.
 

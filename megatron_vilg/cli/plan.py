@@ -129,17 +129,16 @@ def _refuse_impossible(config: RunConfig, world_size: int) -> None:
         return
     near = nearest_layout(config, world_size)
     if near is not None:
-        problems.append(f"the nearest layout of {world_size} processes that works: {layout_words(near)}")
+        words = layout_words(near, config.parallel)
+        problems.append(f"the nearest layout of {world_size} processes that works: {words}")
     raise ConfigError(problems)
 
 
 def layout_words(parallel: ParallelConfig, asked: ParallelConfig | None = None) -> str:
     """The options that give a layout, to be pasted behind a command, which asked for ``asked``."""
     names = ["tensor", "pipeline", "replica", "shard", "zero", "num_microbatches", "recompute"]
-    if parallel.schedule != "1f1b":
-        names += ["schedule", "stages_per_rank"]
     usual = [parallel if asked is None else asked, ParallelConfig()]
-    for name in ("cpu_offload", "offload_optimizer", "offload_weights"):
+    for name in ("schedule", "stages_per_rank", "cpu_offload", "offload_optimizer", "offload_weights"):
         if any(getattr(parallel, name) != getattr(other, name) for other in usual):
             names.append(name)
     return " ".join(f"parallel.{name}={str(getattr(parallel, name)).lower()}" for name in names)

@@ -11,7 +11,7 @@ from megatron_vilg import log
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
-from megatron_vilg.cli.outputs import full_disk_explained
+from megatron_vilg.cli.outputs import full_disk_explained, require_run_folder
 from megatron_vilg.config.schema import RunConfig
 from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import ConfigError
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     with ends_at_once(EXIT_STOPPED):
         config = run_config_from_args(args, is_joint=True)
+        require_run_folder(args.out)
     world = read_world()
     with ExitStack() as open_files:
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.main import EXIT_STOPPED
 from megatron_vilg.cli.options import add_config_options, run_config_from_args
-from megatron_vilg.cli.outputs import full_disk_explained, require_writable
+from megatron_vilg.cli.outputs import full_disk_explained, require_run_folder, require_writable
 from megatron_vilg.config.world import read_world
 from megatron_vilg.log import get_logger
 
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; the exit code is 0 only when the tokenizer is complete."""
     config = run_config_from_args(args)
     require_writable(args.out, f"--out={args.out}")
+    require_run_folder(args.out)
     from megatron_vilg.checkpoint.claim import claimed
     from megatron_vilg.data.pixels import read_train_and_held_out
     from megatron_vilg.parallel.launch import device_of, joined

@@ -300,7 +300,8 @@ def _check_grid(run: RunConfig, world_size: int) -> Iterable[str]:
         if world_size % fixed == 0:
             yield _problem("parallel.shard", parallel.shard, rule, [-1, world_size // fixed])
         else:
-            products = f"tensor x pipeline x replica = {_listed(_divisors(world_size))}"
+            left = ", with parallel.shard=-1" if parallel.shard > 0 else ""
+            products = f"tensor x pipeline x replica = {_listed(_divisors(world_size))}{left}"
             yield _problem("parallel.tensor", parallel.tensor, rule, products)
         return
     pieces = parallel.replica * shard * parallel.num_microbatches

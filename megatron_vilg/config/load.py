@@ -102,7 +102,10 @@ def write_run_folder_config(run: RunConfig, run_dir: Path) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / RUN_FILE
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(dump_run_config(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(dump_run_config(run), indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else a node that is lost now may leave an empty file under the name
     os.replace(partial, path)
     return path
 

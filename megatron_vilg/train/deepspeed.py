@@ -110,6 +110,7 @@ class DeepSpeedEngine:
     def train_step(self, batch: PairBatch) -> StepResult:
         """Accumulate over micro-batches, clip, step; a step that is not finite changes nothing."""
         run = self.run
+        self._handed_out = {}  # copies that a checkpoint was written from, as large as all that is trained
         if run.model.dropout > 0.0:  # masks depend on step and place alone, so that a resumed run draws the same ones
             torch.manual_seed((run.train.seed * 1_000_003 + self.step + 7_368_787 * self._rank) % 2**64)
         set_learning_rate(self.optimizer, learning_rate(self.step, run.optim, run.train.num_steps))
@@ -171,8 +172,9 @@ class DeepSpeedEngine:
         """``{"model": {name: tensor}, "optimizer": {slot: {name: tensor}}}``: copies in main memory, cut by rows.
 
         They are fp32 whatever the precision, named and shaped as those of the native engine. Loading fills them in
-        place; :meth:`resume` then gives them to DeepSpeed.
+        place; :meth:`resume`, which must come before the next step, then gives them to DeepSpeed.
         """
+        self._handed_out = {}  # before there are new ones
         self._make_moments()
         names = list(self._parameters)
         updates = torch.tensor(float(self._updates))

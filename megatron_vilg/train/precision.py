@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from megatron_vilg.checkpoint.image_tokenizer import WORK_NAME
-from megatron_vilg.checkpoint.manifest import read_manifest
+from megatron_vilg.checkpoint.manager import newest_manifest
 from megatron_vilg.config.load import RUN_FILE
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
 from megatron_vilg.ops.precision import Precision, choose_precision
 from megatron_vilg.parallel.launch import all_agree
@@ -30,6 +31,9 @@ def settle_precision(run: RunConfig, device: torch.device | str, run_dir: Path |
         device: where this process computes.
         run_dir: run folder; what an earlier start of the run settled on holds, so that a resumed run repeats a
             straight one on whatever machine.
+
+    Raises:
+        ConfigError: its ``config.json`` is damaged, and ``auto`` was asked for.
     """
     sections: tuple[Section, ...] = ("train", "image_tokenizer_train")
     for section in sections:
@@ -60,10 +64,24 @@ def _kept(section: Section, run_dir: Path | None) -> Precision | None:
     """
     if run_dir is None:
         return None
-    file, found = run_dir / RUN_FILE, None
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8")).get(section, {}).get("precision")
     if section == "image_tokenizer_train":
-        for folder in sorted((run_dir / WORK_NAME / "checkpoints").glob("step-*"))[-1:]:
-            found = json.loads(str(read_manifest(folder).counters["options"])).get("precision")
+        _, manifest = newest_manifest(run_dir / WORK_NAME / "checkpoints")
+        if manifest is not None:
+            return _settled_value(json.loads(str(manifest.counters.get("options", "{}"))).get("precision"))
+    file = run_dir / RUN_FILE
+    return _settled_value(_noted(file, section)) if file.is_file() else None
+
+
+def _noted(file: Path, section: Section) -> object:
+    """The precision of a section in ``RUN/config.json``."""
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        return content.get(section, {}).get("precision")
+    except (OSError, ValueError, AttributeError) as error:
+        rule = f"cannot be read ({error}), and would say what {section}.precision=auto was when this run began"
+        works = f"the file as it was, or {section}.precision=fp32 or bf16, as the first lines of RUN/logs say"
+        raise ConfigError([f"{file}: {rule}. Works: {works}"]) from error
+
+
+def _settled_value(found: object) -> Precision | None:
     return found if found in ("fp32", "bf16") else None

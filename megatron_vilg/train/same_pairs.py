@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from megatron_vilg.checkpoint.manager import Checkpointer
+from megatron_vilg.checkpoint.manager import newest_manifest
 from megatron_vilg.checkpoint.manifest import FILE_NAME as MANIFEST_FILE
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
-from megatron_vilg.config.schema import CheckpointConfig
 from megatron_vilg.data.records import RecordPart
 from megatron_vilg.data.token_cache import TokenCache
 from megatron_vilg.data.token_files import read_json
@@ -65,7 +63,7 @@ def require_same_sources(run: Path, parts: Sequence[RecordPart], tokens: Path) -
     Raises:
         CheckpointError: the newest checkpoint was trained on other files; with both sides.
     """
-    path, found = _newest(run / "checkpoints")
+    path, found = newest_manifest(run / "checkpoints")
     before = str(found.counters.get(PAIRS, "")) if found else ""
     if found is None or not before or found.source:
         return
@@ -86,7 +84,7 @@ def require_own_tokens(model: Path, cache: TokenCache) -> None:
         CheckpointError: it holds others; with both sides.
     """
     exported = next((f for f in (model, model / "export") if (f / MANIFEST_FILE).is_file()), None)
-    path, found = (exported, read_manifest(exported)) if exported else _newest(model / "checkpoints")
+    path, found = (exported, read_manifest(exported)) if exported else newest_manifest(model / "checkpoints")
     trained, now = found.counters.get(PAIRS, "") if found else "", _describe(cache)
     if trained and now and trained != now:
         raise CheckpointError(
@@ -94,15 +92,6 @@ def require_own_tokens(model: Path, cache: TokenCache) -> None:
             f"  train: trained on {trained}, there {now}\n"
             "  Works: `vilg train` again with the data and options of before, which encodes those pairs again"
         )
-
-
-def _newest(checkpoints: Path) -> tuple[Path, Manifest | None]:
-    """The newest checkpoint whose manifest can be read; the files that it lists are not."""
-    checkpointer = Checkpointer(checkpoints, CheckpointConfig())
-    for step in reversed(checkpointer.steps()):
-        with suppress(CheckpointError):
-            return checkpointer.path(step), read_manifest(checkpointer.path(step))
-    return checkpoints, None
 
 
 def _fingerprint(part: RecordPart, note: Path) -> str:

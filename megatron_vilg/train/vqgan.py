@@ -27,6 +27,7 @@ from megatron_vilg.train.codebook_watch import CodebookWatch, replaced_though_us
 from megatron_vilg.train.dvae_engine import DVAEEngine
 from megatron_vilg.train.metrics import Column, MetricWriter, SilentWriter
 from megatron_vilg.train.pixel_source import PixelsInMemory, PixelSource
+from megatron_vilg.train.same_parts import other_parts_of_tokenizer
 from megatron_vilg.train.signals import StopSignals
 from megatron_vilg.train.tokenizer_engine import TokenizerEngine, TokenizerStep
 from megatron_vilg.train.vqgan_engine import VQGANEngine
@@ -229,7 +230,7 @@ def _loop(
     options, replicas = run.image_tokenizer_train, engine.replicas
     if problem := replaced_though_used(run):
         log.warning("%s", problem)
-    step = _resume(engine, checkpointer, identity)
+    step = _resume(run, engine, checkpointer, identity)
     tokens, skipped_in_row = options.batch_size * run.image_tokenizer.grid_side**2, 0
     watch = CodebookWatch(run.image_tokenizer.codebook_size)
     must_stop = False
@@ -300,7 +301,7 @@ def _finished(out: Path, identity: Manifest, num_steps: int) -> AnyTokenizer | N
     return load_image_tokenizer(out)
 
 
-def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manifest) -> int:
+def _resume(run: RunConfig, engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manifest) -> int:
     """Fill the engine from the newest sound checkpoint, if there is any; return the finished steps."""
     path = engine.replicas.from_main(checkpointer.latest() if engine.replicas.is_main else None)
     if path is None:
@@ -315,7 +316,10 @@ def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manif
     before, now = (json.loads(str(m.counters["options"])) for m in (found, identity))
     for name in sorted(name for name in now if before.get(name) != now[name]):
         log.warning("going on with %s=%s; the run so far used %s", name, now[name], before.get(name))
-    checkpointer.load(path, engine.state_dict())
+    state = engine.state_dict()
+    if problem := other_parts_of_tokenizer(path, run, state):
+        raise CheckpointError(problem)
+    checkpointer.load(path, state)
     engine.resumed(found, before)
     log.info("resumed from %s: step %d", path, found.step)
     return found.step

@@ -282,6 +282,16 @@ def test_names_shapes_and_dtypes_must_fit_and_all_misfits_are_listed(tmp_path: P
     assert state["model"]["w"].abs().sum() == 0
 
 
+def test_of_hundreds_of_misfits_the_first_are_named_and_what_works_is_said(tmp_path: Path) -> None:
+    checkpointer = keeper(tmp_path)
+    path = save(checkpointer, 1)
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer.load(path, {"model": {f"w{number}": torch.zeros(1) for number in range(300)}})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 23 and lines[-2] == "  and 283 more"
+    assert lines[-1] == "  Works: the options that it was written with, or another output folder"
+
+
 @pytest.mark.parametrize(
     ("state", "words"),
     [

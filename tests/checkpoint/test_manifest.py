@@ -49,6 +49,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_files_that_other_ranks_have_read_back_are_listed_though_not_seen_here(folder: Path) -> None:
+    """Left out, their loss would never be noticed: what a manifest does not list is not compared."""
+    theirs = FileEntry(size=3, xxh3="00")
+    write_manifest(folder, example(), {"__1_0.distcp": theirs})
+    manifest = read_manifest(folder)
+    assert manifest.files["__1_0.distcp"] == theirs and "weights.bin" in manifest.files
+    assert find_damage(folder, manifest) == ["__1_0.distcp is missing"]
+
+
 def test_what_was_written_is_read_back(folder: Path) -> None:
     manifest = read_sound_manifest(folder)
     assert manifest == dataclasses.replace(example(), files=manifest.files)

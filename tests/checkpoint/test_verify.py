@@ -35,6 +35,14 @@ def test_types_are_compared_by_rounding_floats_only_and_in_both_directions(tmp_p
             assert line == f"model.w: element types {types}, and neither rounds to the other"
 
 
+def test_a_value_that_is_nan_in_one_of_two_is_no_difference_of_zero(tmp_path: Path) -> None:
+    value = torch.tensor([0.3, 1.7, -2.4])
+    broken = value.clone()
+    broken[1] = torch.nan
+    sources = [DictSource({"model.w": tensor}, None, tmp_path) for tensor in (value, broken)]
+    assert differences(*sources) == ["model.w: values differ by up to nan"]
+
+
 def test_a_weight_of_integers_is_not_sound() -> None:
     source = memory_source()
     values = dict(source.values)

@@ -68,6 +68,22 @@ def test_impossible_layouts_name_the_nearest(capsys: pytest.CaptureFixture[str])
     assert check(run.resolve(text_vocab_size=18_000), 16) == []
 
 
+def test_words_of_a_layout_take_back_a_schedule_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are pasted behind the command, whose own words stay."""
+    command = [*PAPER, "--world-size", "16", "parallel.schedule=interleaved", "parallel.stages_per_rank=2"]
+    memory = ["--gpu-memory", "200"]
+    assert main([*command, *memory]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "nearest layout of 16 processes" in line]
+    lines = [line]
+    assert main([*command, *memory, "--propose"]) == 0
+    lines += [line for line in capsys.readouterr().out.splitlines() if "parallel.tensor" in line]
+    assert len(lines) == 6
+    for line in lines:
+        words = [word for word in line.split() if word.startswith("parallel.")]
+        assert {"parallel.schedule=1f1b", "parallel.stages_per_rank=1"} <= set(words)
+        assert main([*command, *memory, *words]) != 2, line
+
+
 def test_proposals_fit_and_come_fastest_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     assert main([*PAPER, "--world-size", "8", "--propose", "--gpu-memory", "141", "--json", str(file)]) == 0

@@ -51,6 +51,20 @@ def test_command_trains_and_goes_on(tmp_path: Path, data: Path, capsys: pytest.C
     assert "is already trained" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["train", "train-vqgan"])
+def test_a_finished_folder_is_no_place_for_a_run(
+    tmp_path: Path, data: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that was merged or passed on would be left aside, and its files changed under its manifest."""
+    model = tmp_path / "share"
+    model.mkdir()
+    (model / "manifest.json").write_text("{}")
+    assert main([verb, "--preset", "demo", "--data", str(data), "--out", str(model), *SMALL]) == EXIT_ERROR
+    error = capsys.readouterr().err
+    assert f"--out={model}: has a manifest.json, so it is a finished model" in error and "Works: a new folder" in error
+    assert [path.name for path in model.iterdir()] == ["manifest.json"]
+
+
 def test_unknown_device_is_named(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--preset", "demo", "--data", str(data), "--out", str(tmp_path), "--device", "abacus"]
     assert main(["train-vqgan", *arguments]) == EXIT_ERROR

@@ -214,6 +214,12 @@ def test_full_attention_has_no_kernel_to_check() -> None:
             "processes, 8. Works: -1, 4.",
         ),
         (
+            ["parallel.replica=2", "parallel.tensor=4", "parallel.shard=2"],
+            4,
+            "parallel.tensor=4: tensor x pipeline x replica x shard = 4 x 1 x 2 x 2 does not give the number of "
+            "processes, 4. Works: tensor x pipeline x replica = 1, 2, 4, with parallel.shard=-1.",
+        ),
+        (
             ["parallel.tensor=2", "model.dropout=0.05"],
             2,
             "model.dropout=0.05: with parallel.tensor=2 ranks would drop different values of what they share. "

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,16 @@ def test_run_folder_round_trip(tmp_path: Path) -> None:
     assert load_run_config(file=path) == run
     assert json.loads(path.read_text()) == dump_run_config(run)
     assert [file.name for file in path.parent.iterdir()] == ["config.json"]
+
+
+def test_a_lost_node_leaves_no_empty_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is renamed must be on the disk before: else the name may outlive the content."""
+    calls: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+    write_run_folder_config(RunConfig(), tmp_path)
+    assert calls == ["fsync", "replace"]
 
 
 def test_run_folder_without_configuration(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,21 @@ def test_the_whole_model_for_samples_is_the_trained_one() -> None:
     image_ce, (image_logits, _), target = answers[0]
     found = torch.nn.functional.cross_entropy(image_logits.flatten(0, 1), target.flatten())
     assert float(found) == pytest.approx(image_ce, abs=1e-5)
+
+
+def copies_left(run: RunConfig) -> list[bool]:
+    """Whether copies of the weights are still held: once written, after the next copies, after a step."""
+    engine = start(run)
+    first = weakref.ref(engine.state_dict()["optimizer"]["exp_avg"]["norm.weight"])
+    held = [first() is not None]
+    second = weakref.ref(engine.state_dict()["optimizer"]["exp_avg"]["norm.weight"])
+    held += [first() is not None, second() is not None]
+    train(engine, range(1))
+    return [*held, second() is not None]
+
+
+def test_copies_for_a_checkpoint_do_not_stay_in_memory() -> None:
+    assert run_distributed(copies_left, 2, run_of(parallel={"zero": 2})) == [[True, False, True, False]] * 2
 
 
 def test_calls_that_torch_deprecates_are_not_announced() -> None:

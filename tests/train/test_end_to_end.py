@@ -17,6 +17,7 @@ from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.data.pair_pixels import PixelCache, write_pixel_cache
 from megatron_vilg.data.records import find_records
 from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.errors import CheckpointError
 from megatron_vilg.models.tokenizers import AnyTokenizer, build_image_tokenizer
 from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.engine import NativeEngine
@@ -202,6 +203,9 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, caches: tuple[Token
     lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 7))
     assert "val/loss/reconstruction(l1)" in lines[3] and "reconstruction/code_distance" in lines[5]
+    bare = dataclasses.replace(run.reconstructor, ema_decay=0.0)
+    with pytest.raises(CheckpointError, match="^reconstructor.ema_decay=0.0: averaged weights are"):
+        pretrain(dataclasses.replace(run, reconstructor=bare), cache, tmp_path / "b", **options)
 
 
 def test_export_holds_the_averaged_reconstructor() -> None:

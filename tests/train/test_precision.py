@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from megatron_vilg.checkpoint.image_tokenizer import WORK_NAME
 from megatron_vilg.checkpoint.manifest import Manifest, write_manifest
-from megatron_vilg.config.load import write_run_folder_config
+from megatron_vilg.config.load import RUN_FILE, write_run_folder_config
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.errors import ConfigError
 from megatron_vilg.ops import precision as ops_precision
 from megatron_vilg.train.engine import NativeEngine
 from megatron_vilg.train.precision import settle_precision
@@ -71,6 +72,35 @@ def test_an_image_tokenizer_keeps_what_its_checkpoints_say(tmp_path: Path, monke
     step.mkdir(parents=True)
     write_manifest(step, Manifest(kind="image-tokenizer", counters={"options": '{"precision": "bf16"}'}))
     assert both(settle_precision(RunConfig(), "cpu", tmp_path)) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("left_behind", ["step-00000002.partial", "step-00000002"])
+def test_a_checkpoint_that_was_never_finished_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: str
+) -> None:
+    """A process killed while it saved, or a disk that lost the manifest: training itself takes the one before."""
+    pretend(monkeypatch, SLOW)
+    folder = tmp_path / WORK_NAME / "checkpoints"
+    for name in ("step-00000001", left_behind):
+        (folder / name).mkdir(parents=True)
+    identity = Manifest(kind="image-tokenizer", counters={"options": '{"precision": "bf16"}'})
+    write_manifest(folder / "step-00000001", identity)
+    assert both(settle_precision(RunConfig(), "cpu", tmp_path)) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"train": []}'])
+def test_a_damaged_configuration_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    pretend(monkeypatch, SLOW)
+    (tmp_path / RUN_FILE).write_text(content)
+    with pytest.raises(ConfigError, match="config.json: cannot be read .* Works: .* train.precision=fp32 or bf16"):
+        settle_precision(RunConfig(), "cpu", tmp_path)
+    run = RunConfig()
+    run = dataclasses.replace(
+        run,
+        train=dataclasses.replace(run.train, precision="fp32"),
+        image_tokenizer_train=dataclasses.replace(run.image_tokenizer_train, precision="fp32"),
+    )
+    assert both(settle_precision(run, "cpu", tmp_path)) == ("fp32", "fp32")
 
 
 def settled_with_unlike_processors() -> tuple[str, str]:

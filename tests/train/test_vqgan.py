@@ -180,6 +180,9 @@ def test_other_pictures_or_another_model_are_refused(tmp_path: Path) -> None:
     other = dataclasses.replace(run, image_tokenizer=dataclasses.replace(run.image_tokenizer, codebook_size=17))
     with pytest.raises(CheckpointError, match="codebook_size: checkpoint has 16, this run has 17"):
         train_image_tokenizer(other, discs(), HELD_OUT, out)
+    averaging = dataclasses.replace(run.image_tokenizer_train, weights_ema_decay=0.5)
+    with pytest.raises(CheckpointError, match="^image_tokenizer_train.weights_ema_decay=0.5: averaged weights are"):
+        train_image_tokenizer(dataclasses.replace(run, image_tokenizer_train=averaging), discs(), HELD_OUT, out)
 
 
 def test_a_signal_saves_the_step_and_the_same_call_goes_on(tmp_path: Path) -> None:
