@@ -32,7 +32,8 @@ from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
 from megatron_vilg.train.instruments import Instruments
 from megatron_vilg.train.metrics import MetricWriter, SilentWriter
-from megatron_vilg.train.optim import learning_rate, other_optimizer
+from megatron_vilg.train.optim import learning_rate
+from megatron_vilg.train.resumed_state import other_state
 from megatron_vilg.train.same_pairs import pairs_of, require_same_pairs
 from megatron_vilg.train.signals import StopSignals
 
@@ -249,8 +250,8 @@ def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest
     """Fill the engine from the newest sound checkpoint; returns its manifest, or ``identity`` if there is none.
 
     Raises:
-        CheckpointError: no checkpoint can be used, or the newest belongs to another configuration, to another optimizer
-            or to other pairs; both sides are printed.
+        CheckpointError: no checkpoint can be used, or the newest belongs to another configuration, has other parts
+            (``train.resumed_state``) or is of other pairs; both sides are printed.
         ConfigError: it has more steps than the run is to have.
     """
     path = checkpointer.latest()
@@ -264,7 +265,7 @@ def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest
     require_same_pairs(path, found, identity, engine.mesh)
     state = engine.state_dict()
     # In one line, where tensors compared by name make hundreds.
-    problem = other_optimizer(path, engine.run.optim.name, state) if engine.mesh.is_main else ""
+    problem = other_state(path, engine.run, state) if engine.mesh.is_main else ""
     if problem := engine.mesh.from_main(problem):
         raise CheckpointError(problem)
     manifest = checkpointer.load(path, state, expected=identity)

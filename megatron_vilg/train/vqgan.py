@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def train_image_tokenizer(
         Quality on ``held_out``; None when a signal stopped the run (the step is saved).
 
     Raises:
-        ConfigError: ``image_tokenizer_train.batch_size`` does not divide by the number of processes.
+        ConfigError: the batch does not divide by the number of processes, or options ask for tensors not saved so far.
         TrainingError: too many steps in a row were not finite.
         CheckpointError: the checkpoints beside ``out`` belong to another model or other pictures.
         MissingPackageError: the perceptual network's package is not installed.
@@ -313,12 +314,31 @@ def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manif
             f"now {identity.counters['pictures']}). Use the same data, or another output folder."
         )
     before, now = (json.loads(str(m.counters["options"])) for m in (found, identity))
+    if problems := list(_other_parts(before, now, path)):
+        raise ConfigError(problems)
     for name in sorted(name for name in now if before.get(name) != now[name]):
         log.warning("going on with %s=%s; the run so far used %s", name, now[name], before.get(name))
     checkpointer.load(path, engine.state_dict())
     engine.resumed(found, before)
     log.info("resumed from %s: step %d", path, found.step)
     return found.step
+
+
+def _other_parts(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """Options that decide which tensors a run saves, where they differ: in one line each, not one for every tensor.
+
+    Args:
+        before, now: ``image_tokenizer_train`` of the run so far, and of now. What an older version did not write is
+            taken to be what it is now.
+    """
+    before = {**now, **before}
+    whole = ["optimizer", *(["critic_channels"] if before["critic_weight"] and now["critic_weight"] else [])]
+    differ = [name for name in whole if before[name] != now[name]]
+    differ += [name for name in ("critic_weight", "weights_ema_decay") if bool(before[name]) != bool(now[name])]
+    for name in differ:
+        rule = f"{path} was trained with {before[name]}, and its tensors do not fit"
+        works = f"{before[name]}{'' if name in whole or not before[name] else ' or any other above 0'}"
+        yield f"image_tokenizer_train.{name}={now[name]}: {rule}. Works: {works}, or another --out."
 
 
 def _metrics(
