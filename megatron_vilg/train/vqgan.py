@@ -128,7 +128,7 @@ def train_image_tokenizer(
         Quality on ``held_out``; None when a signal stopped the run (the step is saved).
 
     Raises:
-        ConfigError: the batch does not divide by the number of processes, or options ask for tensors not saved so far.
+        ConfigError: the batch does not divide by the number of processes; checkpoints have more steps or other tensors.
         TrainingError: too many steps in a row were not finite.
         CheckpointError: the checkpoints beside ``out`` belong to another model or other pictures.
         MissingPackageError: the perceptual network's package is not installed.
@@ -314,6 +314,10 @@ def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manif
             f"now {identity.counters['pictures']}). Use the same data, or another output folder."
         )
     before, now = (json.loads(str(m.counters["options"])) for m in (found, identity))
+    if found.step > now["num_steps"]:
+        rule = f"{path} has more steps behind it, so that nothing would be trained"
+        works = f"{found.step}, to keep it as it is, or more to go on"
+        raise ConfigError([f"image_tokenizer_train.num_steps={now['num_steps']}: {rule}. Works: {works}."])
     if problems := list(_other_parts(before, now, path)):
         raise ConfigError(problems)
     for name in sorted(name for name in now if before.get(name) != now[name]):

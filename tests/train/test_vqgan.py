@@ -134,6 +134,18 @@ def test_a_finished_run_is_not_trained_again_but_a_changed_one_is(
     assert read_manifest(out).step == 12
 
 
+def test_fewer_steps_than_there_are_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "image_tokenizer"
+    train_image_tokenizer(tiny_run(), discs(), HELD_OUT, out)
+    with pytest.raises(ConfigError) as caught:
+        train_image_tokenizer(tiny_run(num_steps=6), discs(), HELD_OUT, out)
+    path = tmp_path / WORK_NAME / "checkpoints" / "step-00000010"
+    rule = f"{path} has more steps behind it, so that nothing would be trained"
+    said = f"image_tokenizer_train.num_steps=6: {rule}. Works: 10, to keep it as it is, or more to go on."
+    assert said in str(caught.value)
+    assert read_manifest(out).step == 10
+
+
 def test_a_longer_run_keeps_a_codebook_that_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, out = [], tmp_path / "image_tokenizer"
     start = VQGANEngine.start_codebook
