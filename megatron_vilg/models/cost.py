@@ -282,16 +282,15 @@ def fold_shape(config: ModelConfig, pattern: str, direction: Direction) -> FoldS
     """Blocks of a layer that is folded (``ops.attention_choice.executed_by``)."""
     side, count = config.image_side, config.image_side**2
     causal = direction == Direction.TEXT_TO_IMAGE
-    block = side // 2 if pattern == "row" and side % 2 == 0 and side >= 16 else side
-    if pattern == "column":
-        before, after = 0, 0
-    elif pattern == "conv":
+    block = side
+    if pattern == "conv":
         half = config.conv_kernel // 2
         before = after = half * side + (half if config.conv_wrap else 0)
-    elif causal or config.image_to_text_row == "window":
+    elif pattern == "row" and (causal or config.image_to_text_row == "window"):
         before = after = side
+        block = side // 2 if side % 2 == 0 and side >= 16 else side
     else:
-        before = after = side - block
+        before = after = 0
     around = min(before, count - block) + (0 if causal else min(after, count - block))
     shared = config.spec.source_length(direction) + 1 if causal else 2
     return FoldShape(count // block, shared + around + block)

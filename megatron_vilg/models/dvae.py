@@ -179,7 +179,8 @@ class DVAE(nn.Module):
         share its work.
 
         Args:
-            generator: CPU generator.
+            generator: CPU generator of this step alone. Where no code is dead nothing is drawn: noise for all codes, as
+                replacing some takes it, is 17 million numbers at DALL-E's sizes, 0.7 seconds of a core.
 
         Returns:
             How many codes were replaced (scalar tensor).
@@ -188,7 +189,8 @@ class DVAE(nn.Module):
         counts = torch.bincount(ids.flatten(), minlength=config.codebook_size).to(self.use)
         self.use.mul_(config.ema_decay).add_(counts, alpha=1.0 - config.ema_decay)
         dead = self.use < config.dead_code_threshold
-        # Drawn for every code, dead or not: how many draws a step takes must not depend on the data.
+        if not dead.any():
+            return dead.sum()
         weight = torch.where(dead, 1e-9, self.use).cpu()
         model = torch.multinomial(weight, config.codebook_size, replacement=True, generator=generator)
         model = model.to(dead.device)

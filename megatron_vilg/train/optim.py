@@ -173,14 +173,13 @@ def state_was_filled(optimizer: Optimizer) -> None:
             group["step"] = int(optimizer.state[group["params"][0]]["step"])
 
 
-def other_optimizer(path: Path, name: str, state: Mapping[str, Any], option: str = "optim.name") -> str:
+def other_optimizer(path: Path, name: str, state: Mapping[str, Any]) -> str:
     """What is wrong if a checkpoint has the state of another optimizer than a run asks for; empty: nothing is.
 
     Args:
         path: the checkpoint.
-        name: the optimizer of the run.
+        name: ``optim.name`` of the run.
         state: its tensors, nested as checkpoints are.
-        option: what names it.
 
     Raises:
         CheckpointError: the checkpoint's list of tensors is missing or damaged.
@@ -190,7 +189,7 @@ def other_optimizer(path: Path, name: str, state: Mapping[str, Any], option: str
     if not found or not wanted or found == wanted:
         return ""
     rule = f"the checkpoint {path} has {found}, this run has {name}"
-    return f"{option}: {rule}. Works: {option}={found}, or another --out"
+    return f"optim.name: {rule}. Works: optim.name={found}, or another --out"
 
 
 def state_kind(shapes: Mapping[str, Sequence[int]]) -> str:

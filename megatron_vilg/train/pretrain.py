@@ -33,8 +33,8 @@ from megatron_vilg.train.engine import Engine, NativeEngine, StepResult
 from megatron_vilg.train.instruments import Instruments
 from megatron_vilg.train.metrics import MetricWriter, SilentWriter
 from megatron_vilg.train.optim import learning_rate
+from megatron_vilg.train.resumed_state import other_state
 from megatron_vilg.train.same_pairs import pairs_of, require_same_pairs
-from megatron_vilg.train.same_parts import other_parts_of_run
 from megatron_vilg.train.signals import StopSignals
 
 log = get_logger(__name__)
@@ -250,8 +250,8 @@ def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest
     """Fill the engine from the newest sound checkpoint; returns its manifest, or ``identity`` if there is none.
 
     Raises:
-        CheckpointError: no checkpoint can be used, or the newest belongs to another configuration, to another optimizer
-            or to other pairs, or has other parts; both sides are printed.
+        CheckpointError: no checkpoint can be used, or the newest belongs to another configuration, has other parts
+            (``train.resumed_state``) or is of other pairs; both sides are printed.
         ConfigError: it has more steps than the run is to have.
     """
     path = checkpointer.latest()
@@ -265,7 +265,7 @@ def resume_latest(engine: Engine, checkpointer: Checkpointer, identity: Manifest
     require_same_pairs(path, found, identity, engine.mesh)
     state = engine.state_dict()
     # In one line, where tensors compared by name make hundreds.
-    problem = other_parts_of_run(path, engine.run, state) if engine.mesh.is_main else ""
+    problem = other_state(path, engine.run, state) if engine.mesh.is_main else ""
     if problem := engine.mesh.from_main(problem):
         raise CheckpointError(problem)
     manifest = checkpointer.load(path, state, expected=identity)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from megatron_vilg.train.codebook_watch import CodebookWatch, replaced_though_us
 from megatron_vilg.train.dvae_engine import DVAEEngine
 from megatron_vilg.train.metrics import Column, MetricWriter, SilentWriter
 from megatron_vilg.train.pixel_source import PixelsInMemory, PixelSource
-from megatron_vilg.train.same_parts import other_parts_of_tokenizer
 from megatron_vilg.train.signals import StopSignals
 from megatron_vilg.train.tokenizer_engine import TokenizerEngine, TokenizerStep
 from megatron_vilg.train.vqgan_engine import VQGANEngine
@@ -128,7 +128,7 @@ def train_image_tokenizer(
         Quality on ``held_out``; None when a signal stopped the run (the step is saved).
 
     Raises:
-        ConfigError: ``image_tokenizer_train.batch_size`` does not divide by the number of processes.
+        ConfigError: the batch does not divide by the number of processes; checkpoints have more steps or other tensors.
         TrainingError: too many steps in a row were not finite.
         CheckpointError: the checkpoints beside ``out`` belong to another model or other pictures.
         MissingPackageError: the perceptual network's package is not installed.
@@ -230,7 +230,7 @@ def _loop(
     options, replicas = run.image_tokenizer_train, engine.replicas
     if problem := replaced_though_used(run):
         log.warning("%s", problem)
-    step = _resume(run, engine, checkpointer, identity)
+    step = _resume(engine, checkpointer, identity)
     tokens, skipped_in_row = options.batch_size * run.image_tokenizer.grid_side**2, 0
     watch = CodebookWatch(run.image_tokenizer.codebook_size)
     must_stop = False
@@ -301,7 +301,7 @@ def _finished(out: Path, identity: Manifest, num_steps: int) -> AnyTokenizer | N
     return load_image_tokenizer(out)
 
 
-def _resume(run: RunConfig, engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manifest) -> int:
+def _resume(engine: TokenizerEngine, checkpointer: Checkpointer, identity: Manifest) -> int:
     """Fill the engine from the newest sound checkpoint, if there is any; return the finished steps."""
     path = engine.replicas.from_main(checkpointer.latest() if engine.replicas.is_main else None)
     if path is None:
@@ -314,15 +314,35 @@ def _resume(run: RunConfig, engine: TokenizerEngine, checkpointer: Checkpointer,
             f"now {identity.counters['pictures']}). Use the same data, or another output folder."
         )
     before, now = (json.loads(str(m.counters["options"])) for m in (found, identity))
+    if found.step > now["num_steps"]:
+        rule = f"{path} has more steps behind it, so that nothing would be trained"
+        works = f"{found.step}, to keep it as it is, or more to go on"
+        raise ConfigError([f"image_tokenizer_train.num_steps={now['num_steps']}: {rule}. Works: {works}."])
+    if problems := list(_other_parts(before, now, path)):
+        raise ConfigError(problems)
     for name in sorted(name for name in now if before.get(name) != now[name]):
         log.warning("going on with %s=%s; the run so far used %s", name, now[name], before.get(name))
-    state = engine.state_dict()
-    if problem := other_parts_of_tokenizer(path, run, state):
-        raise CheckpointError(problem)
-    checkpointer.load(path, state)
+    checkpointer.load(path, engine.state_dict())
     engine.resumed(found, before)
     log.info("resumed from %s: step %d", path, found.step)
     return found.step
+
+
+def _other_parts(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """Options that decide which tensors a run saves, where they differ: in one line each, not one for every tensor.
+
+    Args:
+        before, now: ``image_tokenizer_train`` of the run so far, and of now. What an older version did not write is
+            taken to be what it is now.
+    """
+    before = {**now, **before}
+    whole = ["optimizer", *(["critic_channels"] if before["critic_weight"] and now["critic_weight"] else [])]
+    differ = [name for name in whole if before[name] != now[name]]
+    differ += [name for name in ("critic_weight", "weights_ema_decay") if bool(before[name]) != bool(now[name])]
+    for name in differ:
+        rule = f"{path} was trained with {before[name]}, and its tensors do not fit"
+        works = f"{before[name]}{'' if name in whole or not before[name] else ' or any other above 0'}"
+        yield f"image_tokenizer_train.{name}={now[name]}: {rule}. Works: {works}, or another --out."
 
 
 def _metrics(

@@ -84,6 +84,35 @@ def test_wide_beam_equals_exhaustive_search(length_penalty: float) -> None:
         assert tuple(ids) == max(scores, key=lambda caption: scores[caption])
 
 
+def beam_without_cache(model: ViLG, codes: Tensor, beam: int, length_penalty: float) -> list[int]:
+    """The same search over whole rows: an ended caption takes its place in the beam with it."""
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    best, room = (float("-inf"), [int(TextToken.EOS)]), beam
+    while live:
+        found = []
+        for total, ids in live:
+            after = log_probabilities(model, codes, ids)[-1]
+            tokens = range(len(after)) if len(ids) < model.spec.num_text_slots else [int(TextToken.EOS)]
+            found += [(total + float(after[token]), [*ids, token]) for token in tokens]
+        live, kept = [], sorted(found, reverse=True)[:room]
+        for total, ids in kept:
+            if ids[-1] != TextToken.EOS:
+                live.append((total, ids))
+                continue
+            room -= 1
+            best = max(best, (total / len(ids) ** length_penalty, ids))
+    return best[1][:-1]
+
+
+@pytest.mark.parametrize(("beam", "length_penalty"), [(2, 1.0), (2, 3.0), (3, 2.0)])
+def test_narrow_beam_equals_a_search_over_whole_rows(beam: int, length_penalty: float) -> None:
+    model = tiny_model(tiny_config(text_vocab_size=9), std=0.5)
+    codes = pictures(model, 6)
+    expected = [beam_without_cache(model, row, beam, length_penalty) for row in codes]
+    assert len({len(ids) for ids in expected}) > 1, "some end early"
+    assert caption_ids(model, codes, beam=beam, length_penalty=length_penalty) == expected
+
+
 def test_beams_of_several_pictures_do_not_mix() -> None:
     model = tiny_model()
     codes = pictures(model, 5)

@@ -57,6 +57,10 @@ def test_gate_needs_both_the_step_and_the_quality_and_then_stays_open() -> None:
     assert not gate.update(1, good)
     assert gate.update(3, good)
     assert gate.update(4, bad)
+    slow = CriticGate(start_step=9, threshold=0.1, decay=0.75)
+    slow.update(0, bad)
+    slow.update(1, good)
+    assert float(slow.average) == pytest.approx(0.75 * 0.9 + 0.25 * 0.05), "the decay is the share of what was before"
     late = CriticGate(start_step=0, threshold=0.1, decay=0.5)
     assert [late.update(step, bad if step == 0 else good) for step in range(6)] == [False] * 5 + [True]
     average = late.average.clone()

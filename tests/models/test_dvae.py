@@ -107,14 +107,28 @@ def test_divergence_from_uniform() -> None:
     assert kl_to_uniform(one).item() == pytest.approx(math.log(8), rel=1e-5)
 
 
+def test_nothing_is_drawn_where_no_code_is_dead(small: DVAE) -> None:
+    draws, before = torch.Generator().manual_seed(1), small.codebook.clone()
+    start = draws.get_state()
+    assert not small.follow(torch.arange(32)[None], draws)
+    assert torch.equal(draws.get_state(), start) and torch.equal(small.codebook, before)
+
+
 def test_dead_codes_split_busy_ones(small: DVAE) -> None:
     ids = torch.tensor([[3] * 12 + [7] * 4])
-    before = small.codebook.clone()
+    head = small.encoder.head
+    assert head.bias is not None
+    torch.nn.init.normal_(head.bias)
+    before, rows, bias = small.codebook.clone(), head.weight.detach().flatten(1).clone(), head.bias.detach().clone()
     for step in range(200):
         revived = small.follow(ids, torch.Generator().manual_seed(step))
         if revived:
             break
     assert int(revived) == 30
+    assert not small.follow(ids, torch.Generator().manual_seed(0)), "they count as used once"
+    assert torch.isin(head.bias, bias[[3, 7]]).all() and torch.equal(head.bias[[3, 7]], bias[[3, 7]])
+    distance = torch.cdist(head.weight.flatten(1), rows[[3, 7]]).amin(1)
+    assert distance.max() < 0.25 * rows[[3, 7]].norm(dim=1).max(), "the encoder's rows as well"
     busy = before[[3, 7]]
     nearest = torch.cdist(small.codebook, busy).amin(1)
     assert nearest.max() < 0.25 * busy.norm(dim=1).max()

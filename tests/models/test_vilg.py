@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_vilg.config.presets import PRESETS
 from megatron_vilg.data.batch import build_targets
+from megatron_vilg.models.layers import Block
 from megatron_vilg.models.vilg import ViLG
-from megatron_vilg.ops.attention import Implementation
+from megatron_vilg.ops.attention import Implementation, prepare
 from megatron_vilg.parallel.recompute import Recompute, apply_recompute
-from megatron_vilg.sequence import Direction
+from megatron_vilg.sequence import Direction, TextToken
 from tests.tiny import tiny_batch, tiny_config, tiny_model
 
 T2I, I2T = Direction.TEXT_TO_IMAGE, Direction.IMAGE_TO_TEXT
@@ -44,6 +46,53 @@ def changed(ids: Tensor, place: int, vocabulary: int, low: int = 0) -> Tensor:
 def moved(before: Tensor, after: Tensor) -> Tensor:
     """Which positions of [1, n, ...] differ by more than rounding."""
     return (before - after).abs().amax(-1)[0] > 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("direction", [T2I, I2T])
+def test_every_position_is_fed_what_the_layout_says(direction: Direction) -> None:
+    config = tiny_config(image_side=3, codebook_dim=2)
+    embed = tiny_model(config).embed
+    assert embed is not None and embed.segment is not None and embed.code_projection is not None
+    embed.codebook.normal_(generator=torch.Generator().manual_seed(0))
+    text, image, _ = row(tiny_model(config))
+    source, target = 2 * direction, 2 * direction + 1  # segments: text source, image target, image source, text target
+
+    def word(token: int, place: int) -> Tensor:
+        return embed.text.weight[token] + embed.position.weight[place]
+
+    def code(number: int) -> Tensor:
+        token = int(image[0, number])
+        placed = embed.row.weight[number // 3] + embed.column.weight[number % 3]
+        return embed.image.weight[token] + embed.code_projection.weight @ embed.codebook[token] + placed
+
+    words = [word(int(token), 1 + place) for place, token in enumerate(text[0])]
+    codes = [code(number) for number in range(9)]
+    begin, end = embed.boundary.weight
+    last = 1 + config.num_text_slots
+    parts = {
+        T2I: ([word(TextToken.CLS, 0), *words, word(TextToken.SEP, last)], [begin, *codes]),
+        I2T: ([begin, *codes, end], [word(TextToken.BOS, 0), *words]),
+    }[direction]
+    rows = [x + embed.segment.weight[s] for part, s in zip(parts, (source, target), strict=True) for x in part]
+    found = embed(text, image, direction)[0]
+    torch.testing.assert_close(found[: len(rows)], torch.stack(rows))
+    assert len(rows) == config.spec.num_used and not found[len(rows) :].any()
+
+
+@torch.no_grad()
+def test_a_block_with_a_sandwich_of_norms_written_out() -> None:
+    model = tiny_model(tiny_config(num_layers=1, sandwich_norm=True))
+    block = cast(Block, model.blocks["0"])
+    norms = (block.norm1, block.post_norm1, block.norm2, block.post_norm2)
+    for number, norm in enumerate(norms):
+        cast(nn.LayerNorm, norm).bias.fill_(0.1 * (number + 1))
+    before, behind, inner, outer = norms
+    x = torch.randn(1, model.spec.length, model.config.width, generator=torch.Generator().manual_seed(0))
+    ready = prepare(model.rule("conv"), torch.tensor([5]), "dense", T2I)
+    between = x + behind(block.attention(before(x), ready))
+    expected = between + outer(block.mlp(inner(between)))
+    torch.testing.assert_close(block(x, ready), expected)
 
 
 @torch.no_grad()

@@ -131,6 +131,22 @@ def test_fold_at_a_side_with_half_rows(pattern: str, direction: Direction) -> No
     assert_same(run(rule, text_len, "fold", direction), run(rule, text_len, "dense", direction))
 
 
+@pytest.mark.parametrize(
+    ("direction", "row", "keys"),
+    [
+        (Direction.TEXT_TO_IMAGE, "same_row", [48, 32, 197]),
+        (Direction.IMAGE_TO_TEXT, "same_row", [32, 32, 362]),
+        (Direction.IMAGE_TO_TEXT, "window", [80, 32, 362]),
+    ],
+)
+def test_image_keys_that_folding_computes_at_the_papers_sizes(direction: Direction, row: str, keys: list[int]) -> None:
+    """Those of ``docs/performance.md``: blocks are as long as makes their windows shortest."""
+    spec = StreamSpec(num_text_slots=61, image_side=32)
+    rules = [AttentionRule(p, spec, image_to_text_row=row) for p in ("row", "column", "conv")]  # type: ignore[arg-type]
+    plans = [fold_plan(rule, direction, torch.device("cpu")) for rule in rules]
+    assert [plan and plan.window for plan in plans] == keys
+
+
 @pytest.mark.parametrize("pattern", ["row", "column", "conv"])
 @pytest.mark.parametrize("direction", list(Direction))
 def test_fold_for_devices_with_a_fused_kernel(pattern: str, direction: Direction) -> None:

