@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,18 +58,30 @@ def layouts(draw: st.DrawFn) -> tuple[ModelConfig, list[tuple[int, int]]]:
     return config, pairs
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
+_WAYS = given(
     case=layouts(),
     optimizer=st.booleans(),
     piece=st.sampled_from([1, 64, 4 << 20]),
     part=st.sampled_from([None, 1, 300]),
 )
-def test_any_way_through_the_formats_is_the_identity(
-    tmp_path_factory, case, optimizer: bool, piece: int, part: int | None
-) -> None:
+_ON_DISK = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=4, **_ON_DISK)
+@_WAYS
+def test_any_way_through_the_formats_is_the_identity(tmp_path_factory, case, optimizer, piece, part) -> None:
+    _go_through_the_formats(tmp_path_factory.mktemp("way"), case, optimizer, piece, part)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, **_ON_DISK)
+@_WAYS
+def test_more_ways_through_the_formats_are_the_identity(tmp_path_factory, case, optimizer, piece, part) -> None:
+    _go_through_the_formats(tmp_path_factory.mktemp("way"), case, optimizer, piece, part)
+
+
+def _go_through_the_formats(folder: Path, case: Any, optimizer: bool, piece: int, part: int | None) -> None:
     config, pairs = case
-    folder = tmp_path_factory.mktemp("way")
     source = memory_source(config, optimizer=optimizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "PIECE_BYTES", piece)

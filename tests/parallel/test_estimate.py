@@ -163,9 +163,9 @@ def test_attention_is_planned_as_what_it_stands_for(side: int) -> None:
     "parallel",
     [
         {"recompute": "block"},
-        {"recompute": "block", "num_microbatches": 2},
+        pytest.param({"recompute": "block", "num_microbatches": 2}, marks=pytest.mark.slow),
         {"recompute": "selective", "num_microbatches": 2},
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
     ],
 )
 def test_copies_of_wide_weights_are_counted_while_they_last(parallel: dict[str, Any]) -> None:
