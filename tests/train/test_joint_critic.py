@@ -18,6 +18,7 @@ from megatron_vilg.parallel.batch_norm import share_batch_norms
 from megatron_vilg.parallel.mesh import Mesh, build_mesh
 from megatron_vilg.train.end_to_end import EndToEndEngine
 from megatron_vilg.train.instruments import Instruments, first_pairs
+from megatron_vilg.train.optim import learning_rate, set_learning_rate
 from tests.helpers import run_distributed
 from tests.parallel.cases import BATCH
 from tests.tiny import tiny_batch, tiny_config
@@ -39,6 +40,24 @@ def test_every_seed_gives_a_critic() -> None:
 
     assert torch.equal(first_weight(2**64 - 1), first_weight(-1))
     assert not torch.equal(first_weight(2**64), first_weight(-1))
+
+
+def test_its_learning_rate_follows_the_schedule_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = judged_case()
+    run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, warmup_steps=2))
+    engine, rates = EndToEndEngine(run, "cpu", tokenizer_of(run)), list[float]()
+
+    def noted(optimizer: torch.optim.Optimizer, rate: float) -> None:
+        set_learning_rate(optimizer, rate)
+        rates.extend(group["lr"] for group in optimizer.param_groups[:1])
+
+    monkeypatch.setattr("megatron_vilg.train.joint_critic.set_learning_rate", noted)
+    for batch in joint_batches(run, 4):
+        engine.train_step(batch)
+    schedule = dataclasses.replace(run.optim, lr=run.reconstructor.critic_lr)
+    # It works from the second step on.
+    assert rates == [learning_rate(step, schedule, run.train.num_steps) for step in (1, 2, 3)]
+    assert len(set(rates)) > 1
 
 
 def judged(ranks: int) -> tuple[float, float, torch.Tensor, torch.Tensor]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import pytest
 import torch
 
 from megatron_vilg.config.schema import RunConfig
+from megatron_vilg.models.features import FeatureNetwork
 from megatron_vilg.models.pixel_losses import edge_error, perceptual_distance
 from megatron_vilg.train.pixel_source import PixelsInMemory
 from megatron_vilg.train.vqgan import build_tokenizer_engine
@@ -129,6 +131,20 @@ def test_critic_waits_for_its_gate_and_then_learns() -> None:
     assert all(p.requires_grad for p in engine.critic.parameters())
     closed = VQGANEngine(tiny_run(critic_weight=0.5, critic_start_step=0, critic_gate=1e-6))
     assert "loss/adversarial" not in closed.train_step(5, source.batch(5)).losses
+
+
+def test_perceptual_distance_adds_maps_and_averages_positions() -> None:
+    class Maps:
+        """A map of 2 x 2 positions, and one of a single position twice as far."""
+
+        def maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+            value = pixels[:, :1, 0, 0]
+            return [value[:, :, None, None].expand(-1, 3, 2, 2), 2 * value[:, :, None, None].expand(-1, 5, 1, 1)]
+
+    output, target = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    output[:, :, 0, 0] = torch.tensor([[1.0], [0.5]])
+    network = cast(FeatureNetwork, Maps())
+    assert perceptual_distance(network, output, target).tolist() == [3 * 1 + 5 * 4, 0.25 * (3 + 20)]
 
 
 def test_perceptual_distance_is_zero_on_equal_pictures_and_counts_in_the_loss() -> None:
