@@ -28,8 +28,6 @@ EXIT_STOPPED = 75
 """A signal stopped the run and nothing is lost; the same command goes on (EX_TEMPFAIL of sysexits.h: try again)."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C, as shells count it (128 + SIGINT)."""
-_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Errors that any file or folder may give wherever it is opened, and whose text with its name says everything."""
 PATIENCE_SECONDS = 5.0
 """How long a rank keeps a message to itself that another one has probably printed."""
 
@@ -131,10 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _NOT_ALLOWED or error.filename is None:
+        works = _works_instead(error)
+        if works is None:
             raise
-        works = "a folder that can be written" if error.errno == errno.EROFS else "as a user who may, or after chmod"
-        text = f"vilg {args.verb}: {type(error).__name__}: {error.filename}: {error.strerror}. Works: {works}\n"
+        where = "" if error.filename is None else f"{error.filename}: "
+        text = f"vilg {args.verb}: {type(error).__name__}: {where}{error.strerror}. Works: {works}\n"
         _say(text, world, is_known=False)
         return EXIT_ERROR
 
@@ -168,6 +167,17 @@ def _say(message: str, world: World, *, is_known: bool) -> None:
         if is_ended.wait(PATIENCE_SECONDS):
             return
     print(message, end="", file=sys.stderr, flush=True)
+
+
+def _works_instead(error: OSError) -> str | None:
+    """What helps where the system's own words explain an error of any file; None: a stack trace tells more."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "more room there (`df`, `quota`), or another place"
+    if error.filename is None:
+        return None
+    if error.errno == errno.EROFS:
+        return "a folder that can be written"
+    return "as a user who may, or after chmod" if error.errno in (errno.EACCES, errno.EPERM) else None
 
 
 def _leave_at_once(code: int) -> int:

@@ -140,6 +140,23 @@ def test_what_may_not_be_read_is_one_message(probe: ProbeVerb, capsys: pytest.Ca
         main(["probe"])
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "/small/spm.model"), "/small/spm.model: No space left"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+    ],
+    ids=["a named file", "no name"],
+)
+def test_a_full_disk_is_one_message(
+    probe: ProbeVerb, capsys: pytest.CaptureFixture[str], error: OSError, words: str
+) -> None:
+    probe.result = error
+    assert main(["probe"]) == EXIT_ERROR
+    works = "Works: more room there (`df`, `quota`), or another place\n"
+    assert capsys.readouterr().err == f"vilg probe: OSError: {words}. {works}"
+
+
 def test_a_bug_is_not_hidden(probe: ProbeVerb) -> None:
     probe.result = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
