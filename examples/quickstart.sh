@@ -7,7 +7,7 @@
 #   SEED=0            same seed, same machine: same report, but for the seconds
 #   CHOICE_SEED=0     which concepts are taken, and which pairs are held out
 #   FULL=1            all emoji in eight styles and composed scenes instead of 120 concepts in six: hours instead of minutes
-#   SMOKE=1           two minutes in all: few pairs, few steps; shows that it works, not that it learns
+#   SMOKE=1           two to four minutes in all: few pairs, few steps; shows that it works, not that it learns
 #   WORKERS=2         processes that train together; without it one per core up to 4, and one where there is a GPU
 #   VILG=vilg         the command to run
 #   PYTHON=python3    the interpreter that it belongs to
