@@ -18,6 +18,7 @@ import sentencepiece
 
 from megatron_vilg.config.schema import TextTokenizerConfig
 from megatron_vilg.data.records import tidy_caption
+from megatron_vilg.data.token_files import whole_file
 from megatron_vilg.errors import DataError
 from megatron_vilg.log import get_logger
 from megatron_vilg.sequence import TextToken
@@ -223,7 +224,7 @@ def _train(captions: Sequence[str], config: TextTokenizerConfig) -> bytes:
 
 def _write(folder: Path, model: bytes, manifest: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in ((MODEL_FILE, model), (MANIFEST_FILE, manifest.encode())):
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(data)
-        partial.rename(folder / name)
+    # Both or neither: a folder with something in it is refused when the command is repeated.
+    with whole_file(folder / MANIFEST_FILE) as manifest_aside, whole_file(folder / MODEL_FILE) as model_aside:
+        model_aside.write_bytes(model)
+        manifest_aside.write_text(manifest, encoding="utf-8")

@@ -9,6 +9,9 @@ the layout is the tightest one whose reads are exactly that matrix:
 * *gather*: any other rule (convolution): a ring, and a list of slots per query.
 
 *dense* keeps all tokens and hides by a bias; it is the reference.
+
+The source and the token that opens the target are kept apart, once for all targets of a source, or (*joint*) in front
+of each target's own slots.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vilg.config.schema import ModelConfig
@@ -69,6 +73,23 @@ def cache_layout(rule: AttentionRule, direction: Direction, kind: CacheKind, dev
     return _window(mask) or _columns(mask, rule.spec.image_side) or _gather(mask, device)
 
 
+@lru_cache(maxsize=64)
+def joint_layout(layout: CacheLayout, shared: int, device: torch.device) -> CacheLayout:
+    """The layout behind ``shared`` more slots, the first ones, which every token reads first."""
+    front = torch.arange(shared, device=device)
+
+    def read(own: slice | Tensor) -> slice | Tensor:
+        if isinstance(own, Tensor):
+            return torch.cat([front, own + shared])
+        if own.start == 0:
+            return slice(0, own.stop + shared)
+        return torch.cat([front, torch.arange(own.start + shared, own.stop + shared, device=device)])
+
+    bias = None if layout.bias is None else F.pad(layout.bias, (shared, 0))
+    slots = tuple(slot + shared for slot in layout.slot)
+    return CacheLayout(layout.name, layout.num_slots + shared, slots, tuple(map(read, layout.reads)), bias)
+
+
 def _dense(mask: Tensor, device: torch.device) -> CacheLayout:
     count = len(mask)
     bias = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf")).to(device)
@@ -112,6 +133,11 @@ class TargetCache:
         # Zeros: a read of fixed size also takes slots that are not written yet, and hides them by a bias.
         self.keys = like.new_zeros(*shape, layout.num_slots, head_dim)
         self.values = torch.zeros_like(self.keys)
+
+    def write_front(self, keys: Tensor, values: Tensor) -> None:
+        """Fill the first S slots of all targets of a source (``joint_layout``): keys and values [P, A, S, H]."""
+        self.keys[:, :, :, : keys.shape[2]] = keys[:, :, None]
+        self.values[:, :, :, : keys.shape[2]] = values[:, :, None]
 
     def write(self, token: int, key: Tensor, value: Tensor) -> None:
         """Store key and value [P, A, n, H] of a target token."""

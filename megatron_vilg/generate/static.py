@@ -56,7 +56,7 @@ class StaticDecoder(Decoder):
     """``Decoder`` whose steps have the same shapes and the same operations at every position."""
 
     def __init__(self, model: ViLG, prefix: Prefix, num_targets: int, cache: CacheKind = "pattern") -> None:
-        super().__init__(model, prefix, num_targets, cache)
+        super().__init__(model, prefix, num_targets, cache, joint=False)
         device = prefix.used.device
         self.position = torch.tensor(self.token, device=device)
         self.tables = [step_tables(c.layout, device) for c in self.caches]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,17 @@ def test_missing_and_replaced_files(tmp_path: Path) -> None:
     (tmp_path / "other" / "spm.model").replace(tmp_path / "spm.model")
     with pytest.raises(DataError, match=r"has SHA-256 .* says .*replaced"):
         TextTokenizer.load(tmp_path)
+
+
+def test_a_disk_that_fills_up_leaves_the_folder_empty(tmp_path: Path) -> None:
+    out = tmp_path / "tokenizer"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN, "Python has an OSError in its place"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            train_text_tokenizer(["红色的苹果", "蓝色的鸟"], TextTokenizerConfig(vocab_size=300), out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(out.iterdir()), "what is left would make the same command refuse its folder"
+    assert train_text_tokenizer(["红色的苹果", "蓝色的鸟"], TextTokenizerConfig(vocab_size=300), out)

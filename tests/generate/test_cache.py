@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vilg.config.schema import ModelConfig
-from megatron_vilg.generate.cache import CacheLayout, cache_layout, kv_elements_read, kv_elements_stored, target_mask
+from megatron_vilg.generate.cache import (
+    CacheLayout,
+    cache_layout,
+    joint_layout,
+    kv_elements_read,
+    kv_elements_stored,
+    target_mask,
+)
 from megatron_vilg.ops.rules import AttentionRule, Pattern, layer_patterns
 from megatron_vilg.sequence import Direction, StreamSpec
 
@@ -50,6 +57,20 @@ def test_reads_are_the_rule(
     if kind == "pattern":
         assert [layout.num_read(t) for t in range(len(expected))] == [len(keys) for keys in expected]
     assert max(layout.slot) < layout.num_slots
+
+
+@pytest.mark.parametrize("kind", ["pattern", "dense"])
+@pytest.mark.parametrize("pattern", ["row", "column", "conv", "full"])
+def test_joint_layout_reads_the_front_and_the_same_tokens(pattern: Pattern, kind: str) -> None:
+    rule = AttentionRule(pattern, StreamSpec(num_text_slots=3, image_side=6), conv_kernel=3)
+    layout = cache_layout(rule, T2I, kind, CPU)  # type: ignore[arg-type]
+    joint = joint_layout(layout, 5, CPU)
+    assert joint.num_slots == layout.num_slots + 5 and joint.slot == tuple(s + 5 for s in layout.slot)
+    every, behind = torch.arange(joint.num_slots), torch.arange(layout.num_slots)
+    for token, (read, own) in enumerate(zip(joint.reads, layout.reads, strict=True)):
+        assert every[read].tolist() == [*range(5), *(behind[own] + 5).tolist()]
+        if layout.bias is not None and joint.bias is not None:
+            assert joint.bias[token, :5].eq(0).all() and torch.equal(joint.bias[token, 5:], layout.bias[token])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_vilg.generate.decode import Decoder, inference, prefill
+from megatron_vilg.generate.decode import JOINT_ROWS, Decoder, inference, prefill
+from megatron_vilg.generate.static import StaticDecoder
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.sequence import Direction
 from tests.tiny import tiny_batch, tiny_config, tiny_model
@@ -33,13 +34,14 @@ def cached_logits(
     *,
     num_given: int = 0,
     cache: Any = "pattern",
+    joint: bool | None = None,
 ) -> Tensor:
     """Teacher-forced predictions of target positions ``num_given ..`` through the cache: [B, positions, V]."""
     source, target = (text, codes) if direction == T2I else (codes, text)
     with inference(model):
         prefix = prefill(model, direction, source, lengths, target[:, :num_given])
         prefix = prefix.select(torch.arange(len(text)))
-        decoder = Decoder(model, prefix, 1, cache)
+        decoder = Decoder(model, prefix, 1, cache, joint=joint)
         last = target.shape[1] - (direction == T2I)
         outputs = [prefix.logits, *(decoder.step(target[:, t]) for t in range(num_given, last))]
     return torch.stack(outputs, dim=1)
@@ -62,17 +64,18 @@ def full_logits(model: ViLG, direction: Direction, text: Tensor, codes: Tensor, 
     image_to_text_row=st.sampled_from(["same_row", "window"]),
     qk_norm=st.booleans(),
     cache=st.sampled_from(["pattern", "dense"]),
+    joint=st.booleans(),
     implementation=st.sampled_from(["dense", "fold"]),
     count=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_cached_equals_full_at_every_position(
-    direction: Direction, cache: Any, implementation: Any, count: int, seed: int, **sizes: Any
+    direction: Direction, cache: Any, joint: bool, implementation: Any, count: int, seed: int, **sizes: Any
 ) -> None:
     model = tiny_model(tiny_config(**sizes), implementation)
     text, codes, lengths = rows(model, count, seed)
     expected = full_logits(model, direction, text, codes, lengths)
-    actual = cached_logits(model, direction, text, codes, lengths, cache=cache)
+    actual = cached_logits(model, direction, text, codes, lengths, cache=cache, joint=joint)
     used = torch.ones(actual.shape[:2], dtype=torch.bool)
     if direction == I2T:  # captions up to their end: what follows it is never drawn
         used = torch.arange(actual.shape[1]) <= lengths[:, None]
@@ -89,9 +92,11 @@ def test_given_beginning_equals_steps(num_given: int) -> None:
     torch.testing.assert_close(given_at_once, stepped, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cache", ["pattern", "dense"])
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("direction", [T2I, I2T])
-def test_targets_of_one_source_share_it(direction: Direction) -> None:
-    """Several targets per source, sources picked by number: as if each row had its own copy."""
+def test_targets_of_one_source_share_it(direction: Direction, joint: bool, cache: Any) -> None:
+    """Several targets per source, sources picked by number: as if each row had its own copy, which joint ones have."""
     model = tiny_model()
     text, codes, lengths = rows(model, 6)
     source = text[[0, 0, 0, 1, 1, 1]] if direction == T2I else codes[[0, 0, 0, 1, 1, 1]]
@@ -100,31 +105,48 @@ def test_targets_of_one_source_share_it(direction: Direction) -> None:
     with inference(model):
         alone = prefill(model, direction, source, source_len).select(torch.arange(6))
         shared = prefill(model, direction, source[[3, 0]], source_len[[3, 0]]).select(torch.tensor([1, 0]))
-        one, many = Decoder(model, alone, 1), Decoder(model, shared, 3)
+        one, many = Decoder(model, alone, 1, joint=False), Decoder(model, shared, 3, cache, joint=joint)
         for token in range(4):
-            torch.testing.assert_close(many.step(target[:, token]), one.step(target[:, token]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(many.step(target[:, token]), one.step(target[:, token]), atol=1e-5, rtol=1e-5)
 
 
-def test_select_continues_other_targets() -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_select_continues_other_targets(joint: bool) -> None:
     model = tiny_model()
     text, codes, lengths = rows(model, 4)
     index = torch.tensor([[1, 1], [0, 1]])
     flat = torch.tensor([1, 1, 2, 3])
     with inference(model):
         prefix = prefill(model, I2T, codes[:2], lengths[:2])
-        moved, straight = Decoder(model, prefix, 2), Decoder(model, prefix, 2)
+        moved, straight = (Decoder(model, prefix, 2, joint=joint) for _ in range(2))
         moved.step(text[:, 0])
         moved.select(index)
         straight.step(text[flat, 0])
         torch.testing.assert_close(moved.step(text[:, 1]), straight.step(text[:, 1]), atol=1e-5, rtol=1e-5)
 
 
-def test_bf16_stays_close() -> None:
+def test_a_few_short_rows_on_a_cpu_have_copies_of_their_source() -> None:
+    model, long = tiny_model(), tiny_model(tiny_config(image_side=18))
+    with inference(model):
+        text, codes, lengths = rows(model, 3)
+        prefix = prefill(model, T2I, text, lengths)
+        few, many = (Decoder(model, prefix, count) for count in (JOINT_ROWS // 3, JOINT_ROWS // 3 + 1))
+        caption = Decoder(model, prefill(model, I2T, codes, lengths), 1)
+        static = StaticDecoder(model, prefix, 1)
+    with inference(long):
+        text, _, lengths = rows(long, 1)
+        longer = Decoder(long, prefill(long, T2I, text, lengths), 1)
+    assert [d.joint for d in (few, many, caption, static, longer)] == [True, False, False, False, False]
+    assert not few.shared_keys and len(many.shared_keys) == model.config.num_layers
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_bf16_stays_close(joint: bool) -> None:
     model = tiny_model(std=0.1)
     text, codes, lengths = rows(model, 3)
     exact = cached_logits(model, T2I, text, codes, lengths)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = cached_logits(model, T2I, text, codes, lengths)
+        rounded = cached_logits(model, T2I, text, codes, lengths, joint=joint)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, atol=0.1, rtol=0.1)
 

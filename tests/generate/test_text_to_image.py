@@ -291,7 +291,7 @@ def test_steps_under_the_autocast_of_a_gpu(rounded: bool, changes: dict[str, obj
     codes = tiny_batch(model.config, 2).target_image_ids
     with inference(model):
         prefix = prefill(model, Direction.TEXT_TO_IMAGE, text, length).select(torch.arange(2))
-        decoders = [kind(model, prefix, 1) for kind in (Decoder, StaticDecoder)]
+        decoders = [Decoder(model, prefix, 1, joint=False), StaticDecoder(model, prefix, 1)]
         for token in range(model.spec.num_image_tokens - 1):
             expected, actual = (decoder.step(codes[:, token]) for decoder in decoders)
             torch.testing.assert_close(actual, expected, atol=5e-2, rtol=5e-2)

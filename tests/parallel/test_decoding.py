@@ -102,7 +102,7 @@ def answers(config: ModelConfig, ranks: int = 1) -> Answers:
                 cached.append(torch.stack([prefix.logits, *steps], dim=1))
             whole.append(model.logits(text, codes, lengths, direction))
         prefix = prefill(model, T2I, text, torch.full_like(lengths, config.num_text_slots))
-        decoder = Decoder(model, prefix, SAMPLES)
+        decoder = Decoder(model, prefix, SAMPLES, joint=False)
     kept = [*decoder.shared_keys, *decoder.shared_values, *(s for c in decoder.caches for s in (c.keys, c.values))]
     ids = draw_ids(model, Prompts(text, lengths), GUIDED, num_images=SAMPLES, seed=4)
     weights = sum(parameter.numel() for parameter in model.parameters())
