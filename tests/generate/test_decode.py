@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_vilg.generate.decode import JOINT_ROWS, Decoder, inference, prefill
+from megatron_vilg.generate.decode import JOINT_LENGTH, JOINT_ROWS, Decoder, inference, prefill
 from megatron_vilg.generate.static import StaticDecoder
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.sequence import Direction
@@ -126,7 +127,7 @@ def test_select_continues_other_targets(joint: bool) -> None:
 
 
 def test_a_few_short_rows_on_a_cpu_have_copies_of_their_source() -> None:
-    model, long = tiny_model(), tiny_model(tiny_config(image_side=18))
+    model, long = tiny_model(), tiny_model(tiny_config(image_side=math.isqrt(JOINT_LENGTH) + 1))
     with inference(model):
         text, codes, lengths = rows(model, 3)
         prefix = prefill(model, T2I, text, lengths)
