@@ -84,12 +84,13 @@ def test_cached_equals_full_at_every_position(
     torch.testing.assert_close(actual[used], expected[used], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("num_given", [1, 5, 15])
-def test_given_beginning_equals_steps(num_given: int) -> None:
+def test_given_beginning_equals_steps(num_given: int, joint: bool) -> None:
     model = tiny_model()
     text, codes, lengths = rows(model, 3)
-    stepped = cached_logits(model, T2I, text, codes, lengths)[:, num_given:]
-    given_at_once = cached_logits(model, T2I, text, codes, lengths, num_given=num_given)
+    stepped = cached_logits(model, T2I, text, codes, lengths, joint=False)[:, num_given:]
+    given_at_once = cached_logits(model, T2I, text, codes, lengths, num_given=num_given, joint=joint)
     torch.testing.assert_close(given_at_once, stepped, atol=1e-4, rtol=1e-4)
 
 
