@@ -19,10 +19,14 @@ from megatron_vilg.config.world import World, read_world
 from megatron_vilg.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_vilg.generate.pipeline import Pipeline
 
 _CUTS = ("top_k", "top_p", "min_p")
 """Options that shorten the list of tokens to draw from."""
+_READ_BATCH = 64
+"""Pictures in memory at a time."""
 _LONGEST = 10.0
 """Largest exponent of a caption's length: with more, powers of it leave the range of numbers."""
 
@@ -72,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
     with generator_ranks(args.tensor, world, args.device) as mesh:
         pipeline = Pipeline.load(args.load, device=mesh.device, precision=args.precision, mesh=mesh)
-        images, problems = _readable(args.images, pipeline.image_tokenizer.config.image_size)
-        captions = _captions(args, pipeline, images)
+        images, codes, problems = _read(args.images, pipeline)
+        captions = _captions(args, pipeline, codes)
         if mesh.rank("tp") == 0:
             for path, caption in zip(images, captions, strict=True):
                 print(f"{path}\t{caption}")
@@ -85,30 +89,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _readable(paths: list[Path], size: int) -> tuple[list[Path], list[str]]:
-    """The pictures that can be read, and what is wrong with each of the others."""
+def _read(paths: list[Path], pipeline: Pipeline) -> tuple[list[Path], Tensor, list[str]]:
+    """The pictures that can be read, their codes [B, N], and what is wrong with each of the others."""
+    import torch
+
     from megatron_vilg.generate.picture_input import read_picture
 
-    good, problems = [], []
-    for path in paths:
+    size, waiting = pipeline.image_tokenizer.config.image_size, []
+    good, problems, codes = [], [], [pipeline.encode_images([])]
+    for number, path in enumerate(paths, start=1):
         try:
-            read_picture(path, size)
+            waiting.append(read_picture(path, size))
         except DataError as error:
             problems.append(str(error))
         else:
             good.append(path)
-    return good, problems
+        if len(waiting) == _READ_BATCH or number == len(paths):
+            codes.append(pipeline.encode_images(waiting))
+            waiting = []
+    return good, torch.cat(codes), problems
 
 
-def _captions(args: argparse.Namespace, pipeline: Pipeline, images: list[Path]) -> list[str]:
+def _captions(args: argparse.Namespace, pipeline: Pipeline, codes: Tensor) -> list[str]:
     """One for each picture."""
     from megatron_vilg.generate.caption import GREEDY
 
     candidates = _candidates(args, pipeline.config.sample.caption_candidates)
     if candidates:
-        return pipeline.caption_of_candidates(images, candidates, seed=args.seed, max_batch=args.max_batch)
+        return pipeline.caption_of_candidates(codes, candidates, seed=args.seed, max_batch=args.max_batch)
     return pipeline.caption(
-        images,
+        codes,
         settings=sampling_from_args(args, GREEDY),
         beam=args.beam,
         length_penalty=1.0 if args.length_penalty is None else args.length_penalty,

@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_vilg.data.images import load_pixels, square, to_rgb, to_tensor
 from megatron_vilg.errors import DataError
 
-Picture = Image.Image | Path | str
-"""A picture, or the path of one."""
+Picture = Image.Image | Path | str | Tensor
+"""A picture, the path of one, or one that ``read_picture`` has read."""
 
 
 def read_picture(image: Picture, size: int) -> Tensor:
@@ -20,6 +20,8 @@ def read_picture(image: Picture, size: int) -> Tensor:
     Raises:
         DataError: the file is missing or no picture, or Pillow cannot convert it.
     """
+    if isinstance(image, Tensor):
+        return image
     if isinstance(image, Image.Image):
         return to_tensor(square(to_rgb(image), size))[None]
     try:
