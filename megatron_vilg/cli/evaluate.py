@@ -320,7 +320,16 @@ def _subject(pipeline: Pipeline, config: RunConfig, replicas: Replicas) -> Subje
 
     divided = DividedPipeline(pipeline, replicas)
     parts = pipeline.image_tokenizer, pipeline.text_tokenizer
-    return Subject(divided, *parts, forward, config, max_batch=pipeline.max_batch, replicas=replicas)
+    heard = pipeline.reranker if config.sample.rerank and config.sample.rerank_contrastive_weight else None
+    return Subject(
+        divided,
+        *parts,
+        forward,
+        config,
+        max_batch=pipeline.max_batch,
+        reranker=None if heard is None else heard.config,
+        replicas=replicas,
+    )
 
 
 def _seconds(run_dir: Path) -> dict[str, float]:

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterable
 
 from megatron_vilg.config.check_engine import check_engine
-from megatron_vilg.config.limits import over_limits, tokenizer_over_limits
+from megatron_vilg.config.limits import over_limits, reranker_over_limits, tokenizer_over_limits
+from megatron_vilg.config.reranker import RerankerConfig
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.sequence import TextToken
@@ -45,6 +46,7 @@ def check(run: RunConfig, world_size: int | None = 1) -> list[str]:
         *_check_image_tokenizer_training(run),
         *_check_training(run),
         *_check_reconstructor(run),
+        *check_reranker(run.reranker),
         *_check_layout(run, world_size),
         *check_engine(run, world_size),
     ]
@@ -313,6 +315,24 @@ def _check_grid(run: RunConfig, world_size: int) -> Iterable[str]:
         below = run.train.batch_size // pieces * pieces
         works = [size for size in (below, below + pieces) if size]
         yield _problem("train.batch_size", run.train.batch_size, rule, works)
+
+
+def check_reranker(config: RerankerConfig) -> list[str]:
+    """All broken rules of a reranker."""
+    if problems := reranker_over_limits(config):
+        return problems
+    problems = [
+        *_below_one("reranker.feature_dropout", config.feature_dropout),
+        *_below_one("reranker.text_dropout", config.text_dropout),
+        *_batch("reranker.batch_size", config.batch_size),
+    ]
+    if config.batch_size < 2:
+        rule = "a caption is compared with those of other pairs"
+        problems.append(_problem("reranker.batch_size", config.batch_size, rule, f"2 to {MAX_BATCH}"))
+    if config.width % config.num_heads:
+        rule = f"must divide reranker.width={config.width}"
+        problems.append(_problem("reranker.num_heads", config.num_heads, rule, _divisors(config.width)))
+    return problems
 
 
 def _batch(path: str, size: int) -> Iterable[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_vilg.config.reranker import RerankerConfig
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 
 MAX_PROCESSES = 2**20
@@ -17,6 +18,7 @@ _MODEL = {
 }
 _PARALLEL = ("tensor", "pipeline", "stages_per_rank", "replica", "shard", "num_microbatches")
 _IMAGE_TOKENIZER = {"image_size": 2**16, "patch": 1024, "channels": 2**16, "norm_groups": 2**16, "codebook_dim": 2**16}
+_RERANKER = {"width": 2**16, "text_layers": 1024, "num_heads": 2**16, "renderings": 1024}
 MAX_LEVELS = 16
 """Halvings of a picture; 2 to the power of them are the pixels of a token's side."""
 
@@ -26,6 +28,7 @@ def over_limits(run: RunConfig, world_size: int | None = None) -> list[str]:
     problems = list(_over("model", run.model, _MODEL))
     problems += _over("parallel", run.parallel, dict.fromkeys(_PARALLEL, MAX_PROCESSES))
     problems += tokenizer_over_limits(run.image_tokenizer)
+    problems += reranker_over_limits(run.reranker)
     if world_size is not None and world_size > MAX_PROCESSES:
         problems.append(f"{world_size} processes: are more than a job can have. Works: 1 to {MAX_PROCESSES}.")
     return problems
@@ -40,6 +43,11 @@ def tokenizer_over_limits(tokenizer: ImageTokenizerConfig) -> list[str]:
     elif max(multipliers, default=1) > 1024:
         problems.append(f"{path}={list(multipliers)}: is more than a model can have. Works: 1 to 1024 each.")
     return problems
+
+
+def reranker_over_limits(config: RerankerConfig) -> list[str]:
+    """The same for the sizes of a reranker."""
+    return list(_over("reranker", config, _RERANKER))
 
 
 def _over(section: str, config: object, limits: dict[str, int]) -> Iterator[str]:

@@ -65,15 +65,16 @@ def section_meanings() -> dict[str, str]:
 def nearest(path: str) -> str:
     """What someone who typed ``path`` most likely meant (``a`` or ``a or b``), or an empty text.
 
-    The same name in other sections comes first, then a similar name in this section, then one anywhere.
+    The same name in other sections comes first, then a similar one in the section meant, then one anywhere.
     """
     options = all_options()
     section, _, name = path.rpartition(".")
     same = [option.path for option in options.values() if option.name == name and option.section]
     if same:
         return " or ".join(same)
+    meant = section if section in section_meanings() else nearest_section(section)
     for candidates in (
-        {option.name: option.path for option in options.values() if option.section == section},
+        {option.name: option.path for option in options.values() if option.section == meant},
         {option.name: option.path for option in options.values()},
     ):
         if near := _closest(name, candidates, 0.65):

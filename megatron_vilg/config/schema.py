@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from megatron_vilg.config.fields import STRICT, Count, Fraction, Guidance, NonNegative, Positive, PositiveInt, Precision
+from megatron_vilg.config.reranker import RerankerConfig
 from megatron_vilg.config.tokenizers import ImageTokenizerConfig, ImageTokenizerTrainConfig, TextTokenizerConfig
 from megatron_vilg.sequence import StreamSpec
 
@@ -331,6 +332,8 @@ class SampleConfig:
     """Pictures drawn of each prompt, of which those that both directions find likeliest are kept. 0: no choice."""
     rerank_drawing_weight: NonNegative = 0.1
     """Weight of ``log P(picture | caption)`` beside ``log P(caption | picture)`` in that choice."""
+    rerank_contrastive_weight: NonNegative = 3.0
+    """Weight of what a reranker (``vilg train-reranker``) says of caption and picture, where the run has one."""
     caption_candidates: Count = 0
     """Captions sampled of each picture; the one that both directions find likeliest is said. 0: greedy decoding."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -360,6 +363,8 @@ class RunConfig:
     """Loss."""
     reconstructor: ReconstructorConfig = dataclasses.field(default_factory=ReconstructorConfig)
     """End-to-end reconstructor."""
+    reranker: RerankerConfig = dataclasses.field(default_factory=RerankerConfig)
+    """Contrastive reranker."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """Optimizer."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

@@ -24,12 +24,13 @@ from megatron_vilg.evaluate.pairs import EvalSet, Kind
 from megatron_vilg.evaluate.report_page import render_page
 from megatron_vilg.evaluate.report_picture import render_picture
 from megatron_vilg.evaluate.report_tables import footer_lines, report_tables
-from megatron_vilg.evaluate.retrieval import FEATURE_BLOCKS, FEATURE_CELLS, FEATURE_SIZE, FEW_CONCEPTS, Activations
+from megatron_vilg.evaluate.retrieval import FEATURE_BLOCKS, FEATURE_CELLS, FEATURE_SIZE, FEW_CONCEPTS
 from megatron_vilg.evaluate.scenes import measure_scenes
 from megatron_vilg.evaluate.statistics import rounded_figures, sample_indices
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
 from megatron_vilg.evaluate.view import CaptionedPicture, DrawnPrompt, Group, LinePlot, ReportView, Sample
 from megatron_vilg.log import get_logger
+from megatron_vilg.models.features import Activations
 
 log = get_logger(__name__)
 
@@ -98,7 +99,7 @@ def make_report(
         groups=groups,
         tables=report_tables(figures),
         footer=footer_lines(figures, credits),
-        choice=_choice(subject.config.sample.rerank, settings.shown_samples),
+        choice=_choice(subject.config.sample.rerank, settings.shown_samples, subject.reranker is not None),
         plots=tuple(plots),
     )
     return Report(figures, view)
@@ -146,6 +147,7 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
         "instrument": _instrument(measurement) if drawings is not None else None,
         "drawing_settings": dataclasses.asdict(subject.config.sample)
         | {"samples_per_prompt": settings.samples_per_prompt},
+        "reranker": None if subject.reranker is None else dataclasses.asdict(subject.reranker),
         "seconds": {},
         "versions": _versions(),
         "seed": settings.seed,
@@ -178,10 +180,11 @@ def _as_retrieval(share: dict[str, Any]) -> dict[str, Any]:
 
 def _instrument(measurement: Measurement) -> dict[str, Any]:
     gallery = measurement.galleries[Kind.TRAINED]
-    training = measurement.subject.config.image_tokenizer_train
+    training, reranker = measurement.subject.config.image_tokenizer_train, measurement.subject.reranker
     return {
         "network": FEATURE_NETWORK,
         "used_in_training": training.perceptual_weight > 0 and training.perceptual_network == FEATURE_NETWORK,
+        "used_in_choice": reranker is not None and reranker.feature_network == FEATURE_NETWORK,
         "features": f"outputs of blocks {', '.join(map(str, FEATURE_BLOCKS))}, averaged over {FEATURE_CELLS} x "
         f"{FEATURE_CELLS} cells, standardised, cosine; pictures of 8 bits brought to {FEATURE_SIZE} x {FEATURE_SIZE}",
         "gallery": f"{len(gallery.labels)} real pictures of {len(gallery.concepts)} concepts: all trained and unseen "
@@ -206,13 +209,15 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _choice(num_candidates: int, num_shown: int) -> str:
+def _choice(num_candidates: int, num_shown: int, has_reranker: bool) -> str:
     """What a reader must know of the drawings: ``num_shown`` of each prompt, of ``num_candidates`` if more."""
     if num_candidates <= num_shown:  # all that were drawn are shown
         return "每行按种子抽取，未经挑选 · rows drawn by seed, not chosen"
+    judges = ("模型与重排器评分", "the model's likelihoods and a reranker")
+    chinese, english = judges if has_reranker else ("模型自评", "the model's own likelihoods")
     return (
-        f"提示按种子抽取，图片由模型自评，{num_candidates} 取 {num_shown} · prompts drawn by seed, pictures the best "
-        f"{num_shown} of {num_candidates} by the model's own likelihoods"
+        f"提示按种子抽取，图片由{chinese}，{num_candidates} 取 {num_shown} · prompts drawn by seed, pictures the best "
+        f"{num_shown} of {num_candidates} by {english}"
     )
 
 

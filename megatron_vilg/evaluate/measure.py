@@ -14,10 +14,11 @@ from megatron_vilg.evaluate.captions import CaptionScore, chance_score, longest_
 from megatron_vilg.evaluate.cross_entropy import TokenFrequencies, condition_test, count_tokens
 from megatron_vilg.evaluate.pairs import EvalPair, EvalSet, Kind
 from megatron_vilg.evaluate.reconstruction import codebook_use, decode, encode, mean_score, score_reconstruction
-from megatron_vilg.evaluate.retrieval import FEW_CONCEPTS, Activations, Gallery, Hits, Label, picture_features
+from megatron_vilg.evaluate.retrieval import FEW_CONCEPTS, Gallery, Hits, Label, picture_features
 from megatron_vilg.evaluate.statistics import sample_indices, wilson_interval
 from megatron_vilg.evaluate.subject import EvaluationSettings, Subject
 from megatron_vilg.log import get_logger
+from megatron_vilg.models.features import Activations
 from megatron_vilg.ops.sampling import keep_best
 
 log = get_logger(__name__)

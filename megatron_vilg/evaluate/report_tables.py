@@ -72,8 +72,10 @@ def _main_table(figures: Mapping[str, Any]) -> Table:
         settings = figures["drawing_settings"]
         if settings.get("rerank"):
             each, drawn = settings["samples_per_prompt"], max(settings["rerank"], settings["samples_per_prompt"])
-            note += f" Judged: the best {each} of {drawn} drawings of a prompt by the model's own score; no choice: the"
-            note += f" first {each}."
+            score = "the model's own score"
+            if reranker := figures["reranker"]:
+                score += f" and a reranker on {reranker['feature_network']} features"
+            note += f" Judged: the best {each} of {drawn} drawings of a prompt by {score}; no choice: the first {each}."
     return Table("画得对不对，说得对不对 · Drawing and captioning", _HEADER, tuple(rows), note)
 
 

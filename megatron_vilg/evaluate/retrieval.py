@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_vilg.models.features import Activations, cell_features
 
 FEATURE_BLOCKS = (8, 12)
 """Blocks of the network (counted from 0) whose outputs are compared."""
@@ -30,14 +31,6 @@ FEATURE_CELLS = 4
 """Cells along one side over which activations are averaged."""
 FEW_CONCEPTS = 120
 """Larger galleries also say how drawings fare among so many concepts: as many as the quick demo has."""
-
-
-class Activations(Protocol):
-    """A frozen network that returns the outputs of chosen blocks (``models.features.FeatureNetwork``)."""
-
-    def activations(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Pixels [B, 3, S, S] in [-1, 1] to one tensor [B, C, h, w] per block."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +55,10 @@ class Hits:
     """int64 [Q]: how many other concepts have a picture that is nearer than all of the asked concept."""
 
 
-@torch.no_grad()
 def picture_features(network: Activations, pixels: Tensor, *, batch_size: int = 64) -> list[Tensor]:
-    """Describe pictures for comparison.
-
-    Args:
-        pixels: float32 [B, 3, S, S] in [-1, 1], any S. Rounded to 8 bits, because real pictures were, too.
-
-    Returns:
-        one float32 [B, C * FEATURE_CELLS ** 2] per block of ``FEATURE_BLOCKS``.
-    """
-    parts: list[list[Tensor]] = [[] for _ in FEATURE_BLOCKS]
-    for block in pixels.split(batch_size):
-        rounded = ((block.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
-        resized = F.interpolate(rounded, size=(FEATURE_SIZE, FEATURE_SIZE), mode="bicubic", align_corners=False)
-        for part, activation in zip(parts, network.activations(resized, FEATURE_BLOCKS), strict=True):
-            part.append(F.adaptive_avg_pool2d(activation.float(), FEATURE_CELLS).flatten(1))
-    return [torch.cat(part) for part in parts]
+    """Describe pictures float32 [B, 3, S, S] in [-1, 1] for comparison, as ``models.features.cell_features`` does: one
+    float32 [B, C * FEATURE_CELLS ** 2] per block of ``FEATURE_BLOCKS``."""
+    return cell_features(network, pixels, FEATURE_BLOCKS, side=FEATURE_SIZE, cells=FEATURE_CELLS, batch_size=batch_size)
 
 
 class Gallery:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_vilg.config.reranker import RerankerConfig
 from megatron_vilg.config.schema import RunConfig, SampleConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.evaluate.cross_entropy import Forward
@@ -66,6 +67,8 @@ class Subject:
     """With every size resolved."""
     max_batch: int | None = None
     """Pairs that go through ``forward`` at a time at most; None: as many as an evaluation likes."""
+    reranker: RerankerConfig | None = None
+    """What choices among drawings listen to beside the model."""
     replicas: Replicas = field(default_factory=Replicas)
     """Processes that evaluate together, each with all of this."""
 

@@ -1,15 +1,49 @@
-"""The best of several captions of a picture, by both directions of the model."""
+"""The best of several captions of a picture, or of several drawings of a prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from megatron_vilg.config.schema import SampleConfig
 
 if TYPE_CHECKING:
     from megatron_vilg.generate.pipeline import Pipeline
+
+_RENDERED = 256
+"""Drawings that a reranker looks at at a time."""
+
+
+@torch.no_grad()
+def drawing_scores(
+    pipeline: Pipeline, ids: Tensor, prompts: Sequence[str], settings: SampleConfig, *, max_batch: int | None
+) -> Tensor:
+    """How well each drawing fits its prompt: ``Pipeline.score``, and what a reranker says, if there is one.
+
+    Args:
+        ids: int64 [B, n, N], n drawings of each of B prompts.
+        settings: ``rerank_drawing_weight`` and ``rerank_contrastive_weight``.
+        max_batch: drawings scored at a time.
+
+    Returns:
+        float32 [B, n].
+    """
+    scores = pipeline.score(ids, prompts, drawing_weight=settings.rerank_drawing_weight, max_batch=max_batch)
+    if pipeline.reranker is None or not settings.rerank_contrastive_weight:
+        return scores
+    text_ids, text_len = pipeline.encode_prompts(prompts, warn=False)
+    flat = ids.flatten(0, 1)
+    prompt_of = torch.arange(len(prompts), device=text_ids.device).repeat_interleave(ids.shape[1])
+    fits = [
+        pipeline.reranker.score(pipeline.decode(flat[rows]), text_ids[prompt_of[rows]], text_len[prompt_of[rows]])
+        for rows in torch.arange(len(flat), device=flat.device).split(_RENDERED)
+    ]
+    # Ranks that share the generator must choose alike.
+    all_fits = pipeline.mesh.same(torch.cat(fits), "tp").view(ids.shape[:2])
+    return scores + settings.rerank_contrastive_weight * all_fits
 
 
 def caption_of_candidates(

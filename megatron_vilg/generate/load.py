@@ -14,6 +14,8 @@ from megatron_vilg.checkpoint.export import WEIGHTS_NAME, holds_weights, load_mo
 from megatron_vilg.checkpoint.image_tokenizer import load_image_tokenizer
 from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_manifest, read_sound_manifest
+from megatron_vilg.checkpoint.reranker import FOLDER as RERANKER_FOLDER
+from megatron_vilg.checkpoint.reranker import load_reranker
 from megatron_vilg.checkpoint.share import load_share
 from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, EXPORT_FOLDER, GENERATOR, require_tokenizer
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
@@ -22,6 +24,7 @@ from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import CheckpointError, ConfigError, DataError
 from megatron_vilg.generate.weights import use_bf16
 from megatron_vilg.log import get_logger
+from megatron_vilg.models.dual_encoder import DualEncoder
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.models.vilg import ViLG
@@ -46,6 +49,8 @@ class Parts:
     """The exported folder or checkpoint that the weights came from."""
     step: int
     """Optimizer steps behind the weights."""
+    reranker: DualEncoder | None
+    """What ``vilg train-reranker`` left there."""
 
 
 def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in_bf16: bool = False) -> Parts:
@@ -84,7 +89,8 @@ def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in
     for folder in (text_folder, image_folder):  # others of the same sizes draw nonsense
         require_tokenizer(folder, manifest)
     model = _load_model(source, config, device, mesh, in_bf16)
-    return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step)
+    reranker = _load_reranker(folders, device, text_folder, image_folder)
+    return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step, reranker)
 
 
 def find_weights(path: Path) -> Path:
@@ -143,6 +149,24 @@ def _beside(folders: list[Path], name: str) -> Path:
         f"{folders[0]}: the generator's {name} is missing; looked for "
         f"{', '.join(str(folder / name) for folder in folders)}. Copy it there from the run"
     )
+
+
+def _load_reranker(folders: list[Path], device: torch.device, *tokenizers: Path) -> DualEncoder | None:
+    """The reranker in the first of ``folders`` that has one, which must have been trained with these tokenizers."""
+    found = next((folder / RERANKER_FOLDER for folder in folders if (folder / RERANKER_FOLDER).is_dir()), None)
+    if found is None:
+        return None
+    reranker, manifest = load_reranker(found)
+    for tokenizer in tokenizers:
+        try:
+            require_tokenizer(tokenizer, manifest)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{found}: was trained with other tokenizers ({error}). Works: vilg train-reranker --load RUN again, "
+                "or move it away"
+            ) from error
+    log.info("choices among drawings listen to %s too", found)
+    return reranker.to(device)
 
 
 def _check_fit(source: Path, model: ModelConfig, text: TextTokenizer, image: ImageTokenizer) -> None:

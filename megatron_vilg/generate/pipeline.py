@@ -17,7 +17,7 @@ from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.generate import rerank
 from megatron_vilg.generate.behind import WorkBehind
-from megatron_vilg.generate.candidates import caption_of_candidates
+from megatron_vilg.generate.candidates import caption_of_candidates, drawing_scores
 from megatron_vilg.generate.caption import GREEDY, caption_ids
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.load import load_parts
@@ -26,6 +26,7 @@ from megatron_vilg.generate.prompt_parts import prompt_parts
 from megatron_vilg.generate.text_to_image import Progress, Prompts, batches, draw_batch, draw_ids
 from megatron_vilg.generate.weights import use_int8
 from megatron_vilg.log import get_logger
+from megatron_vilg.models.dual_encoder import DualEncoder
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.ops.sampling import keep_best, part_weights
@@ -58,6 +59,7 @@ class Pipeline:
         mesh: the ranks that share the generator along ``tp``, which make the same calls; None: this process has it all.
         max_batch: pictures drawn or captioned at a time where a call names no number; None: all. It changes nothing but
             memory.
+        reranker: on that device, what choices among drawings listen to beside the generator; None: to that alone.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Pipeline:
         precision: Precision = "fp32",
         mesh: Mesh | None = None,
         max_batch: int | None = None,
+        reranker: DualEncoder | None = None,
     ) -> None:
         self.model = model
         self.text_tokenizer = text_tokenizer
@@ -81,6 +84,7 @@ class Pipeline:
         self.device = next(model.parameters()).device
         self.mesh = mesh or Mesh(self.device)
         self.max_batch = max_batch
+        self.reranker = reranker
 
     @classmethod
     def load(
@@ -98,14 +102,9 @@ class Pipeline:
         if precision == "int8":
             use_int8(parts.model)
         return cls(
-            parts.model,
-            parts.text_tokenizer,
-            parts.image_tokenizer,
-            parts.config,
-            step=parts.step,
-            precision=precision,
-            mesh=mesh,
-        )
+            parts.model, parts.text_tokenizer, parts.image_tokenizer, parts.config,
+            step=parts.step, precision=precision, mesh=mesh, reranker=parts.reranker,
+        )  # fmt: skip
 
     def encode_prompts(self, prompts: Sequence[str], *, warn: bool = True) -> tuple[Tensor, Tensor]:
         """Prompts to ids int64 [B, L] and lengths [B]; what does not fit is cut, with a warning that says how much."""
@@ -115,13 +114,10 @@ class Pipeline:
         for row, prompt in enumerate(prompts):
             tokens = self.text_tokenizer.encode(prompt)
             if warn and len(tokens) > slots:
+                cut = self.text_tokenizer.decode(tokens[slots:])
                 log.warning(
                     "prompt %r has %d tokens, the model has %d text slots: the last %d are cut (%r)",
-                    prompt,
-                    len(tokens),
-                    slots,
-                    len(tokens) - slots,
-                    self.text_tokenizer.decode(tokens[slots:]),
+                    *(prompt, len(tokens), slots, len(tokens) - slots, cut),
                 )
             kept = tokens[:slots]
             ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
@@ -223,9 +219,7 @@ class Pipeline:
         """Codes [..., N] to pixels float32 [..., 3, S, S] in [-1, 1]."""
         flat = ids.reshape(-1, ids.shape[-1]).to(self.device)
         parts = [self.image_tokenizer.decode(self.image_tokenizer.lookup(part)) for part in flat.split(_DECODE_BATCH)]
-        size = self.image_tokenizer.config.image_size
-        pixels = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self.device)
-        return pixels.clamp(-1.0, 1.0).unflatten(0, ids.shape[:-1])
+        return self._joined(parts, ids.shape[:-1])
 
     @torch.no_grad()
     def decode_end_to_end(self, ids: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -250,9 +244,7 @@ class Pipeline:
             for rows in torch.arange(len(flat), device=self.device).split(_DECODE_BATCH):
                 states = self.model.gold_states(text_ids[rows], flat[rows], text_len[rows])
                 parts.append(reconstructor.decode(states.float()))
-        size = self.image_tokenizer.config.image_size
-        pixels = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self.device)
-        return pixels.clamp(-1.0, 1.0).unflatten(0, ids.shape[:2])
+        return self._joined(parts, ids.shape[:2])
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Picture]) -> Tensor:
@@ -384,11 +376,16 @@ class Pipeline:
         )  # fmt: skip
         if not settings.rerank or not prompts:
             return ids, None
-        return ids, self.score(ids, prompts, drawing_weight=settings.rerank_drawing_weight, max_batch=max_batch)
+        return ids, drawing_scores(self, ids, prompts, settings, max_batch=max_batch)
 
     def draw_best_ids(self, prompts: Sequence[str], *, num_images: int, **options: Any) -> tuple[Tensor, Tensor | None]:
         """``draw_candidates`` with its options, of which the best ``num_images`` are kept, best first."""
         return keep_best(*self.draw_candidates(prompts, num_images=num_images, **options), num_images)
+
+    def _joined(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
+        size = self.image_tokenizer.config.image_size
+        pixels = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self.device)
+        return pixels.clamp(-1.0, 1.0).unflatten(0, shape)
 
     def _score_batch(self, max_batch: int | None) -> int:
         return min(max_batch or self.max_batch or _SCORE_BATCH, _SCORE_BATCH)

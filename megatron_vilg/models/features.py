@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -168,30 +169,71 @@ def _round_channels(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def load_feature_network(name: str) -> FeatureNetwork:
-    """Build the network behind ``image_tokenizer_train.perceptual_network``.
+class Activations(Protocol):
+    """A frozen network that returns the outputs of chosen blocks, as ``FeatureNetwork`` does."""
+
+    def activations(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Pixels [B, 3, S, S] in [-1, 1] to one tensor [B, C, h, w] per block."""
+        ...
+
+
+@torch.no_grad()
+def cell_features(
+    network: Activations, pixels: Tensor, blocks: Sequence[int], *, side: int, cells: int, batch_size: int = 64
+) -> list[Tensor]:
+    """Describe pictures by what middle blocks make of them, averaged over a grid of cells.
+
+    Args:
+        pixels: float32 [B, 3, S, S] in [-1, 1], any S. Rounded to 8 bits, because real pictures were, too.
+        blocks: whose outputs are taken, counted from 0, rising.
+        side: to which pictures are brought first (bicubic).
+        cells: along one side.
+        batch_size: pictures that pass the network at a time.
+
+    Returns:
+        one float32 [B, C * cells ** 2] per block.
+    """
+    parts: list[list[Tensor]] = [[] for _ in blocks]
+    for block in pixels.split(batch_size):
+        rounded = ((block.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
+        resized = F.interpolate(rounded, size=(side, side), mode="bicubic", align_corners=False)
+        for part, activation in zip(parts, network.activations(resized, blocks), strict=True):
+            part.append(F.adaptive_avg_pool2d(activation.float(), cells).flatten(1))
+    return [torch.cat(part) for part in parts]
+
+
+def build_feature_network(name: str) -> FeatureNetwork:
+    """A network of the size that ``load_feature_network`` has under this name, without its weights or their package."""
+    published = _PUBLISHED.get(name)
+    return FeatureNetwork() if published is None else FeatureNetwork(width=published.width, depth=published.depth)
+
+
+def load_feature_network(name: str, option: str = "image_tokenizer_train.perceptual_network") -> FeatureNetwork:
+    """Build a network with published weights.
 
     Args:
         name: ``efficientnet-lite0``, ``efficientnet-lite2``, or the path of a Lite0 state dict.
+        option: that asked for it, for messages.
 
     Raises:
         MissingPackageError: the package with these weights is not installed.
         ConfigError: neither a known name nor a file.
         CheckpointError: the file does not hold such a network.
     """
-    path, published = find_feature_network(name)
-    network = FeatureNetwork() if published is None else FeatureNetwork(width=published.width, depth=published.depth)
-    return _from_file(path, network)
+    path, _ = find_feature_network(name, option)
+    return _from_file(path, build_feature_network(name))
 
 
-def find_feature_network(name: str) -> tuple[Path, _Published | None]:
+def find_feature_network(
+    name: str, option: str = "image_tokenizer_train.perceptual_network"
+) -> tuple[Path, _Published | None]:
     """The file of such a network, without reading it, and which published one it is; errors as there."""
     published = _PUBLISHED.get(name)
     if published is None:
         if not Path(name).is_file():
             raise ConfigError(
                 [
-                    f"image_tokenizer_train.perceptual_network={name!r} is neither a file nor a known network; "
+                    f"{option}={name!r} is neither a file nor a known network; "
                     f"these work: {', '.join(_PUBLISHED)}, or the path of a Lite0 state dict"
                 ]
             )
