@@ -50,6 +50,7 @@ train_options=("train.seed=$SEED" "image_tokenizer_train.seed=$SEED")
 )
 # Four drawings of each prompt, as the picture shows: one of 58 prompts leaves a share uncertain by more.
 measure_options=(--samples-per-prompt 4)
+reranker_options=("reranker.seed=$SEED")
 if [[ "${SMOKE:-0}" == 1 ]]; then
   data_options+=(--concepts 12 --held-out-concepts 2)
   train_options+=(
@@ -57,6 +58,7 @@ if [[ "${SMOKE:-0}" == 1 ]]; then
     train.num_steps=30 optim.warmup_steps=3 train.eval_every=15 train.sample_every=15 data.num_views=1
   )
   measure_options+=(sample.rerank=2 sample.caption_candidates=2)
+  reranker_options+=(reranker.num_steps=10)
 fi
 
 if [[ "${FULL:-0}" == 1 ]]; then
@@ -73,6 +75,9 @@ $VILG data demo --out "$DATA" "${data_options[@]}"
 
 say "2/5 train both directions: $OUT"
 "${launch[@]}" train --preset "$name" --data "$DATA" --out "$OUT" "${train_options[@]}"
+if [[ "${FULL:-0}" == 1 && ! -d "$OUT/reranker" ]]; then
+  $VILG train-reranker --load "$OUT" "${reranker_options[@]}" # a second opinion on the drawings
+fi
 
 # A few trained pairs, and held-out ones whose concept and style were never seen together, as files: their captions
 # become prompts, their pictures are to be captioned.

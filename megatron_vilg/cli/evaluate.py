@@ -35,7 +35,7 @@ _MEANT = {
     "": ("load", "data", "out", "samples_per_prompt", "max_prompts", "seed", "max_batch"),
 }
 """The options that each task reads; ``--device`` aside."""
-_DRAWS_ONE = ("rerank", "rerank_drawing_weight", "caption_candidates")
+_DRAWS_ONE = ("rerank", "rerank_drawing_weight", "rerank_contrastive_weight", "caption_candidates")
 """Settings without meaning where one picture is drawn of each prompt and nothing captioned."""
 _WITHOUT_SECONDS = "remove it to go on without the seconds of the stages"
 _KV_BYTES = 2**31

@@ -66,6 +66,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=int,
         help="draw K pictures per prompt, keep the -n that both directions find likeliest; 0: keep all that is drawn",
     )
+    parser.add_argument(
+        "--reranker-weight",
+        dest="rerank_contrastive_weight",
+        metavar="X",
+        type=float,
+        help="how much that choice listens to a reranker (vilg train-reranker) where there is one; 0: not at all",
+    )
     parser.add_argument("--image-prefix", metavar="IMG", type=Path, help="complete this picture, with --keep-rows")
     parser.add_argument("--keep-rows", metavar="R", type=int, help="rows of its tokens that are kept, from the top")
     parser.add_argument(
@@ -230,6 +237,7 @@ def _record(args: argparse.Namespace, pipeline: Pipeline, settings: SampleConfig
         "seed": args.seed,
         "num_images": args.num_images,
         "sample": dataclasses.asdict(settings),
+        "reranker": None if pipeline.reranker is None else dataclasses.asdict(pipeline.reranker.config),
         "decoder": args.decoder,
         "image_prefix": None if args.image_prefix is None else str(args.image_prefix),
         "keep_rows": args.keep_rows,

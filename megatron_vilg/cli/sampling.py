@@ -16,6 +16,7 @@ _FLAGS = {
     "top_k": "--top-k",
     "top_p": "--top-p",
     "rerank": "--rerank",
+    "rerank_contrastive_weight": "--reranker-weight",
     "min_p": "--min-p",
     "guidance": "--cfg-scale",
     "guidance_schedule": "--cfg-schedule",

@@ -332,7 +332,7 @@ class SampleConfig:
     """Pictures drawn of each prompt, of which those that both directions find likeliest are kept. 0: no choice."""
     rerank_drawing_weight: NonNegative = 0.1
     """Weight of ``log P(picture | caption)`` beside ``log P(caption | picture)`` in that choice."""
-    rerank_contrastive_weight: NonNegative = 3.0
+    rerank_contrastive_weight: NonNegative = 6.0
     """Weight of what a reranker (``vilg train-reranker``) says of caption and picture, where the run has one."""
     caption_candidates: Count = 0
     """Captions sampled of each picture; the one that both directions find likeliest is said. 0: greedy decoding."""

@@ -13,7 +13,7 @@ from megatron_vilg.config.schema import SampleConfig
 if TYPE_CHECKING:
     from megatron_vilg.generate.pipeline import Pipeline
 
-_RENDERED = 256
+_RENDERED = 64
 """Drawings that a reranker looks at at a time."""
 
 

@@ -30,7 +30,7 @@ from megatron_vilg.models.image_tokenizer import ImageTokenizer
 
 log = get_logger(__name__)
 
-_RENDERED = 256
+_RENDERED = 64
 """Pictures rendered and described at a time."""
 _MEASURED = 1024
 """Pairs of a split that are measured, each among all of them."""

@@ -101,6 +101,21 @@ def test_the_same_command_gives_the_same_reranker(with_reranker: Path, tmp_path:
     assert [path.name for path in out.parent.iterdir()] == ["again"]
 
 
+def test_generate_listens_to_it_as_asked_and_says_so(
+    with_reranker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "--load", str(with_reranker), "--prompt", CAPTIONS[0], "-n", "1", "--rerank", "4"]
+    records = {}
+    for weight in ("0", "2.5"):
+        assert main([*command, "--reranker-weight", weight, "--out", str(tmp_path / weight)]) == 0
+        records[weight] = json.loads((tmp_path / weight / "generate.json").read_text("utf-8"))
+        assert records[weight]["reranker"]["width"] == 16
+        assert records[weight]["sample"]["rerank_contrastive_weight"] == float(weight)
+    assert records["0"]["prompts"][0]["scores"] != records["2.5"]["prompts"][0]["scores"]
+    assert main([*command, "--reranker-weight", "-1", "--out", str(tmp_path / "none")]) == EXIT_ERROR
+    assert "--reranker-weight=-1.0: input should be greater than or equal to 0" in capsys.readouterr().err
+
+
 def test_a_report_says_that_a_reranker_chose(with_reranker: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
