@@ -14,8 +14,8 @@ class RerankerConfig:
     width: PositiveInt = 256
     """Size of the space that captions and pictures share."""
     text_layers: Count = 0
-    """Transformer blocks over the pieces of a caption, where their order matters; one takes twenty times as long to train
-    on a CPU. 0: a caption is what its pieces say together."""
+    """Transformer blocks over the pieces of a caption, for captions whose order matters; with one, a step takes twelve
+    times as long on a CPU. 0: a caption is what its pieces say together."""
     num_heads: PositiveInt = 4
     """Attention heads of these blocks; must divide ``width``."""
     feature_network: str = "efficientnet-lite0"
