@@ -10,11 +10,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_vilg.checkpoint.export import load_model_folder, save_model_folder
 from megatron_vilg.checkpoint.manifest import Manifest, read_manifest
+from megatron_vilg.checkpoint.sources import RERANKER
 from megatron_vilg.config.reranker import RerankerConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.models.dual_encoder import DualEncoder
 
-KIND = "reranker"
 FOLDER = "reranker"
 """Its name in a run folder, or in an exported one."""
 
@@ -38,7 +38,7 @@ def save_reranker(
     """
     config = dataclasses.asdict(encoder.config)
     manifest = Manifest(
-        kind=KIND,
+        kind=RERANKER,
         step=encoder.config.num_steps,
         model=config,
         tokenizers=tokenizers,
@@ -56,8 +56,8 @@ def load_reranker(folder: Path) -> tuple[DualEncoder, Manifest]:
         CheckpointError: the folder is missing, incomplete, damaged, or holds something else.
     """
     manifest = read_manifest(folder)
-    if manifest.kind != KIND:
-        raise CheckpointError(f"{folder}: holds {manifest.kind!r}, not {KIND!r}; move it away, or name another run")
+    if manifest.kind != RERANKER:
+        raise CheckpointError(f"{folder}: holds {manifest.kind!r}, not {RERANKER!r}; move it away, or name another run")
     values, weights = load_model_folder(folder)
     try:
         config = TypeAdapter(RerankerConfig).validate_python(values)

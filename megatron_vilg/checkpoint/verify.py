@@ -16,7 +16,7 @@ from megatron_vilg.checkpoint.averages import as_exported, averages_in
 from megatron_vilg.checkpoint.canonical import FileSource
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage
 from megatron_vilg.checkpoint.new_folder import Progress
-from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, RECONSTRUCTOR, companions
+from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, RECONSTRUCTOR, RERANKER, companions
 from megatron_vilg.checkpoint.tensors import (
     MODEL,
     MOMENTUM_SLOT,
@@ -31,9 +31,11 @@ from megatron_vilg.checkpoint.tensors import (
     read_whole,
 )
 from megatron_vilg.checkpoint.transfer import equal_bits
+from megatron_vilg.config.reranker import RerankerConfig
 from megatron_vilg.config.schema import ImageTokenizerConfig, ModelConfig, ReconstructorConfig
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.models.cost import is_hidden_matrix
+from megatron_vilg.models.dual_encoder import DualEncoder
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.models.reconstructor import Reconstructor
 from megatron_vilg.models.tokenizers import build_image_tokenizer
@@ -111,6 +113,9 @@ def _build(manifest: Manifest) -> nn.Module | None:
         return ViLG(TypeAdapter(ModelConfig).validate_python(values))
     if manifest.kind == IMAGE_TOKENIZER:
         return build_image_tokenizer(TypeAdapter(ImageTokenizerConfig).validate_python(values))
+    if manifest.kind == RERANKER:
+        config = TypeAdapter(RerankerConfig).validate_python(values)
+        return DualEncoder(config, manifest.text_vocab_size, int(manifest.stream.get("num_text_slots", 0)))
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
 from megatron_vilg.checkpoint.manifest import read_manifest
-from megatron_vilg.checkpoint.reranker import load_reranker
+from megatron_vilg.checkpoint.reranker import load_reranker, save_reranker
 from megatron_vilg.cli.main import EXIT_ERROR, main
 from megatron_vilg.config.schema import DataConfig, SampleConfig
 from megatron_vilg.data.records import find_records
@@ -144,6 +144,21 @@ def test_something_else_in_its_place_is_refused(with_reranker: Path, tmp_path: P
     shutil.copytree(with_reranker / "image_tokenizer", tmp_path / "moved" / "reranker")
     with pytest.raises(CheckpointError, match="reranker: holds 'image-tokenizer', not 'reranker'; move it away"):
         Pipeline.load(tmp_path / "moved")
+
+
+def test_it_can_be_verified_and_what_is_wrong_is_said(
+    with_reranker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["checkpoint", "verify", str(with_reranker / "reranker")]) == 0
+    assert "reranker: sound; 119 tensors" in capsys.readouterr().out
+    folder = tmp_path / "other" / "reranker"
+    encoder, manifest = load_reranker(with_reranker / "reranker")
+    del encoder.log_scale
+    save_reranker(encoder, folder, tokenizers=manifest.tokenizers)
+    assert main(["checkpoint", "verify", str(folder)]) != 0
+    assert "log_scale" in "".join(capsys.readouterr())
+    with pytest.raises(CheckpointError, match="weights do not fit the configuration beside them"):
+        load_reranker(folder)
 
 
 def test_a_damaged_one_is_refused(with_reranker: Path, tmp_path: Path) -> None:
