@@ -30,6 +30,7 @@ SETTINGS = ["reranker.width=16", "reranker.num_steps=4", "reranker.renderings=2"
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reranker") / "run"
+    torch.manual_seed(1)
     write_tiny_run(folder, checkpoint=False)
     tokenizer = load_image_tokenizer(folder / "image_tokenizer")
     write_token_cache(
@@ -133,6 +134,7 @@ def test_a_report_says_that_a_reranker_chose(with_reranker: Path, tmp_path: Path
 
 def test_one_of_other_tokenizers_is_refused(with_reranker: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    torch.manual_seed(2)
     write_tiny_run(folder, checkpoint=False)
     shutil.copytree(with_reranker / "reranker", folder / "reranker")
     with pytest.raises(CheckpointError, match=r"reranker: was trained with other tokenizers \(.*Works: vilg train-re"):
@@ -208,6 +210,7 @@ def test_a_run_without_tokens_and_several_processes_are_refused(
 def test_tokens_of_another_tokenizer_are_refused(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    torch.manual_seed(2)
     write_tiny_run(tmp_path / "run", checkpoint=False)
     shutil.copytree(run_folder / "tokens", tmp_path / "run" / "tokens")
     assert main(["train-reranker", "--load", str(tmp_path / "run"), "--device", "cpu"]) == EXIT_ERROR
