@@ -89,7 +89,9 @@ def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in
     for folder in (text_folder, image_folder):  # others of the same sizes draw nonsense
         require_tokenizer(folder, manifest)
     model = _load_model(source, config, device, mesh, in_bf16)
-    reranker = _load_reranker(folders, device, text_folder, image_folder)
+    reranker = _load_reranker(folders, config.model.num_text_slots, text_folder, image_folder)
+    if reranker is not None:
+        reranker = reranker.to(device)
     return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step, reranker)
 
 
@@ -151,8 +153,8 @@ def _beside(folders: list[Path], name: str) -> Path:
     )
 
 
-def _load_reranker(folders: list[Path], device: torch.device, *tokenizers: Path) -> DualEncoder | None:
-    """The reranker in the first of ``folders`` that has one, which must have been trained with these tokenizers."""
+def _load_reranker(folders: list[Path], num_text_slots: int, *tokenizers: Path) -> DualEncoder | None:
+    """The reranker in the first of ``folders`` that has one, which must be of these tokenizers and as many slots."""
     found = next((folder / RERANKER_FOLDER for folder in folders if (folder / RERANKER_FOLDER).is_dir()), None)
     if found is None:
         return None
@@ -165,8 +167,13 @@ def _load_reranker(folders: list[Path], device: torch.device, *tokenizers: Path)
                 f"{found}: was trained with other tokenizers ({error}). Works: vilg train-reranker --load RUN again, "
                 "or move it away"
             ) from error
+    if (slots := reranker.places.num_embeddings) != num_text_slots:
+        raise CheckpointError(
+            f"{found}: was trained on captions of {slots} text slots, the generator has {num_text_slots}. Works: vilg "
+            "train-reranker --load RUN again, or move it away"
+        )
     log.info("choices among drawings listen to %s too", found)
-    return reranker.to(device)
+    return reranker
 
 
 def _check_fit(source: Path, model: ModelConfig, text: TextTokenizer, image: ImageTokenizer) -> None:

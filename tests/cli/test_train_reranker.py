@@ -20,6 +20,7 @@ from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.data.token_writer import write_token_cache
 from megatron_vilg.errors import CheckpointError
 from megatron_vilg.generate.pipeline import Pipeline
+from megatron_vilg.models.dual_encoder import DualEncoder
 from megatron_vilg.train import reranker
 from tests.tiny_run import CAPTIONS, write_tiny_pairs, write_tiny_run
 
@@ -139,6 +140,15 @@ def test_one_of_other_tokenizers_is_refused(with_reranker: Path, tmp_path: Path)
     shutil.copytree(with_reranker / "reranker", folder / "reranker")
     with pytest.raises(CheckpointError, match=r"reranker: was trained with other tokenizers \(.*Works: vilg train-re"):
         Pipeline.load(folder)
+
+
+def test_one_of_other_text_slots_is_refused(with_reranker: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_reranker, tmp_path / "run")
+    encoder, manifest = load_reranker(with_reranker / "reranker")
+    fewer = DualEncoder(encoder.config, encoder.pieces.num_embeddings, num_text_slots=4)
+    save_reranker(fewer, tmp_path / "run" / "reranker", tokenizers=manifest.tokenizers)
+    with pytest.raises(CheckpointError, match="was trained on captions of 4 text slots, the generator has 6"):
+        Pipeline.load(tmp_path / "run")
 
 
 def test_something_else_in_its_place_is_refused(with_reranker: Path, tmp_path: Path) -> None:
