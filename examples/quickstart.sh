@@ -40,7 +40,8 @@ launch=($VILG)
 if ((WORKERS > 1)); then
   # A process per core, of one thread each: the image tokenizer gets through half more pictures than with one process of
   # as many threads, the model through as many pairs.
-  launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$WORKERS" -m megatron_vilg)
+  # torchrun, but for Ctrl-C, which is the processes' to handle: they save.
+  launch=("$PYTHON" -m megatron_vilg.parallel.agent --standalone --nproc-per-node "$WORKERS" -m megatron_vilg)
 fi
 
 data_options=(--choice-seed "$CHOICE_SEED")

@@ -1,10 +1,11 @@
-"""torchrun inside ``srun``, one task per node: it finds the other nodes by itself and ends with its ranks' exit code.
+"""torchrun that leaves signals to its ranks and ends with their exit code; in a step of SLURM it finds the other nodes.
 
     srun --ntasks-per-node=1 python -m megatron_vilg.parallel.agent --nproc-per-node 8 -m megatron_vilg train ...
 
 torchrun itself ends with 1 whatever its ranks said, so that a job script could not tell a run that was stopped and
 saved (75) from one that failed; and it ends at the signals that SLURM sends to all processes of a step, SIGUSR1 before
-the time limit and SIGTERM before it makes room for another job.
+the time limit and SIGTERM before it makes room for another job. At Ctrl-C it prints a stack trace of its own; its ranks
+have a session each, which the terminal's SIGINT does not reach.
 """
 
 from __future__ import annotations
@@ -21,26 +22,30 @@ from megatron_vilg.parallel.slurm import meeting_place
 
 STOPPED = 75
 """What ``vilg train`` ends with when a signal has stopped it and nothing is lost."""
-_NOT_SIGTERM = "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"
+_FORWARDED = (signal.SIGTERM, signal.SIGINT)
+"""SIGUSR1 comes from SLURM, which sends it to the ranks as well."""
+_TORCHRUNS_OWN = "--signals-to-handle=SIGHUP,SIGQUIT"
 """torchrun's handler ends the ranks after 30 seconds, and torchrun with 1."""
 
 
 def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run torchrun; returns the exit code of the first rank that had no success, 128 + n if signal n ended it."""
     # Handlers, as ranks would inherit it if these were ignored. They come first: imports take seconds.
-    signal.signal(signal.SIGUSR1, _leave_to_ranks)
-    signal.signal(signal.SIGTERM, _leave_to_ranks)
+    for number in (signal.SIGUSR1, *_FORWARDED):
+        signal.signal(number, _leave_to_ranks)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        torchrun([*nodes_of_step(environ), _NOT_SIGTERM, *words])
+        torchrun([*nodes_of_step(environ), _TORCHRUNS_OWN, *words])
     except ChildFailedError as error:
         # srun ends the other tasks once this one has ended; a signal must not spoil their exit codes.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.stderr.write(f"{error}\n")
+        for number in _FORWARDED:
+            signal.signal(number, signal.SIG_IGN)
         code = error.get_first_failure()[1].exitcode
+        if code != STOPPED:  # the ranks have said that they saved
+            sys.stderr.write(f"{error}\n")
         return code if code > 0 else 128 - code
     return 0
 
@@ -50,7 +55,7 @@ def _leave_to_ranks(number: int, frame: FrameType | None) -> None:
     ranks = list(_children())
     if not ranks:
         os._exit(STOPPED)
-    if number == signal.SIGTERM:  # SIGUSR1 comes from SLURM, which sends it to them as well
+    if number in _FORWARDED:
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(rank, number)

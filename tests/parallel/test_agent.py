@@ -24,6 +24,7 @@ def save(*_):
 
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
 (folder / f"ready-{rank}").touch()
 if sys.argv[1] == "die" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -41,9 +42,13 @@ def start(folder: Path, how: str) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.parametrize(("how", "code"), [("end", 0), ("die", 128 + signal.SIGKILL)])
-def test_ends_with_the_ranks_code(how: str, code: int, tmp_path: Path) -> None:
-    assert start(tmp_path, how).wait(120) == code
+def test_ends_with_zero_after_success(tmp_path: Path) -> None:
+    assert start(tmp_path, "end").wait(120) == 0
+
+
+def test_ends_with_the_code_of_a_lost_rank_and_tells(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start(tmp_path, "die").wait(120) == 128 + signal.SIGKILL
+    assert "Signal 9 (SIGKILL)" in capfd.readouterr().err
 
 
 def started(folder: Path) -> subprocess.Popen[bytes]:
@@ -55,14 +60,19 @@ def started(folder: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_sigterm_is_passed_on_and_ends_with_the_ranks_code(tmp_path: Path) -> None:
-    """torchrun itself ends with 1 after it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_is_passed_on_and_ends_with_the_ranks_code(
+    number: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun itself ends with 1 after it, and with a stack trace."""
     process = started(tmp_path)
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(120) == 75
+    told = capfd.readouterr().err
+    assert "Traceback" not in told and "FAILED" not in told
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_before_there_are_ranks_is_a_stop(number: signal.Signals) -> None:
     code = (
         "import os, sys\n"
