@@ -178,7 +178,8 @@ def run_demo(args: argparse.Namespace) -> int:
         scenes=args.scenes,
         seed=args.choice_seed,
     )
-    manifest = write_demo(args.out, args.cache.expanduser(), options)
+    with full_disk_explained(args.out, DataError):
+        manifest = write_demo(args.out, args.cache.expanduser(), options)
     counts = ", ".join(f"{count} {split}" for split, count in manifest["pairs"].items())
     print(f"{args.out}: {counts}; licences and credits in {args.out / 'README.md'}")
     return 0

@@ -112,6 +112,19 @@ def test_a_full_disk_is_explained(small_disk: Path, encode: list[str], capsys: p
     assert not list(out.iterdir())
 
 
+def test_demo_pictures_that_find_no_room_can_be_drawn_again(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, out = tmp_path / "cache", small_disk / "data"
+    write_packages(cache)
+    demo = ["data", "demo", "--out", str(out), "--concepts", "12", "--held-out-concepts", "2", "--cache", str(cache)]
+    assert main([*demo, "--styles", "noto,fluent-3d"]) == 2
+    assert f"DataError: --out={out}: the disk is full or a quota is used up (" in capsys.readouterr().err
+    assert not out.exists()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert main([*demo, "--styles", "noto,fluent-3d"]) == 0
+
+
 def test_the_end_of_a_quota_that_safetensors_reports_is_explained(
     tmp_path: Path, encode: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
