@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
         for number in _FORWARDED:
             signal.signal(number, signal.SIG_IGN)
         code = error.get_first_failure()[1].exitcode
-        if code != STOPPED:  # the ranks have said that they saved
+        if any(failure.exitcode != STOPPED for failure in error.failures.values()):  # else all have saved, and said so
             sys.stderr.write(f"{error}\n")
         return code if code > 0 else 128 - code
     return 0
