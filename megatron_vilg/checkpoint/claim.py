@@ -188,7 +188,7 @@ class Claim:
         stop = f"scancel {other.job}" if other.job else f"kill {other.process.pid} on {other.process.machine}"
         return (
             f"--out={self.run}: {other} trains in it. Works: another --out; or stop that one first ({stop}) and "
-            "start again"
+            f"start again; or, if this folder is a copy of the one it trains in, remove {self.path}"
         )
 
     def _unwritable(self, error: OSError) -> CheckpointError:

@@ -53,7 +53,14 @@ class Parts:
     """What ``vilg train-reranker`` left there."""
 
 
-def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in_bf16: bool = False) -> Parts:
+def load_parts(
+    path: Path,
+    device: torch.device,
+    *,
+    mesh: Mesh | None = None,
+    in_bf16: bool = False,
+    with_reranker: bool = True,
+) -> Parts:
     """Read a run folder (its export if there is one, else its newest checkpoint) or an exported folder.
 
     Args:
@@ -62,6 +69,7 @@ def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in
         mesh: ranks that each read and hold a share of the generator, along ``tp``, and all make this call; None: this
             process has all of it.
         in_bf16: keep the transformer's weights in bf16.
+        with_reranker: read the reranker too, where there is one.
 
     Raises:
         CheckpointError: nothing of that kind is there, or it is incomplete, damaged, or does not fit together.
@@ -89,7 +97,9 @@ def load_parts(path: Path, device: torch.device, *, mesh: Mesh | None = None, in
     for folder in (text_folder, image_folder):  # others of the same sizes draw nonsense
         require_tokenizer(folder, manifest)
     model = _load_model(source, config, device, mesh, in_bf16)
-    reranker = _load_reranker(folders, config.model.num_text_slots, text_folder, image_folder)
+    reranker = None
+    if with_reranker:
+        reranker = _load_reranker(folders, config.model.num_text_slots, text_folder, image_folder)
     if reranker is not None:
         reranker = reranker.to(device)
     return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step, reranker)

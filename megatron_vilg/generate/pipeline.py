@@ -94,10 +94,11 @@ class Pipeline:
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
         mesh: Mesh | None = None,
+        with_reranker: bool = True,
     ) -> Pipeline:
         """Read a run folder or an exported one: see ``load.load_parts``. Precision int8 is for one process."""
         in_bf16 = precision == "bf16" and torch.device(device).type != "cpu"  # a CPU packs a copy anyway
-        parts = load_parts(Path(path), torch.device(device), mesh=mesh, in_bf16=in_bf16)
+        parts = load_parts(Path(path), torch.device(device), mesh=mesh, in_bf16=in_bf16, with_reranker=with_reranker)
         log.info("loaded %s (step %d)", parts.source, parts.step)
         if precision == "int8":
             use_int8(parts.model)

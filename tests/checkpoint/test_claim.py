@@ -62,10 +62,16 @@ def test_a_living_process_of_this_machine_keeps_its_folder(tmp_path: Path) -> No
     assert f"--out={tmp_path}: process {os.getppid()} on {living().machine}, SLURM job 12, since 2026" in str(
         caught.value
     )
-    assert "trains in it. Works: another --out; or stop that one first (scancel 12) and start again" in str(
-        caught.value
+    assert (
+        "trains in it. Works: another --out; or stop that one first (scancel 12) and start again; or, if this "
+        in str(caught.value)
     )
+    assert str(caught.value).endswith(f"is a copy of the one it trains in, remove {path}")
     assert path.read_text() == before
+    path.unlink()  # as advised for a copy
+    owner = claim(tmp_path)
+    owner.take()
+    owner.release()
 
 
 @pytest.mark.parametrize("left", ["dead", "half a file"])

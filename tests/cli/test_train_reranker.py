@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
 from megatron_vilg.checkpoint.manifest import read_manifest
@@ -181,6 +182,17 @@ def test_a_damaged_one_is_refused(with_reranker: Path, tmp_path: Path) -> None:
         file.write(b"\x01")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_reranker(folder)
+
+
+def test_captions_do_not_need_it(with_reranker: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_reranker, tmp_path / "run")
+    (tmp_path / "run" / "reranker" / "model.safetensors").unlink()
+    Image.new("RGB", (16, 16)).save(tmp_path / "grey.png")
+    assert (
+        main(["generate", "--load", str(tmp_path / "run"), "--prompt", "a", "--out", str(tmp_path / "out")])
+        == EXIT_ERROR
+    )
+    assert main(["caption", "--load", str(tmp_path / "run"), str(tmp_path / "grey.png")]) == 0
 
 
 @pytest.mark.parametrize(
