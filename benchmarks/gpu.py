@@ -20,6 +20,7 @@ from megatron_vilg.errors import ConfigError
 from megatron_vilg.generate.cache import kv_elements_read
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.text_to_image import Prompts, draw_ids
+from megatron_vilg.models.channels_last import to_channels_last
 from megatron_vilg.models.cost import num_parameters
 from megatron_vilg.models.vilg import ViLG
 from megatron_vilg.models.vqgan import VQGAN
@@ -203,7 +204,7 @@ def image_tokenizer(bench: Bench) -> Iterator[Row]:
         )
     plain, fast = (VQGAN(config).to(bench.device).eval() for _ in range(2))
     fast.load_state_dict(plain.state_dict())
-    fast = fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast = to_channels_last(fast)
     count = 64 if on_gpu else 2
     pixels = torch.rand(count, 3, config.image_size, config.image_size, device=bench.device) * 2 - 1
     codes = torch.randint(config.codebook_size, (count, config.grid_side**2), device=bench.device)

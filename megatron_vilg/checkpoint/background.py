@@ -22,7 +22,8 @@ class BackgroundWrite:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._group = dist.new_group(backend="gloo") if mesh.is_distributed else None
+        # Any: the type stubs of torch say what ranks outside a group get, and since 2.14 no call takes that.
+        self._group: Any = dist.new_group(backend="gloo") if mesh.is_distributed else None
         self._thread: threading.Thread | None = None
         self._failure = ""
 

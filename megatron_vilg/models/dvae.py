@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_vilg.config.schema import ImageTokenizerConfig
+from megatron_vilg.models.channels_last import to_channels_last
 from megatron_vilg.models.pixel_losses import logit_laplace_pixels, squeezed
 
 _REVIVED_NOISE = 0.1
@@ -120,7 +121,7 @@ class DVAE(nn.Module):
         self.code = nn.Parameter(torch.randn(config.codebook_size, config.codebook_dim))
         self.decoder = DVAEDecoder(config)
         self.register_buffer("use", torch.ones(config.codebook_size))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(self)
 
     @property
     def codebook(self) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_vilg.errors import CheckpointError, ConfigError, MissingPackageError
+from megatron_vilg.models.channels_last import to_channels_last
 
 _MEAN, _STD = 0.498, 0.502
 """Input normalisation of the published weights, for pixels in [0, 1]."""
@@ -259,7 +260,7 @@ def _from_file(path: Path, network: FeatureNetwork) -> FeatureNetwork:
         network.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not hold the weights of this EfficientNet-Lite: {error}") from error
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return to_channels_last(network)
 
 
 def _folded(published: dict[str, Tensor], network: FeatureNetwork) -> dict[str, Tensor]:

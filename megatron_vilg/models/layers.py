@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +71,8 @@ class SelfAttention(nn.Module):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> Tensor:
         """Softmax attention over [B, T, A, H]: [B, T, A * H]."""
         if self.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(attend, q, k, v, prepared, use_reentrant=False)).flatten(-2)
+            mixed: Tensor = checkpoint(attend, q, k, v, prepared, use_reentrant=False)
+            return mixed.flatten(-2)
         return attend(q, k, v, prepared).flatten(-2)
 
     def forward(self, x: Tensor, prepared: Prepared, rows: Rows | None = None) -> Tensor:
@@ -138,7 +138,8 @@ class Block(nn.Module):
         own, so in a last block none is computed there that nobody reads.
         """
         if self.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._forward, x, prepared, rows, use_reentrant=False))
+            computed: Tensor = checkpoint(self._forward, x, prepared, rows, use_reentrant=False)
+            return computed
         return self._forward(x, prepared, rows)
 
     def _forward(self, x: Tensor, prepared: Prepared, rows: Rows | None) -> Tensor:

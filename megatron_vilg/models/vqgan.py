@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_vilg.config.schema import ImageTokenizerConfig
+from megatron_vilg.models.channels_last import to_channels_last
 from megatron_vilg.models.quantizer import VectorQuantizer
 
 
@@ -169,7 +170,7 @@ class VQGAN(nn.Module):
         self.encoder = Encoder(config)
         self.quantizer = VectorQuantizer(config)
         self.decoder = Decoder(config)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(self)
 
     @property
     def codebook(self) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,8 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    with Heartbeat(world, dist.PrefixStore("beats", store).clone(), place()) as beat:  # type: ignore[attr-defined]
+    beats: Any = dist.PrefixStore("beats", store)  # the type stubs of torch before 2.14 do not know its clone()
+    with Heartbeat(world, beats.clone(), place()) as beat:
         try:
             job = Job(world, dist.PrefixStore("notes", store), beat.failures)
             yield job

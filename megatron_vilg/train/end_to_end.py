@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_vilg.config.schema import OptimConfig, RunConfig
 from megatron_vilg.data.batch import PairBatch, build_targets
+from megatron_vilg.models.channels_last import to_channels_last
 from megatron_vilg.models.features import load_feature_network
 from megatron_vilg.models.reconstructor import FIGURES, Helpers, Reconstructor, pixel_loss_of
 from megatron_vilg.models.tokenizers import AnyTokenizer
@@ -73,7 +74,7 @@ class EndToEndEngine(NativeEngine):
         if options.decoder_start == "tokenizer":
             part.decoder.load_state_dict(tokenizer.decoder.state_dict())
         part.to(self.device)
-        part.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(part.decoder)
         self.part = last.reconstructor = part
         self.part_optimizer = build_optimizer(list(self._named_part()), self._rates, self.device)
         self.average = WeightAverage(part, options.ema_decay) if options.ema_decay else None
