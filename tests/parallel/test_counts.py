@@ -109,8 +109,9 @@ def whole_bytes(models: list[ViLG]) -> tuple[int, int]:
                     if whole is None:
                         continue
                     weights += local(whole).untyped_storage().nbytes()
-                    waiting = (whole.grad, held.unsharded_accumulated_grad)
-                    gradients += sum(local(g).nbytes for g in waiting if g is not None)
+                    waiting = (whole.grad, held.unsharded_accumulated_grad)  # since torch 2.15 the same one
+                    kept = {local(g).untyped_storage().data_ptr(): local(g).nbytes for g in waiting if g is not None}
+                    gradients += sum(kept.values())
     return weights, gradients
 
 
