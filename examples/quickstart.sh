@@ -41,7 +41,11 @@ if ((WORKERS > 1)); then
   # A process per core, of one thread each: the image tokenizer gets through half more pictures than with one process of
   # as many threads, the model through as many pairs.
   # torchrun, but for Ctrl-C, which is the processes' to handle: they save.
-  launch=("$PYTHON" -m megatron_vilg.parallel.agent --standalone --nproc-per-node "$WORKERS" -m megatron_vilg)
+  # The number of threads is what torchrun takes by itself, with six lines of warning.
+  launch=(
+    env "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
+    "$PYTHON" -m megatron_vilg.parallel.agent --standalone --nproc-per-node "$WORKERS" -m megatron_vilg
+  )
 fi
 
 data_options=(--choice-seed "$CHOICE_SEED")
