@@ -103,7 +103,10 @@ def whole_bytes(models: list[ViLG]) -> tuple[int, int]:
         for module in model.modules():
             if not isinstance(module, FSDPModule):
                 continue
-            for group in fully_shard.state(module)._fsdp_param_groups:  # type: ignore[attr-defined]
+            state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
+            # In torch 2.11 a module has one group, or none.
+            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            for group in filter(None, groups):
                 for held in group.fsdp_params:
                     whole: Tensor | None = getattr(held, "_unsharded_param", None)
                     if whole is None:
