@@ -40,16 +40,22 @@ def test_blocks_are_put_together_in_order(tmp_path: Path, monkeypatch: pytest.Mo
         assert torch.equal(read_pixels(tmp_path, "train", 8, max_bad_share=0.0), whole)
 
 
+def _collect(mebibytes: int) -> int:
+    """Collect pictures of so many MiB; their bytes."""
+    pictures = pixels_module._Pictures(pixels_module._Room("x", 256, 1 << 30))
+    picture = Image.new("RGB", (256, 256), (1, 2, 3))
+    for _ in range((mebibytes << 20) // (3 * 256 * 256)):
+        pictures.add(SimpleNamespace(decode=lambda: picture))  # type: ignore[arg-type]
+    return pictures.tensor().numel()
+
+
 def _peak_of_64_mebibytes() -> float:
     """How far the peak of this process's memory rises, in bytes of the pictures that it collects."""
     pixels_module.BLOCK_BYTES = 4 << 20
+    _collect(4)  # the first time reads code of libraries into memory, too
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pictures = pixels_module._Pictures(pixels_module._Room("x", 256, 1 << 30))
-    picture = Image.new("RGB", (256, 256), (1, 2, 3))
-    for _ in range((64 << 20) // (3 * 256 * 256)):
-        pictures.add(SimpleNamespace(decode=lambda: picture))  # type: ignore[arg-type]
-    found = pictures.tensor()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / found.numel()
+    collected = _collect(64)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / collected
 
 
 def test_memory_holds_each_picture_once() -> None:
