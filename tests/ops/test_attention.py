@@ -34,7 +34,7 @@ def runs_triton() -> bool:
     )
 
 
-triton_runs = pytest.mark.skipif(not runs_triton(), reason="needs a GPU, Triton >= 3.7 or NumPy < 2.4")
+needs_running_triton = pytest.mark.skipif(not runs_triton(), reason="needs a GPU, Triton >= 3.7 or NumPy < 2.4")
 
 
 def inputs(rule: AttentionRule, rows: int, size: int = 8, heads: int = 2) -> list[torch.Tensor]:
@@ -96,7 +96,7 @@ def test_flex_agrees_forward(pattern, side, slots, lengths, kernel, wrap, window
     torch.testing.assert_close(attention(q, k, v, rule, text_len, "flex", direction), expected, atol=1e-5, rtol=1e-5)
 
 
-@triton_runs
+@needs_running_triton
 @settings(max_examples=8, deadline=None)
 @cases
 def test_triton_agrees(pattern, side, slots, lengths, kernel, wrap, window, direction) -> None:  # type: ignore[no-untyped-def]
@@ -104,7 +104,7 @@ def test_triton_agrees(pattern, side, slots, lengths, kernel, wrap, window, dire
     assert_same(run(rule, text_len[:2], "triton", direction, 16), run(rule, text_len[:2], "dense", direction, 16))
 
 
-@triton_runs
+@needs_running_triton
 @pytest.mark.parametrize(("pattern", "size"), [("row", 64), ("column", 64), ("conv", 128)])
 def test_triton_head_sizes_over_several_tiles(pattern: str, size: int) -> None:
     rule = AttentionRule(pattern, StreamSpec(num_text_slots=5, image_side=8), conv_kernel=3)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def half_precision_error(dtype: torch.dtype, device: str) -> float:
     return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True))
 
 
-@triton_runs
+@needs_running_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter has no bf16")
 def test_triton_half_precision_in_fp32_softmax() -> None:
     assert half_precision_error(torch.float16, "cpu") < 3e-3

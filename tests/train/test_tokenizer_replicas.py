@@ -21,9 +21,10 @@ from megatron_vilg.train.vqgan_engine import VQGANEngine
 from tests.helpers import run_distributed
 from tests.train.vqgan_case import discs, tiny_run
 
-STEPS = 5
-"""Two before there are codes, three with them. The gradient of an absolute error jumps where rounding turns its sign:
-the more steps, the likelier that it does somewhere."""
+STEPS = 7
+PICTURES = 1
+"""Seed of pictures of which no area comes out so exactly that rounding turns the sign of its error: the gradient of an
+absolute error jumps there, as it does with seed 0 and torch 2.15 in step 5."""
 
 
 def with_tokenizer(run: RunConfig, **options: Any) -> RunConfig:
@@ -43,7 +44,8 @@ CASES = {
 def train_steps(run: RunConfig, gradients: bool = True) -> dict[str, Any]:
     """Gradients of each step, losses of each step, all of the state in the end."""
     replicas = Replicas.of_group()
-    engine, source = build_tokenizer_engine(run, replicas=replicas), PixelsInMemory(discs(), run)
+    engine = build_tokenizer_engine(run, replicas=replicas)
+    source = PixelsInMemory(discs(seed=PICTURES), run)
     losses, seen = [], []
     for step in range(STEPS):
         engine.before_step(step, source)
