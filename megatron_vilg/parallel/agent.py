@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
         for number in _FORWARDED:
             signal.signal(number, signal.SIG_IGN)
         code = error.get_first_failure()[1].exitcode
-        if any(failure.exitcode != STOPPED for failure in error.failures.values()):  # else all have saved, and said so
+        # Else all have saved, and said so; or the agent has ended the slower ones behind the first that had.
+        quiet = (STOPPED, -signal.SIGTERM) if code == STOPPED else ()
+        if any(failure.exitcode not in quiet for failure in error.failures.values()):
             sys.stderr.write(f"{error}\n")
         return code if code > 0 else 128 - code
     return 0
