@@ -25,6 +25,9 @@ def save(*_):
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGINT, save)
+if sys.argv[1] == "behind" and rank == 1:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 (folder / f"ready-{rank}").touch()
 if sys.argv[1] == "die" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -51,8 +54,8 @@ def test_ends_with_the_code_of_a_lost_rank_and_tells(tmp_path: Path, capfd: pyte
     assert "Signal 9 (SIGKILL)" in capfd.readouterr().err
 
 
-def started(folder: Path) -> subprocess.Popen[bytes]:
-    process = start(folder, "wait")
+def started(folder: Path, how: str = "wait") -> subprocess.Popen[bytes]:
+    process = start(folder, how)
     deadline = time.monotonic() + 120
     while len(list(folder.glob("ready-*"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
@@ -70,6 +73,16 @@ def test_is_passed_on_and_ends_with_the_ranks_code(
     assert process.wait(120) == 75
     told = capfd.readouterr().err
     assert "Traceback" not in told and "FAILED" not in told
+
+
+def test_a_rank_that_the_agent_ended_behind_one_that_saved_is_no_failure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 goes on at SIGINT, and knows no more of SIGTERM than a process that has no handlers yet."""
+    process = started(tmp_path, "behind")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 75
+    assert "FAILED" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
