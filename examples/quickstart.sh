@@ -56,6 +56,7 @@ train_options=("train.seed=$SEED" "image_tokenizer_train.seed=$SEED")
 # Four drawings of each prompt, as the picture shows: one of 58 prompts leaves a share uncertain by more.
 measure_options=(--samples-per-prompt 4)
 reranker_options=("reranker.seed=$SEED")
+restyler_options=("restyler.seed=$SEED")
 if [[ "${SMOKE:-0}" == 1 ]]; then
   data_options+=(--concepts 12 --held-out-concepts 2)
   train_options+=(
@@ -64,6 +65,7 @@ if [[ "${SMOKE:-0}" == 1 ]]; then
   )
   measure_options+=(sample.rerank=2 sample.caption_candidates=2)
   reranker_options+=(reranker.num_steps=10)
+  restyler_options+=(restyler.num_steps=10)
 fi
 
 if [[ "${FULL:-0}" == 1 ]]; then
@@ -82,6 +84,9 @@ say "2/5 train both directions: $OUT"
 "${launch[@]}" train --preset "$name" --data "$DATA" --out "$OUT" "${train_options[@]}"
 if [[ "${FULL:-0}" == 1 && ! -d "$OUT/reranker" ]]; then
   $VILG train-reranker --load "$OUT" "${reranker_options[@]}" # a second opinion on the drawings
+fi
+if [[ "${FULL:-0}" == 1 && ! -d "$OUT/restyler" ]]; then
+  $VILG train-restyler --load "$OUT" --data "$DATA" "${restyler_options[@]}" # draws what was never shown together
 fi
 
 # A few trained pairs, and held-out ones whose concept and style were never seen together, as files: their captions

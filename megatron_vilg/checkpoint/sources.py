@@ -34,7 +34,7 @@ from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import CheckpointError, ConfigError, DataError
 
 CONFIG_NAME = "config.json"
-GENERATOR, IMAGE_TOKENIZER, RERANKER = "pretrain", "image-tokenizer", "reranker"
+GENERATOR, IMAGE_TOKENIZER, RERANKER, RESTYLER = "pretrain", "image-tokenizer", "reranker", "restyler"
 RECONSTRUCTOR = "reconstructor"
 """First word of the names of a reconstructor's weights in the whole model, and the kind of its folder."""
 CHECKPOINT_FOLDER, EXPORT_FOLDER = "checkpoints", "export"
@@ -166,7 +166,7 @@ def companions(source: TensorSource) -> tuple[Mapping[str, Any], dict[str, Path]
         return manifest.model, {}
     folders = _folders_of(source.path)
     config: Mapping[str, Any] = {"model": dict(manifest.model)}
-    if manifest.kind == RERANKER:  # its config.json is no run's
+    if manifest.kind in (RERANKER, RESTYLER):  # its config.json is no run's
         config = manifest.model
     elif (file_of_run := config_file(source)) is not None:
         config = _read_config(file_of_run, source)

@@ -16,7 +16,8 @@ from megatron_vilg.checkpoint.averages import as_exported, averages_in
 from megatron_vilg.checkpoint.canonical import FileSource
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, find_damage
 from megatron_vilg.checkpoint.new_folder import Progress
-from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, RECONSTRUCTOR, RERANKER, companions
+from megatron_vilg.checkpoint.restyler import expected_shapes
+from megatron_vilg.checkpoint.sources import GENERATOR, IMAGE_TOKENIZER, RECONSTRUCTOR, RERANKER, RESTYLER, companions
 from megatron_vilg.checkpoint.tensors import (
     MODEL,
     MOMENTUM_SLOT,
@@ -98,9 +99,11 @@ def expected_weights(manifest: Manifest) -> dict[str, tuple[int, ...]] | None:
         CheckpointError: the configuration does not fit this version of the package.
     """
     try:
+        if manifest.kind == RESTYLER:
+            return expected_shapes(manifest)
         with torch.device("meta"):
             model = _build(manifest)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"the manifest's configuration does not fit this version of the package: {error}"
         ) from error

@@ -75,9 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vilg.generate.pipeline import Pipeline
 
     with generator_ranks(args.tensor, world, args.device) as mesh:
-        pipeline = Pipeline.load(
-            args.load, device=mesh.device, precision=args.precision, mesh=mesh, with_reranker=False
-        )
+        pipeline = Pipeline.load(args.load, device=mesh.device, precision=args.precision, mesh=mesh, for_drawing=False)
         images, codes, problems = _read(args.images, pipeline)
         captions = _captions(args, pipeline, codes)
         if mesh.rank("tp") == 0:

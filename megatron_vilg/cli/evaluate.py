@@ -321,6 +321,7 @@ def _subject(pipeline: Pipeline, config: RunConfig, replicas: Replicas) -> Subje
     divided = DividedPipeline(pipeline, replicas)
     parts = pipeline.image_tokenizer, pipeline.text_tokenizer
     heard = pipeline.reranker if config.sample.rerank and config.sample.rerank_contrastive_weight else None
+    draws = pipeline.restyling if config.sample.restyle else None
     return Subject(
         divided,
         *parts,
@@ -328,6 +329,7 @@ def _subject(pipeline: Pipeline, config: RunConfig, replicas: Replicas) -> Subje
         config,
         max_batch=pipeline.max_batch,
         reranker=None if heard is None else heard.config,
+        restyler=None if draws is None else draws.model.config,
         replicas=replicas,
     )
 

@@ -60,19 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="codes to pixels: the image tokenizer, or the reconstructor that was trained with the generator",
     )
     parser.add_argument("--max-batch", metavar="N", type=int, help="pictures drawn at a time (default: all)")
-    parser.add_argument(
-        "--rerank",
-        metavar="K",
-        type=int,
-        help="draw K pictures per prompt, keep the -n that both directions find likeliest; 0: keep all that is drawn",
-    )
-    parser.add_argument(
-        "--reranker-weight",
-        dest="rerank_contrastive_weight",
-        metavar="X",
-        type=float,
-        help="how much that choice listens to a reranker (vilg train-reranker) where there is one; 0: not at all",
-    )
+    _add_helper_options(parser)
     parser.add_argument("--image-prefix", metavar="IMG", type=Path, help="complete this picture, with --keep-rows")
     parser.add_argument("--keep-rows", metavar="R", type=int, help="rows of its tokens that are kept, from the top")
     parser.add_argument(
@@ -90,6 +78,30 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_tensor_option(parser)
     add_device_option(parser)
     parser.set_defaults(run=run)
+
+
+def _add_helper_options(parser: argparse.ArgumentParser) -> None:
+    """What chooses among the generator's drawings, and what draws in its place."""
+    parser.add_argument(
+        "--rerank",
+        metavar="K",
+        type=int,
+        help="draw K pictures per prompt, keep the -n that both directions find likeliest; 0: keep all that is drawn",
+    )
+    parser.add_argument(
+        "--reranker-weight",
+        dest="rerank_contrastive_weight",
+        metavar="X",
+        type=float,
+        help="how much that choice listens to a reranker (vilg train-reranker) where there is one; 0: not at all",
+    )
+    parser.add_argument(
+        "--restyle",
+        metavar="K",
+        type=int,
+        help="choices of references behind a thing in a style that it was never shown in, where there is a restyler "
+        "(vilg train-restyler); 0: the generator draws it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,6 +134,9 @@ def _run_share(args: argparse.Namespace, prompts: list[str], share: Share, mesh:
         digest.update(drawn.ids.cpu().numpy().astype("<i8").tobytes())
         lengths = [len(pipeline.text_tokenizer.encode(prompt)) for prompt in drawn.prompts]
         facts: list[dict[str, Any]] = [{"tokens": n, "tokens_cut": max(0, n - slots)} for n in lengths]
+        is_restyled = pipeline.restyled(drawn.prompts, settings) if args.image_prefix is None else [False] * len(facts)
+        for fact, answer in zip(facts, is_restyled, strict=True):
+            fact["restyled"] = answer
         if drawn.scores is not None:
             for fact, row in zip(facts, drawn.scores.tolist(), strict=True):
                 fact["scores"] = row
@@ -238,6 +253,7 @@ def _record(args: argparse.Namespace, pipeline: Pipeline, settings: SampleConfig
         "num_images": args.num_images,
         "sample": dataclasses.asdict(settings),
         "reranker": None if pipeline.reranker is None else dataclasses.asdict(pipeline.reranker.config),
+        "restyler": None if pipeline.restyling is None else dataclasses.asdict(pipeline.restyling.model.config),
         "decoder": args.decoder,
         "image_prefix": None if args.image_prefix is None else str(args.image_prefix),
         "keep_rows": args.keep_rows,

@@ -55,6 +55,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("train-vqgan", f"{_CLI}.train_vqgan", "train the image tokenizer", True),
     Verb("train", f"{_CLI}.train", "train the generator in both directions", True, has_aliases=True),
     Verb("train-reranker", f"{_CLI}.train_reranker", "train the model that chooses among drawings", True),
+    Verb("train-restyler", f"{_CLI}.train_restyler", "train the model that draws things in other styles", True),
     Verb("generate", f"{_CLI}.generate", "draw pictures from text"),
     Verb("caption", f"{_CLI}.caption", "say what is in pictures"),
     Verb("evaluate", f"{_CLI}.evaluate", "measure what a run has learnt; score a file of captions", True),

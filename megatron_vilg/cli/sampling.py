@@ -17,6 +17,7 @@ _FLAGS = {
     "top_p": "--top-p",
     "rerank": "--rerank",
     "rerank_contrastive_weight": "--reranker-weight",
+    "restyle": "--restyle",
     "min_p": "--min-p",
     "guidance": "--cfg-scale",
     "guidance_schedule": "--cfg-schedule",

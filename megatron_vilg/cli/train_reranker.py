@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from megatron_vilg.cli.device import add_device_option, chosen_device
 from megatron_vilg.cli.outputs import full_disk_explained, require_writable
-from megatron_vilg.config.reranker import RerankerConfig
+from megatron_vilg.cli.section import changed_section
 from megatron_vilg.config.world import read_world
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.log import get_logger
 
 _log = get_logger(__name__)
-_SECTION = "reranker."
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,10 +33,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> None:
     """Train and write; an older reranker stays until the new one is complete."""
+    from megatron_vilg.config.check import check_reranker
     from megatron_vilg.config.load import read_run_folder_config
 
     trained = read_run_folder_config(args.load)
-    config = _settings(trained.reranker, args.words)
+    config = changed_section("reranker", trained.reranker, args.words, check_reranker)
     if (processes := read_world().size) > 1:
         raise ConfigError([f"vilg train-reranker: {processes} processes, but one does all the work. Works: one"])
     from megatron_vilg.checkpoint.image_tokenizer import image_tokenizer_hash, load_image_tokenizer
@@ -75,23 +74,3 @@ def run(args: argparse.Namespace) -> None:
         )
     shares = ", ".join(f"{split} {share:.2f}" for split, share in found.items())
     _log.info("%s: of at most 1024 captions each, the right one is found for: %s", out, shares)
-
-
-def _settings(config: RerankerConfig, words: list[str]) -> RerankerConfig:
-    """``config``, changed by ``reranker.option=value``; all broken rules at once."""
-    from megatron_vilg.config.check import check_reranker
-    from megatron_vilg.config.load import load_run_config
-    from megatron_vilg.config.options import all_options
-
-    if wrong := [word for word in words if not word.startswith(_SECTION)]:
-        known = ", ".join(name for name in all_options() if name.startswith(_SECTION))
-        raise ConfigError(
-            [f"{word}: this command has settings of the reranker alone. Works: {known}." for word in wrong]
-        )
-    given = load_run_config(overrides=words).reranker
-    names = {word.removeprefix(_SECTION).partition("=")[0] for word in words}
-    changed = {name: getattr(given, name) for name in names}
-    config = dataclasses.replace(config, **changed)
-    if problems := check_reranker(config):
-        raise ConfigError(problems)
-    return config

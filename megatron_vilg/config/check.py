@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable
 
 from megatron_vilg.config.check_engine import check_engine
-from megatron_vilg.config.limits import over_limits, reranker_over_limits, tokenizer_over_limits
+from megatron_vilg.config.limits import over_limits, reranker_over_limits, restyler_over_limits, tokenizer_over_limits
 from megatron_vilg.config.reranker import RerankerConfig
+from megatron_vilg.config.restyler import RestylerConfig
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.sequence import TextToken
@@ -47,6 +48,7 @@ def check(run: RunConfig, world_size: int | None = 1) -> list[str]:
         *_check_training(run),
         *_check_reconstructor(run),
         *check_reranker(run.reranker),
+        *check_restyler(run.restyler),
         *_check_layout(run, world_size),
         *check_engine(run, world_size),
     ]
@@ -332,6 +334,17 @@ def check_reranker(config: RerankerConfig) -> list[str]:
     if config.width % config.num_heads:
         rule = f"must divide reranker.width={config.width}"
         problems.append(_problem("reranker.num_heads", config.num_heads, rule, _divisors(config.width)))
+    return problems
+
+
+def check_restyler(config: RestylerConfig) -> list[str]:
+    """All broken rules of a restyler."""
+    if problems := restyler_over_limits(config):
+        return problems
+    problems = list(_batch("restyler.batch_size", config.batch_size))
+    if config.width % config.num_heads:
+        rule = f"must divide restyler.width={config.width}"
+        problems.append(_problem("restyler.num_heads", config.num_heads, rule, _divisors(config.width)))
     return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_vilg.config.reranker import RerankerConfig
+from megatron_vilg.config.restyler import RestylerConfig
 from megatron_vilg.config.schema import ImageTokenizerConfig, RunConfig
 
 MAX_PROCESSES = 2**20
@@ -19,6 +20,13 @@ _MODEL = {
 _PARALLEL = ("tensor", "pipeline", "stages_per_rank", "replica", "shard", "num_microbatches")
 _IMAGE_TOKENIZER = {"image_size": 2**16, "patch": 1024, "channels": 2**16, "norm_groups": 2**16, "codebook_dim": 2**16}
 _RERANKER = {"width": 2**16, "text_layers": 1024, "num_heads": 2**16, "renderings": 1024}
+_RESTYLER = {
+    "num_layers": 1024,
+    "width": 2**16,
+    "num_heads": 2**16,
+    "num_references": 1024,
+    "num_targets": 1024,
+}
 MAX_LEVELS = 16
 """Halvings of a picture; 2 to the power of them are the pixels of a token's side."""
 
@@ -29,6 +37,7 @@ def over_limits(run: RunConfig, world_size: int | None = None) -> list[str]:
     problems += _over("parallel", run.parallel, dict.fromkeys(_PARALLEL, MAX_PROCESSES))
     problems += tokenizer_over_limits(run.image_tokenizer)
     problems += reranker_over_limits(run.reranker)
+    problems += restyler_over_limits(run.restyler)
     if world_size is not None and world_size > MAX_PROCESSES:
         problems.append(f"{world_size} processes: are more than a job can have. Works: 1 to {MAX_PROCESSES}.")
     return problems
@@ -48,6 +57,11 @@ def tokenizer_over_limits(tokenizer: ImageTokenizerConfig) -> list[str]:
 def reranker_over_limits(config: RerankerConfig) -> list[str]:
     """The same for the sizes of a reranker."""
     return list(_over("reranker", config, _RERANKER))
+
+
+def restyler_over_limits(config: RestylerConfig) -> list[str]:
+    """The same for the sizes of a restyler."""
+    return list(_over("restyler", config, _RESTYLER))
 
 
 def _over(section: str, config: object, limits: dict[str, int]) -> Iterator[str]:

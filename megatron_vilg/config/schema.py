@@ -12,8 +12,10 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_vilg.config.fields import STRICT, Count, Fraction, Guidance, NonNegative, Positive, PositiveInt, Precision
+from megatron_vilg.config.fields import STRICT, Count, Fraction, NonNegative, Positive, PositiveInt, Precision
 from megatron_vilg.config.reranker import RerankerConfig
+from megatron_vilg.config.restyler import RestylerConfig
+from megatron_vilg.config.sample import SampleConfig as SampleConfig
 from megatron_vilg.config.tokenizers import ImageTokenizerConfig, ImageTokenizerTrainConfig, TextTokenizerConfig
 from megatron_vilg.sequence import StreamSpec
 
@@ -311,37 +313,6 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SampleConfig:
-    """Default sampling settings of ``vilg generate``, ``vilg caption`` and of sample pictures."""
-
-    temperature: NonNegative = 1.0
-    """Softmax temperature; 0 takes the most likely token."""
-    top_k: Count = 0
-    """Keep only this many likeliest tokens. 0: all."""
-    top_p: Fraction = 1.0
-    """Keep the likeliest tokens that together have this probability."""
-    min_p: Fraction = 0.0
-    """Keep only tokens at least this share as likely as the likeliest one. 0: all."""
-    guidance: Guidance = 1.0
-    """Classifier-free guidance scale; 1: off."""
-    manner_guidance: Guidance = 0.0
-    """How much ``MANNER`` of a prompt ``MANNER的THING`` pulls on its own, for combinations never seen. 0: off."""
-    thing_guidance: Guidance = 0.0
-    """How much ``THING`` of such a prompt pulls on its own. 0: off."""
-    rerank: Count = 0
-    """Pictures drawn of each prompt, of which those that both directions find likeliest are kept. 0: no choice."""
-    rerank_drawing_weight: NonNegative = 0.1
-    """Weight of ``log P(picture | caption)`` beside ``log P(caption | picture)`` in that choice."""
-    rerank_contrastive_weight: NonNegative = 6.0
-    """Weight of what a reranker (``vilg train-reranker``) says of caption and picture, where the run has one."""
-    caption_candidates: Count = 0
-    """Captions sampled of each picture; the one that both directions find likeliest is said. 0: greedy decoding."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the scale comes about from the first token to the last: at once, or growing from 1 in a straight line or
-    along half a cosine (weak guidance keeps pictures diverse, Muse section 2.7)."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """Everything that defines a run; ``vilg config`` prints it with these texts."""
 
@@ -365,6 +336,8 @@ class RunConfig:
     """End-to-end reconstructor."""
     reranker: RerankerConfig = dataclasses.field(default_factory=RerankerConfig)
     """Contrastive reranker."""
+    restyler: RestylerConfig = dataclasses.field(default_factory=RestylerConfig)
+    """Draws things in manners that they were never shown in."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """Optimizer."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

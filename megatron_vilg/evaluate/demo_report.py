@@ -148,6 +148,7 @@ def _figures(measurement: Measurement) -> dict[str, Any]:
         "drawing_settings": dataclasses.asdict(subject.config.sample)
         | {"samples_per_prompt": settings.samples_per_prompt},
         "reranker": None if subject.reranker is None else dataclasses.asdict(subject.reranker),
+        "restyler": None if subject.restyler is None else dataclasses.asdict(subject.restyler),
         "seconds": {},
         "versions": _versions(),
         "seed": settings.seed,

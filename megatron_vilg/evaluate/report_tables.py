@@ -76,6 +76,11 @@ def _main_table(figures: Mapping[str, Any]) -> Table:
             if reranker := figures["reranker"]:
                 score += f" and a reranker on {reranker['feature_network']} features"
             note += f" Judged: the best {each} of {drawn} drawings of a prompt by {score}; no choice: the first {each}."
+        if figures.get("restyler"):
+            note += (
+                " Things in styles that training never showed them in are drawn by a restyler, which looks at their "
+                "trained pictures in other styles."
+            )
     return Table("画得对不对，说得对不对 · Drawing and captioning", _HEADER, tuple(rows), note)
 
 

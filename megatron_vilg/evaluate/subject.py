@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_vilg.config.reranker import RerankerConfig
+from megatron_vilg.config.restyler import RestylerConfig
 from megatron_vilg.config.schema import RunConfig, SampleConfig
 from megatron_vilg.data.batch import PairBatch
 from megatron_vilg.evaluate.cross_entropy import Forward
@@ -69,6 +70,8 @@ class Subject:
     """Pairs that go through ``forward`` at a time at most; None: as many as an evaluation likes."""
     reranker: RerankerConfig | None = None
     """What choices among drawings listen to beside the model."""
+    restyler: RestylerConfig | None = None
+    """What draws, in place of the model, things in manners that training never showed them in."""
     replicas: Replicas = field(default_factory=Replicas)
     """Processes that evaluate together, each with all of this."""
 

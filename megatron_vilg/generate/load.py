@@ -16,12 +16,15 @@ from megatron_vilg.checkpoint.manager import Checkpointer
 from megatron_vilg.checkpoint.manifest import FILE_NAME, Manifest, read_manifest, read_sound_manifest
 from megatron_vilg.checkpoint.reranker import FOLDER as RERANKER_FOLDER
 from megatron_vilg.checkpoint.reranker import load_reranker
+from megatron_vilg.checkpoint.restyler import FOLDER as RESTYLER_FOLDER
+from megatron_vilg.checkpoint.restyler import load_restyler
 from megatron_vilg.checkpoint.share import load_share
 from megatron_vilg.checkpoint.sources import CHECKPOINT_FOLDER, EXPORT_FOLDER, GENERATOR, require_tokenizer
 from megatron_vilg.config.load import RUN_FILE, read_run_folder_config
 from megatron_vilg.config.schema import ModelConfig, RunConfig
 from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import CheckpointError, ConfigError, DataError
+from megatron_vilg.generate.restyle import Restyling
 from megatron_vilg.generate.weights import use_bf16
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.dual_encoder import DualEncoder
@@ -51,6 +54,8 @@ class Parts:
     """Optimizer steps behind the weights."""
     reranker: DualEncoder | None
     """What ``vilg train-reranker`` left there."""
+    restyling: Restyling | None
+    """What ``vilg train-restyler`` left there."""
 
 
 def load_parts(
@@ -59,7 +64,7 @@ def load_parts(
     *,
     mesh: Mesh | None = None,
     in_bf16: bool = False,
-    with_reranker: bool = True,
+    for_drawing: bool = True,
 ) -> Parts:
     """Read a run folder (its export if there is one, else its newest checkpoint) or an exported folder.
 
@@ -69,7 +74,7 @@ def load_parts(
         mesh: ranks that each read and hold a share of the generator, along ``tp``, and all make this call; None: this
             process has all of it.
         in_bf16: keep the transformer's weights in bf16.
-        with_reranker: read the reranker too, where there is one.
+        for_drawing: read reranker and restyler too, where there are any.
 
     Raises:
         CheckpointError: nothing of that kind is there, or it is incomplete, damaged, or does not fit together.
@@ -98,11 +103,12 @@ def load_parts(
         require_tokenizer(folder, manifest)
     model = _load_model(source, config, device, mesh, in_bf16)
     reranker = None
-    if with_reranker:
+    if for_drawing:
         reranker = _load_reranker(folders, config.model.num_text_slots, text_folder, image_folder)
     if reranker is not None:
         reranker = reranker.to(device)
-    return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step, reranker)
+    restyling = _load_restyler(folders, image_folder, device) if for_drawing else None
+    return Parts(model, text_tokenizer, image_tokenizer.to(device), config, source, manifest.step, reranker, restyling)
 
 
 def find_weights(path: Path) -> Path:
@@ -184,6 +190,23 @@ def _load_reranker(folders: list[Path], num_text_slots: int, *tokenizers: Path) 
         )
     log.info("choices among drawings listen to %s too", found)
     return reranker
+
+
+def _load_restyler(folders: list[Path], tokenizer: Path, device: torch.device) -> Restyling | None:
+    """The restyler in the first of ``folders`` that has one, which must be of this image tokenizer."""
+    found = next((folder / RESTYLER_FOLDER for folder in folders if (folder / RESTYLER_FOLDER).is_dir()), None)
+    if found is None:
+        return None
+    model, library, manifest = load_restyler(found)
+    try:
+        require_tokenizer(tokenizer, manifest)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{found}: was trained with another image tokenizer ({error}). Works: vilg train-restyler --load RUN "
+            "again, or move it away"
+        ) from error
+    log.info("things in manners that training never showed them in are drawn by %s", found)
+    return Restyling(model.to(device), library)
 
 
 def _check_fit(source: Path, model: ModelConfig, text: TextTokenizer, image: ImageTokenizer) -> None:

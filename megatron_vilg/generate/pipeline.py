@@ -13,17 +13,18 @@ from torch import Tensor
 
 from megatron_vilg.config.schema import RunConfig, SampleConfig
 from megatron_vilg.data.images import to_image
+from megatron_vilg.data.prompt_parts import prompt_parts
 from megatron_vilg.data.text import TextTokenizer
 from megatron_vilg.errors import ConfigError
 from megatron_vilg.generate import rerank
-from megatron_vilg.generate.behind import WorkBehind
 from megatron_vilg.generate.candidates import caption_of_candidates, drawing_scores
 from megatron_vilg.generate.caption import GREEDY, caption_ids
 from megatron_vilg.generate.decode import inference
 from megatron_vilg.generate.load import load_parts
 from megatron_vilg.generate.picture_input import Picture, read_picture
-from megatron_vilg.generate.prompt_parts import prompt_parts
-from megatron_vilg.generate.text_to_image import Progress, Prompts, batches, draw_batch, draw_ids
+from megatron_vilg.generate.pictures import draw_pixels
+from megatron_vilg.generate.restyle import Restyling, draw_with_restyled
+from megatron_vilg.generate.text_to_image import Progress, Prompts, draw_ids
 from megatron_vilg.generate.weights import use_int8
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.dual_encoder import DualEncoder
@@ -60,6 +61,7 @@ class Pipeline:
         max_batch: pictures drawn or captioned at a time where a call names no number; None: all. It changes nothing but
             memory.
         reranker: on that device, what choices among drawings listen to beside the generator; None: to that alone.
+        restyling: what draws things in manners that training never showed them in; None: the generator.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Pipeline:
         mesh: Mesh | None = None,
         max_batch: int | None = None,
         reranker: DualEncoder | None = None,
+        restyling: Restyling | None = None,
     ) -> None:
         self.model = model
         self.text_tokenizer = text_tokenizer
@@ -85,6 +88,7 @@ class Pipeline:
         self.mesh = mesh or Mesh(self.device)
         self.max_batch = max_batch
         self.reranker = reranker
+        self.restyling = restyling
 
     @classmethod
     def load(
@@ -94,17 +98,17 @@ class Pipeline:
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
         mesh: Mesh | None = None,
-        with_reranker: bool = True,
+        for_drawing: bool = True,
     ) -> Pipeline:
         """Read a run folder or an exported one: see ``load.load_parts``. Precision int8 is for one process."""
         in_bf16 = precision == "bf16" and torch.device(device).type != "cpu"  # a CPU packs a copy anyway
-        parts = load_parts(Path(path), torch.device(device), mesh=mesh, in_bf16=in_bf16, with_reranker=with_reranker)
+        parts = load_parts(Path(path), torch.device(device), mesh=mesh, in_bf16=in_bf16, for_drawing=for_drawing)
         log.info("loaded %s (step %d)", parts.source, parts.step)
         if precision == "int8":
             use_int8(parts.model)
         return cls(
             parts.model, parts.text_tokenizer, parts.image_tokenizer, parts.config,
-            step=parts.step, precision=precision, mesh=mesh, reranker=parts.reranker,
+            step=parts.step, precision=precision, mesh=mesh, reranker=parts.reranker, restyling=parts.restyling,
         )  # fmt: skip
 
     def encode_prompts(self, prompts: Sequence[str], *, warn: bool = True) -> tuple[Tensor, Tensor]:
@@ -148,11 +152,19 @@ class Pipeline:
     ) -> Tensor:
         """Codes of ``num_images`` pictures for each prompt: int64 [B, n, N]. See ``text_to_image.draw_ids``."""
         settings = settings or self.config.sample
-        with self._arithmetic():
+
+        def draw(part: slice) -> Tensor:
             return draw_ids(
-                self.model, self.encode_with_parts(prompts, settings), settings,
+                self.model, self.encode_with_parts(prompts[part], settings), settings,
                 num_images=num_images, seed=seed, max_batch=max_batch or self.max_batch,
-                image_prefix=image_prefix, first_prompt=first_prompt, progress=progress,
+                image_prefix=None if image_prefix is None else image_prefix[part],
+                first_prompt=first_prompt + part.start, progress=progress,
+            )  # fmt: skip
+
+        with self.arithmetic():
+            return draw_with_restyled(
+                self.restyling if image_prefix is None else None, prompts, settings, draw,
+                num_images=num_images, seed=seed, first_prompt=first_prompt,
             )  # fmt: skip
 
     def draw_pixels(
@@ -168,36 +180,13 @@ class Pipeline:
     ) -> tuple[Tensor, Tensor]:
         """``draw_ids`` and ``decode`` in one: codes [B, n, N] and, on the CPU, pixels [B, n, 3, S, S].
 
-        A finished batch passes the image tokenizer while the next one is drawn (on a GPU, in a stream of its own), and
-        its pixels leave the device. So a device never holds more than ``max_batch`` pictures.
+        See ``pictures.draw_pixels``.
         """
-        settings, codes = settings or self.config.sample, self.model.spec.num_image_tokens
-        encoded = self.encode_with_parts(prompts, settings)
-        size = self.image_tokenizer.config.image_size
-        ids = torch.empty(len(prompts), num_images, codes, dtype=torch.int64)
-        pixels = torch.empty(len(prompts), num_images, 3, size, size)
-        done, total = 0, len(prompts) * num_images * codes
-        decoding = WorkBehind(self.device)
-        for batch in batches(
-            len(prompts), num_images, max_batch or self.max_batch or max(1, len(prompts) * num_images)
-        ):
-
-            def count(pictures: int = len(batch.pictures)) -> None:
-                nonlocal done
-                done += pictures
-                if progress is not None:
-                    progress(done, total)
-
-            with self._arithmetic():
-                drawn = draw_batch(
-                    self.model, encoded, batch, settings,
-                    seed=seed, first_prompt=first_prompt, after_step=count,
-                )  # fmt: skip
-            prompt, image = torch.tensor(batch.pictures).unbind(1)
-            decoding.start(lambda drawn=drawn: self.decode(drawn), (pixels, (prompt, image)))  # type: ignore[misc]
-            ids[prompt, image] = drawn.cpu()
-        decoding.finish()
-        return ids, pixels
+        return draw_pixels(
+            self, prompts, settings or self.config.sample,
+            num_images=num_images, seed=seed, max_batch=max_batch or self.max_batch,
+            first_prompt=first_prompt, progress=progress,
+        )  # fmt: skip
 
     def draw(
         self,
@@ -241,7 +230,7 @@ class Pipeline:
         text_ids, text_len = (x.repeat_interleave(each, dim=0) for x in (text_ids, text_len))
         flat = ids.flatten(0, 1).to(self.device)
         parts = []
-        with inference(self.model), self._arithmetic():
+        with inference(self.model), self.arithmetic():
             for rows in torch.arange(len(flat), device=self.device).split(_DECODE_BATCH):
                 states = self.model.gold_states(text_ids[rows], flat[rows], text_len[rows])
                 parts.append(reconstructor.decode(states.float()))
@@ -276,7 +265,7 @@ class Pipeline:
     ) -> list[list[int]]:
         """One caption for each picture (or row of codes [B, N]), as ids. See ``caption.caption_ids``."""
         ids = images.to(self.device) if isinstance(images, Tensor) else self.encode_images(images)
-        with self._arithmetic():
+        with self.arithmetic():
             return caption_ids(
                 self.model,
                 ids,
@@ -310,7 +299,7 @@ class Pipeline:
     def caption_log_likelihood(self, ids: Tensor, prompts: Sequence[str], *, max_batch: int | None = None) -> Tensor:
         """``log P(prompt | picture)`` in nats for codes [B, N] and their prompts: float32 [B]."""
         text_ids, text_len = self.encode_prompts(prompts, warn=False)
-        with self._arithmetic():
+        with self.arithmetic():
             return rerank.caption_log_likelihood(
                 self.model, ids.to(self.device), text_ids, text_len, max_batch=max_batch or self.max_batch
             )
@@ -321,7 +310,7 @@ class Pipeline:
         """``rerank.pair_score`` of every picture of codes [B, n, N] with its prompt: float32 [B, n]."""
         text_ids, text_len = self.encode_prompts(prompts, warn=False)
         each = ids.shape[1]
-        with self._arithmetic():
+        with self.arithmetic():
             return rerank.pair_score(
                 self.model,
                 ids.flatten(0, 1).to(self.device),
@@ -351,6 +340,11 @@ class Pipeline:
             score_batch=self._score_batch(max_batch),
             first_picture=first_picture,
         )
+
+    def restyled(self, prompts: Sequence[str], settings: SampleConfig) -> list[bool]:
+        """Which of the prompts a restyler draws: things in manners that training never showed them in."""
+        asked = {} if self.restyling is None or not settings.restyle else self.restyling.asked_by(prompts)
+        return [number in asked for number in range(len(prompts))]
 
     def draw_candidates(
         self,
@@ -392,6 +386,7 @@ class Pipeline:
         return min(max_batch or self.max_batch or _SCORE_BATCH, _SCORE_BATCH)
 
     @contextlib.contextmanager
-    def _arithmetic(self) -> Iterator[None]:
+    def arithmetic(self) -> Iterator[None]:
+        """Products in the pipeline's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield

@@ -170,7 +170,8 @@ def test_preset_named_in_the_file_or_on_the_command_line(tmp_path: Path) -> None
         ("model.num_layer=3", "model.num_layer=3: no such option. Did you mean model.num_layers?"),
         (
             "train.lr=3",
-            "train.lr=3: no such option. Did you mean image_tokenizer_train.lr or reranker.lr or optim.lr?",
+            "train.lr=3: no such option. Did you mean image_tokenizer_train.lr or reranker.lr or restyler.lr or "
+            "optim.lr?",
         ),
         ("zzz.qqqqqq=3", "zzz.qqqqqq=3: no section 'zzz'. Works: model, ops, "),
         ("modle.widht=3", "modle.widht=3: no section 'modle'. Did you mean model.width? Works: model, "),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_vilg.generate.prompt_parts import prompt_parts
+from megatron_vilg.data.prompt_parts import prompt_parts
 
 
 @pytest.mark.parametrize(

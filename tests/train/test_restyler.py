@@ -1,0 +1,182 @@
+"""Training the restyler: what a step sees, that it learns, and that it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vilg.config.restyler import RestylerConfig
+from megatron_vilg.config.schema import DataConfig, LogConfig
+from megatron_vilg.data.library import Library
+from megatron_vilg.data.pair_pixels import write_pixel_cache
+from megatron_vilg.data.records import find_records
+from megatron_vilg.data.token_cache import TokenCache
+from megatron_vilg.errors import CheckpointError, ConfigError, DataError
+from megatron_vilg.train import restyler
+from megatron_vilg.train.restyler import train_restyler
+from megatron_vilg.train.restyler_batches import Batches, Source, colour_rotation, held_out
+from tests.styled_run import Levels, write_styled_run
+
+CONFIG = RestylerConfig(
+    num_layers=1, width=16, num_heads=2, num_steps=6, batch_size=3, num_targets=2, checkpoint_every=2, log_every=2
+)
+LOG = LogConfig(tensorboard=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path, TokenCache]:
+    folder = tmp_path_factory.mktemp("restyler")
+    cache = write_styled_run(folder / "run", folder / "pairs", Levels().encode)
+    library, pairs = Library.of(cache.split("train"))
+    pixels = write_pixel_cache(folder / "pixels", cache, find_records(folder / "pairs")).split("train")
+    return Source(library, pixels, pairs, DataConfig()), folder / "run", cache
+
+
+def batches(made: tuple[Source, Path, TokenCache], config: RestylerConfig = CONFIG) -> Batches:
+    return Batches(config, made[0], Levels(), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+PLAIN = dataclasses.replace(CONFIG, hidden_references=0.0, hidden_manners=0.0)
+
+
+def test_a_step_sees_pictures_of_one_thing_per_row(
+    made: tuple[Source, Path, TokenCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are, each has the codes of the token cache."""
+    monkeypatch.setattr("megatron_vilg.train.restyler_batches._PLAIN", 1.0)
+    monkeypatch.setattr("megatron_vilg.train.restyler_batches._UNTOLD", 0.0)
+    library = made[0].library
+    found = batches(made, PLAIN)
+    seen = set()
+    for step in range(8):
+        rows = found.rows(step)
+        assert rows.references.shape == (3, 2, 16) and rows.targets.shape == (3, 2, 16)
+        for row in range(3):
+            codes = {tuple(library.codes[n]): (library.thing[n], library.manner[n]) for n in range(len(library))}
+            first = codes[tuple(rows.references[row, 0].tolist())]
+            assert first[1] == rows.shown_in[row, 0]
+            # Two pictures of each thing: one is shown, the other drawn twice.
+            assert (rows.references[row, 1] == 11).all() and rows.shown_in[row, 1] == 3
+            for target in range(2):
+                thing, manner = codes[tuple(rows.targets[row, target].tolist())]
+                assert thing == first[0] and manner != first[1] and manner == rows.wanted_in[row, target]
+            seen.add(int(first[0]))
+    assert seen == {0, 1, 2, 3}  # the moon is shown in one style only
+
+
+def test_a_step_is_a_function_of_seed_and_number(made: tuple[Source, Path, TokenCache]) -> None:
+    one, other = batches(made).rows(5), batches(made).rows(5)
+    for name in ("references", "shown_in", "targets", "wanted_in"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    differs = batches(made, dataclasses.replace(CONFIG, seed=1)).rows(5)
+    assert not torch.equal(one.targets, differs.targets)
+
+
+def test_references_and_manners_are_hidden_as_often_as_asked(made: tuple[Source, Path, TokenCache]) -> None:
+    config = dataclasses.replace(CONFIG, hidden_references=0.5, hidden_manners=0.25, batch_size=100)
+    rows = batches(made, config).rows(0)
+    assert 0.35 < (rows.references[:, 0] == 11).all(dim=1).float().mean() < 0.65
+    assert 0.15 < (rows.wanted_in == 3).float().mean() < 0.35
+    is_hidden = (rows.references == 11).all(dim=2)
+    assert (rows.shown_in[is_hidden] == 3).all() and (rows.references[~is_hidden] < 11).all()
+
+
+def test_colours_turn_around_grey() -> None:
+    turned = colour_rotation(torch.tensor([0.0, 1.0, 2 * np.pi / 3]))
+    torch.testing.assert_close(turned[0], torch.eye(3))
+    torch.testing.assert_close(turned @ turned.transpose(1, 2), torch.eye(3).expand(3, 3, 3))
+    torch.testing.assert_close(turned @ torch.ones(3), torch.ones(3, 3))
+    torch.testing.assert_close(turned[2] @ torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0]))
+
+
+def test_things_in_one_style_teach_nothing(made: tuple[Source, Path, TokenCache]) -> None:
+    source, run, cache = made
+    library = source.library
+    few = library.pictures(4)
+    alone = dataclasses.replace(library, thing=library.thing[few], manner=library.manner[few], codes=library.codes[few])
+    with pytest.raises(DataError, match=r"in two styles at least, and no two pairs .* \(1 pairs have both fields\)"):
+        batches((dataclasses.replace(source, library=alone), run, cache))
+
+
+def test_held_out_pairs_stand_behind_their_things_pictures(made: tuple[Source, Path, TokenCache]) -> None:
+    library, cache = made[0].library, made[2]
+    rows = held_out(CONFIG, library, cache.split("val-pairs"), 11)
+    assert rows is not None and len(rows.targets) == len(cache.split("val-pairs")) == 4
+    for row, record in enumerate(cache.split("val-pairs").records()):
+        thing, manner = library.find(record.caption) or (-1, -1)
+        assert rows.wanted_in[row, 0] == manner
+        shown = library.pictures(thing)
+        np.testing.assert_array_equal(rows.references[row].numpy(), library.codes[shown].astype(np.int64))
+        np.testing.assert_array_equal(rows.shown_in[row].numpy(), library.manner[shown])
+    unknown = dataclasses.replace(library, things=tuple("abcde"))
+    assert held_out(CONFIG, unknown, cache.split("val-pairs"), 11) is None
+
+
+def trained(
+    made: tuple[Source, Path, TokenCache], out: Path, config: RestylerConfig = CONFIG
+) -> dict[str, torch.Tensor]:
+    found = train_restyler(config, batches(made, config), made[2], out=out, log_options=LOG)
+    assert found is not None and set(found[1]) == {"val-pairs"} and not found[0].training
+    return found[0].state_dict()
+
+
+def test_it_learns(made: tuple[Source, Path, TokenCache], tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        PLAIN, num_steps=150, batch_size=12, width=32, turned_colours=0.0, input_noise=0.0, checkpoint_every=150
+    )
+    found = train_restyler(config, batches(made, config), made[2], out=tmp_path / "restyler", log_options=LOG)
+    assert found is not None
+    rows = batches(made, config).rows(1000)
+    logits = found[0](rows.references, rows.shown_in, rows.targets, rows.wanted_in)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), rows.targets.flatten())
+    assert loss < 0.7 * np.log(11)
+
+
+@pytest.mark.parametrize("stop_after", [2, 3])
+def test_a_resumed_training_equals_a_straight_one(
+    made: tuple[Source, Path, TokenCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    straight = trained(made, tmp_path / "straight" / "restyler")
+
+    class Stop(restyler.StopSignals):
+        @property
+        def requested(self) -> bool:
+            self.asked = getattr(self, "asked", 0) + 1
+            return self.asked >= stop_after
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restyler, "StopSignals", Stop)
+        out = tmp_path / "stopped" / "restyler"
+        assert train_restyler(CONFIG, batches(made), made[2], out=out, log_options=LOG) is None
+    resumed = trained(made, out)
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_checkpoints_of_other_pictures_or_more_steps_are_refused(
+    made: tuple[Source, Path, TokenCache], tmp_path: Path
+) -> None:
+    source, run, cache = made
+    out = tmp_path / "restyler"
+    trained(made, out)
+    fewer = dataclasses.replace(CONFIG, num_steps=4)
+    with pytest.raises(ConfigError, match=r"restyler\.num_steps=4: .*more steps behind it.*Works: 6, to keep it"):
+        trained(made, out, fewer)
+    other = dataclasses.replace(source, library=dataclasses.replace(source.library, codes=source.library.codes[::-1]))
+    with pytest.raises(CheckpointError, match="was trained on other pictures"):
+        trained((other, run, cache), out)
+    with pytest.raises(CheckpointError, match="width"):
+        trained(made, out, dataclasses.replace(CONFIG, width=32))
+
+
+def test_going_on_with_other_settings_is_said(
+    made: tuple[Source, Path, TokenCache], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(made, tmp_path / "restyler")
+    with caplog.at_level("WARNING"):
+        trained(made, tmp_path / "restyler", dataclasses.replace(CONFIG, num_steps=8, lr=1e-3))
+    assert "going on with restyler.lr=0.001; the run so far used 0.003" in caplog.text
