@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from megatron_vilg.data.token_cache import CachedRecord, SplitTokens
 Words = tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Library:
     """P pictures of things in M manners, at most one of each thing in each; numbers count from 0."""
 
@@ -69,9 +70,16 @@ class Library:
     def find(self, prompt: str) -> tuple[int, int] | None:
         """Thing and manner that a prompt names in the words of captions; None unless it names both."""
         said_manner, said_thing = prompt_parts(prompt)
-        thing = next((number for number, words in enumerate(self.thing_words) if said_thing in words), None)
-        manner = next((number for number, words in enumerate(self.manner_words) if said_manner in words), None)
+        thing, manner = self._thing_called.get(said_thing), self._manner_called.get(said_manner)
         return None if thing is None or manner is None else (thing, manner)
+
+    @cached_property
+    def _thing_called(self) -> dict[str, int]:
+        return _numbers(self.thing_words)
+
+    @cached_property
+    def _manner_called(self) -> dict[str, int]:
+        return _numbers(self.manner_words)
 
     def number(self, label: tuple[str, str] | None) -> tuple[int, int] | None:
         """The same for the names of both; None unless it has both."""
@@ -98,3 +106,12 @@ def _first_of_each(records: Sequence[CachedRecord]) -> dict[tuple[str, str], int
         if (label := label_of(record)) is not None:
             chosen.setdefault(label, pair)
     return chosen
+
+
+def _numbers(words: Words) -> dict[str, int]:
+    """The first number that each word stands for."""
+    found: dict[str, int] = {}
+    for number, names in enumerate(words):
+        for name in names:
+            found.setdefault(name, number)
+    return found

@@ -164,7 +164,7 @@ class Pipeline:
         with self.arithmetic():
             return draw_with_restyled(
                 self.restyling if image_prefix is None else None, prompts, settings, draw,
-                num_images=num_images, seed=seed, first_prompt=first_prompt,
+                num_images=num_images, seed=seed, first_prompt=first_prompt, same=self._same,
             )  # fmt: skip
 
     def draw_pixels(
@@ -376,6 +376,10 @@ class Pipeline:
     def draw_best_ids(self, prompts: Sequence[str], *, num_images: int, **options: Any) -> tuple[Tensor, Tensor | None]:
         """``draw_candidates`` with its options, of which the best ``num_images`` are kept, best first."""
         return keep_best(*self.draw_candidates(prompts, num_images=num_images, **options), num_images)
+
+    def _same(self, ids: Tensor) -> Tensor:
+        """What the first of the ranks that share the generator has: they must go on alike."""
+        return self.mesh.same(ids, "tp")
 
     def _joined(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
         size = self.image_tokenizer.config.image_size

@@ -146,6 +146,7 @@ def draw_with_restyled(
     num_images: int,
     seed: int,
     first_prompt: int,
+    same: Callable[[Tensor], Tensor] = lambda ids: ids,
 ) -> Tensor:
     """All pictures of some prompts: of what a restyler is for by it, of the others by ``draw``.
 
@@ -157,6 +158,7 @@ def draw_with_restyled(
         num_images: n.
         seed: of all random streams.
         first_prompt: see ``prompts``.
+        same: gives all ranks that draw together the codes of one of them.
 
     Returns:
         int64 [B, n, N].
@@ -165,7 +167,7 @@ def draw_with_restyled(
     if restyling is None or not asked:
         return draw(slice(0, len(prompts)))
     streams = [first_prompt + number for number in asked]
-    drawn = restyling.draw_ids(list(asked.values()), streams, settings, num_images=num_images, seed=seed)
+    drawn = same(restyling.draw_ids(list(asked.values()), streams, settings, num_images=num_images, seed=seed))
     ids = drawn.new_empty(len(prompts), *drawn.shape[1:])
     ids[list(asked)] = drawn
     for is_asked, numbers in itertools.groupby(range(len(prompts)), asked.__contains__):

@@ -25,7 +25,7 @@ from megatron_vilg.config.restyler import RestylerConfig
 from megatron_vilg.config.schema import CheckpointConfig, LogConfig, OptimConfig
 from megatron_vilg.data.library import Library
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.errors import CheckpointError, ConfigError
+from megatron_vilg.errors import CheckpointError, ConfigError, TrainingError
 from megatron_vilg.log import get_logger
 from megatron_vilg.models.restyler import Restyler
 from megatron_vilg.train.metrics import Column, MetricWriter
@@ -45,6 +45,8 @@ COLUMNS = (
     Column("throughput(pictures/s)", "pictures/s", ".1f"),
 )
 _WARMUP = 0.03
+_MOST_SKIPPED = 20
+"""Steps in a row that may be left out because their gradients are not finite."""
 
 
 class Engine:
@@ -53,6 +55,7 @@ class Engine:
     def __init__(self, config: RestylerConfig, model: Restyler, *, in_bf16: bool) -> None:
         self.config, self.model, self.in_bf16 = config, model, in_bf16
         self.device = model.codebook.device
+        self.skipped_in_row = 0
         self._rates = OptimConfig(
             name="muon",
             lr=config.lr,
@@ -85,6 +88,14 @@ class Engine:
         if torch.isfinite(norm):
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
+            self.skipped_in_row = 0
+        else:
+            self.skipped_in_row += 1
+            if self.skipped_in_row >= _MOST_SKIPPED:
+                raise TrainingError(
+                    f"{_MOST_SKIPPED} steps in a row, up to step {step + 1}, were not finite. Lower restyler.lr="
+                    f"{config.lr:g}."
+                )
         return {"loss/code(nats)": loss.detach(), "grad_norm": norm, "lr": rate}
 
     def loss(self, rows: Rows, read: Tensor) -> Tensor:
@@ -120,6 +131,7 @@ def train_restyler(
     Raises:
         CheckpointError: the checkpoints beside ``out`` belong to another model or other pictures.
         ConfigError: they have more steps.
+        TrainingError: too many steps in a row were not finite.
     """
     tokenizer = batches.image_tokenizer
     device = batches.device

@@ -116,6 +116,14 @@ def test_the_others_are_drawn_as_without_it(run: tuple[Path, Library], restyling
     assert torch.equal(continued[:, 0, :4], prefix)  # the generator's alone
 
 
+def test_ranks_go_on_with_the_codes_of_one_of_them(restyling: Restyling) -> None:
+    drawn = draw_with_restyled(
+        restyling, UNSEEN[:1], SETTINGS, lambda _: torch.empty(0),
+        num_images=2, seed=0, first_prompt=0, same=lambda ids: torch.full_like(ids, 7),
+    )  # fmt: skip
+    assert (drawn == 7).all() and drawn.shape == (1, 2, 16)
+
+
 def test_pixels_are_those_of_the_codes(run: tuple[Path, Library], restyling: Restyling) -> None:
     pipeline = Pipeline.load(run[0])
     pipeline.restyling = restyling

@@ -15,10 +15,10 @@ from megatron_vilg.data.library import Library
 from megatron_vilg.data.pair_pixels import write_pixel_cache
 from megatron_vilg.data.records import find_records
 from megatron_vilg.data.token_cache import TokenCache
-from megatron_vilg.errors import CheckpointError, ConfigError, DataError
+from megatron_vilg.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megatron_vilg.train import restyler
 from megatron_vilg.train.restyler import train_restyler
-from megatron_vilg.train.restyler_batches import Batches, Source, colour_rotation, held_out
+from megatron_vilg.train.restyler_batches import Batches, Rows, Source, colour_rotation, held_out
 from tests.styled_run import Levels, write_styled_run
 
 CONFIG = RestylerConfig(
@@ -171,6 +171,32 @@ def test_checkpoints_of_other_pictures_or_more_steps_are_refused(
         trained((other, run, cache), out)
     with pytest.raises(CheckpointError, match="width"):
         trained(made, out, dataclasses.replace(CONFIG, width=32))
+
+
+def test_steps_that_are_not_finite_are_left_out_and_too_many_end_it(
+    made: tuple[Source, Path, TokenCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = trained(made, tmp_path / "straight" / "restyler")
+    loss = restyler.Engine.loss
+    spoilt = {2, 3}
+
+    def sometimes(engine: restyler.Engine, rows: Rows, read: torch.Tensor) -> torch.Tensor:
+        found = loss(engine, rows, read)
+        if not engine.model.training:
+            return found
+        engine.calls = getattr(engine, "calls", 0) + 1  # type: ignore[attr-defined]
+        return found * float("nan") if engine.calls in spoilt else found  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(restyler.Engine, "loss", sometimes)
+    fewer = trained(made, tmp_path / "spoilt" / "restyler")
+    assert all(tensor.isfinite().all() for tensor in fewer.values())
+    assert not torch.equal(fewer["head.weight"], straight["head.weight"])
+    spoilt.update(range(100))
+    monkeypatch.setattr(restyler, "_MOST_SKIPPED", 3)
+    with pytest.raises(
+        TrainingError, match=r"3 steps in a row, up to step 3, were not finite. Lower restyler.lr=0.003"
+    ):
+        trained(made, tmp_path / "lost" / "restyler")
 
 
 def test_going_on_with_other_settings_is_said(
