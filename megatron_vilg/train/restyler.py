@@ -156,12 +156,17 @@ def measure(engine: Engine, library: Library, cache: TokenCache) -> dict[str, fl
     """Nats per code, by split but the trained one, of pairs whose thing and manner the library knows."""
     engine.model.eval()
     found = {}
-    for name in (split for split, count in cache.splits.items() if count and split != "train"):
+    for name in _measured(cache):
         rows = held_out(engine.config, library, cache.split(name), engine.model.hidden_code)
         if rows is not None:
             rows = rows.to(engine.device)
             found[name] = engine.loss(rows, rows.targets).item()
     return found
+
+
+def _measured(cache: TokenCache) -> list[str]:
+    """Splits that are not learnt from."""
+    return [name for name, count in cache.splits.items() if count and name != "train"]
 
 
 def _loop(
@@ -173,10 +178,11 @@ def _loop(
     step = _resume(engine, checkpointer, identity)
     items, must_stop = config.batch_size * config.num_targets, False
     options = dataclasses.replace(log_options, every=config.log_every)
+    columns = (*COLUMNS, *(Column(f"{split}/code(nats)", split) for split in _measured(cache)))
     with (
         StopSignals() as stop,
         MetricWriter(
-            work, options, num_steps=config.num_steps, start_step=step, columns=COLUMNS, items="pictures"
+            work, options, num_steps=config.num_steps, start_step=step, columns=columns, items="pictures"
         ) as writer,
     ):
         while step < config.num_steps and not must_stop:

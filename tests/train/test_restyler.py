@@ -206,3 +206,13 @@ def test_going_on_with_other_settings_is_said(
     with caplog.at_level("WARNING"):
         trained(made, tmp_path / "restyler", dataclasses.replace(CONFIG, num_steps=8, lr=1e-3))
     assert "going on with restyler.lr=0.001; the run so far used 0.003" in caplog.text
+
+
+def test_lines_of_saved_steps_say_how_well_pairs_are_drawn_that_are_not_learnt(
+    made: tuple[Source, Path, TokenCache], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        found = train_restyler(CONFIG, batches(made), made[2], out=tmp_path / "restyler", log_options=LOG)
+    assert found is not None
+    (last,) = (line for line in caplog.text.splitlines() if "step 6/6 " in line)
+    assert f"val-pairs {found[1]['val-pairs']:.3f}" in last
