@@ -36,7 +36,7 @@ class SampleConfig:
     restyle: Count = 4
     """Choices of references behind each drawing of a thing in a manner that training never showed it in, whose
     predictions are averaged, where the run has a restyler (``vilg train-restyler``). 0: the generator draws it."""
-    restyle_manner_guidance: Guidance = 1.0
+    restyle_manner_guidance: Guidance = 1.5
     """How much more the manner pulls there than it would by itself. 0: off."""
     restyle_reference_guidance: Guidance = 1.5
     """How much more the references pull there than they would by themselves. 0: off."""
