@@ -99,7 +99,7 @@ def _add_helper_options(parser: argparse.ArgumentParser) -> None:
         "--restyle",
         metavar="K",
         type=int,
-        help="choices of references behind a thing in a style that it was never shown in, where there is a restyler "
+        help="orders of the references behind a thing in a style that it was never shown in, where there is a restyler "
         "(vilg train-restyler); 0: the generator draws it",
     )
 

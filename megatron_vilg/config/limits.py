@@ -25,7 +25,6 @@ _RESTYLER = {
     "width": 2**16,
     "num_heads": 2**16,
     "num_references": 1024,
-    "num_targets": 1024,
 }
 MAX_LEVELS = 16
 """Halvings of a picture; 2 to the power of them are the pixels of a token's side."""

@@ -17,13 +17,12 @@ class RestylerConfig:
     """Hidden size."""
     num_heads: PositiveInt = 8
     """Attention heads; must divide ``width``."""
-    num_references: PositiveInt = 2
-    """Pictures of the thing in other manners that each drawing is shown at most."""
-    num_targets: PositiveInt = 4
-    """Pictures drawn behind the same references in a training step; each sees the references and itself."""
+    num_references: PositiveInt = 7
+    """Pictures of the thing in other manners that a drawing is shown at most. In training the pictures of a thing, one
+    more at most, stand in a random order, and each is drawn behind all before it."""
     num_steps: PositiveInt = 6000
     """Optimizer steps."""
-    batch_size: PositiveInt = 24
+    batch_size: PositiveInt = 12
     """Things per step."""
     lr: Positive = 3e-3
     """Peak learning rate: 3 % of the steps to get there, then a cosine to a fiftieth. Muon for matrices of blocks."""
@@ -32,13 +31,16 @@ class RestylerConfig:
     grad_clip: Positive = 1.0
     """Largest norm of the gradient."""
     input_noise: Fraction = 0.5
-    """Share of the codes drawn so far that are replaced at random, so that references have to be looked at."""
-    hidden_references: Fraction = 0.1
-    """Share of the rows that do without references: what guidance by them compares with."""
+    """Share of the codes drawn so far that are replaced at random in the first step, so that references have to be
+    looked at. It goes to ``last_input_noise`` in a straight line."""
+    last_input_noise: Fraction = 0.1
+    """The same in the last step: the fewer, the better what is drawn hangs together."""
     hidden_manners: Fraction = 0.1
     """Share of the drawings that are not told their manner: what guidance by it compares with."""
     turned_colours: Fraction = 0.3
-    """Share of the rows whose colours are turned around the grey axis, references and targets alike."""
+    """Share of the moved rows whose colours are turned around the grey axis, all pictures of a row alike."""
+    view_fall: Fraction = 1.0
+    """Share of the steps in which fewer and fewer rows are moved and coloured; behind it all are shown as they are."""
     checkpoint_every: PositiveInt = 200
     """Steps between two checkpoints of training."""
     log_every: PositiveInt = 50

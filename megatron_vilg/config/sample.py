@@ -33,8 +33,8 @@ class SampleConfig:
     """Weight of ``log P(picture | caption)`` beside ``log P(caption | picture)`` in that choice."""
     rerank_contrastive_weight: NonNegative = 6.0
     """Weight of what a reranker (``vilg train-reranker``) says of caption and picture, where the run has one."""
-    restyle: Count = 4
-    """Choices of references behind each drawing of a thing in a manner that training never showed it in, whose
+    restyle: Count = 2
+    """Orders of the references behind each drawing of a thing in a manner that training never showed it in, whose
     predictions are averaged, where the run has a restyler (``vilg train-restyler``). 0: the generator draws it."""
     restyle_manner_guidance: Guidance = 1.5
     """How much more the manner pulls there than it would by itself. 0: off."""

@@ -16,7 +16,7 @@ from megatron_vilg.models.restyler import Restyler, Seen
 from megatron_vilg.ops.sampling import sample, sample_uniforms
 
 _AT_ONCE = 32
-"""Pictures drawn side by side: each has up to nine rows, of 1.6 MB in the preset's sizes."""
+"""Pictures drawn side by side: each has up to five rows, of 2 MB in the preset's sizes and bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +97,16 @@ class Restyling:
         return torch.cat(drawn).view(len(asked), num_images, -1)
 
     def _references(self, thing: int, manner: int, count: int, stream: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """``count`` choices of references: codes int64 [count, R, N] and manners [count, R]; all are used alike."""
+        """``count`` orders of the references: codes int64 [count, R, N] and manners [count, R]."""
         model, size = self.model, self.model.config.num_references
         found = self.library.pictures(thing, but=manner)
-        order = np.random.default_rng([number % 2**64 for number in stream]).permutation(found)
-        used = min(size, len(order))
-        chosen = np.resize(order, count * used).reshape(count, used)
         codes = torch.full((count, size, model.num_codes), model.hidden_code)
         shown = torch.full((count, size), model.num_manners)
-        codes[:, :used] = torch.from_numpy(self.library.codes[chosen].astype(np.int64))
-        shown[:, :used] = torch.from_numpy(self.library.manner[chosen])
+        rng = np.random.default_rng([number % 2**64 for number in stream])
+        for order in range(count):
+            chosen = rng.permutation(found)[:size]
+            codes[order, size - len(chosen) :] = torch.from_numpy(self.library.codes[chosen].astype(np.int64))
+            shown[order, size - len(chosen) :] = torch.from_numpy(self.library.manner[chosen])
         return codes, shown
 
     def _draw(self, seen: Seen, wanted: Tensor, prompt: Tensor, uniforms: Tensor, settings: SampleConfig) -> Tensor:

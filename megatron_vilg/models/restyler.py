@@ -34,9 +34,10 @@ class Seen:
 
 
 class Restyler(nn.Module):
-    """Shapes: B rows, R references of each, J targets of each, N codes of a picture, M manners, D ``config.width``.
+    """Shapes: B rows, R references of each, N codes of a picture, M manners, D ``config.width``.
 
-    Code number K (``hidden_code``) says that nothing is to be seen, manner number M that it is not told.
+    Code number K (``hidden_code``) says that nothing is to be seen, manner number M that it is not told. A row with
+    fewer references begins with hidden ones.
 
     Args:
         config: sizes.
@@ -85,24 +86,24 @@ class Restyler(nn.Module):
                 nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, references: Tensor, shown_in: Tensor, targets: Tensor, wanted_in: Tensor) -> Tensor:
-        """Predict every code of the targets from the references and the codes before it.
+    def forward(self, pictures: Tensor, shown_in: Tensor, read: Tensor, wanted_in: Tensor) -> Tensor:
+        """Predict every code of every picture from the pictures before it in its row, and its own codes before.
 
         Args:
-            references: codes int64 [B, R, N].
-            shown_in: their manners, int64 [B, R].
-            targets: codes as they are read, int64 [B, J, N]; the last of each is not.
-            wanted_in: the manners of the targets, int64 [B, J].
+            pictures: codes int64 [B, R + 1, N] of one thing in each row.
+            shown_in: their manners as references, int64 [B, R + 1].
+            read: their codes as they are read when they are drawn, int64 [B, R + 1, N]; the last of each is not.
+            wanted_in: their manners when they are drawn, int64 [B, R + 1].
 
         Returns:
-            Logits float32 [B, J, N, K].
+            Logits float32 [B, R + 1, N, K].
         """
         rows, count = wanted_in.shape
-        first = torch.full_like(targets[:, :, :1], self.hidden_code)
-        read = torch.cat([first, targets[:, :, :-1]], dim=2)
+        first = torch.full_like(read[:, :, :1], self.hidden_code)
+        read = torch.cat([first, read[:, :, :-1]], dim=2)
         x = self._targets(read.flatten(0, 1), wanted_in.flatten(), 0).view(rows, count * self.num_codes, -1)
-        x = torch.cat([self._references(references, shown_in), x], dim=1)
-        mask = self._mask(references.shape[1], count, x.device)
+        x = torch.cat([self._references(pictures[:, :-1], shown_in[:, :-1]), x], dim=1)
+        mask = self._mask(count - 1, x.device)
         for block in self.blocks:
             assert isinstance(block, Block)
             q, k, v = (part.transpose(1, 2) for part in block.attention.project_alike(block.norm1(x)))
@@ -115,11 +116,12 @@ class Restyler(nn.Module):
     def look(self, references: Tensor, shown_in: Tensor) -> Seen:
         """Read the references of B rows, codes int64 [B, R, N] in manners [B, R], once for all steps of drawing."""
         x = self._references(references, shown_in)
+        mask = self._mask(references.shape[1], x.device)[: x.shape[1], : x.shape[1]]
         keys, values = [], []
         for block in self.blocks:
             assert isinstance(block, Block)
             q, k, v = (part.transpose(1, 2) for part in block.attention.project_alike(block.norm1(x)))
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = block.add_mlp(block.add_attention(x, block.attention.out(out.transpose(1, 2).flatten(-2))))
             keys.append(F.pad(k, (0, 0, 0, self.num_codes)))
             values.append(F.pad(v, (0, 0, 0, self.num_codes)))
@@ -163,11 +165,13 @@ class Restyler(nn.Module):
         places = self._places()[place : place + read.shape[1]]
         return self.drawn(self._codes(read)) + places + self.wanted_in(wanted_in)[:, None]
 
-    def _mask(self, num_references: int, num_targets: int, device: torch.device) -> Tensor:
-        """Who sees whom, bool [T, T]: all see the references, a target its own codes so far."""
+    def _mask(self, num_references: int, device: torch.device) -> Tensor:
+        """Who sees whom, bool [T, T]: a reference itself and those before it, a drawing the references before it and
+        its own codes so far."""
         size, seen = self.num_codes, num_references * self.num_codes
-        mask = torch.zeros(seen + num_targets * size, seen + num_targets * size, dtype=torch.bool, device=device)
-        mask[:, :seen] = True
-        for first in range(seen, len(mask), size):
-            mask[first : first + size, first : first + size] = torch.ones(size, size, device=device).tril() > 0
-        return mask
+        place = torch.arange(seen + seen + size, device=device)
+        picture = torch.where(place < seen, place, place - seen) // size
+        is_reference = place < seen
+        before = is_reference[None] & (picture[None] < picture[:, None])
+        own = (picture[None] == picture[:, None]) & (is_reference[None] == is_reference[:, None])
+        return before | (own & (is_reference[:, None] | (place[None] <= place[:, None])))

@@ -76,9 +76,10 @@ class Engine:
         """Learn from the rows of a step."""
         config = self.config
         draws = seeded(config.seed, "restyler noise", step)
-        noised = torch.rand(rows.targets.shape, generator=draws) < config.input_noise
-        wrong = torch.randint(self.model.hidden_code, rows.targets.shape, generator=draws)
-        read = torch.where(noised.to(self.device), wrong.to(self.device), rows.targets)
+        noise = config.input_noise + (config.last_input_noise - config.input_noise) * step / config.num_steps
+        noised = torch.rand(rows.pictures.shape, generator=draws) < noise
+        wrong = torch.randint(self.model.hidden_code, rows.pictures.shape, generator=draws)
+        read = torch.where(noised.to(self.device), wrong.to(self.device), rows.pictures)
         self.model.train()
         loss = self.loss(rows, read)
         self.optimizer.zero_grad()
@@ -99,10 +100,10 @@ class Engine:
         return {"loss/code(nats)": loss.detach(), "grad_norm": norm, "lr": rate}
 
     def loss(self, rows: Rows, read: Tensor) -> Tensor:
-        """Nats per code of the targets, when ``read`` is what is read of them."""
+        """Nats per code of what is drawn, when ``read`` is what is read of it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
-            logits = self.model(rows.references, rows.shown_in, read, rows.wanted_in)
-        return F.cross_entropy(logits.flatten(0, 2), rows.targets.flatten())
+            logits = self.model(rows.pictures, rows.shown_in, read, rows.wanted_in)
+        return F.cross_entropy(logits[rows.drawn].flatten(0, 1), rows.pictures[rows.drawn].flatten())
 
 
 def train_restyler(
@@ -160,7 +161,7 @@ def measure(engine: Engine, library: Library, cache: TokenCache) -> dict[str, fl
         rows = held_out(engine.config, library, cache.split(name), engine.model.hidden_code)
         if rows is not None:
             rows = rows.to(engine.device)
-            found[name] = engine.loss(rows, rows.targets).item()
+            found[name] = engine.loss(rows, rows.pictures).item()
     return found
 
 
@@ -176,7 +177,7 @@ def _loop(
     config = engine.config
     identity = _identity(engine.model, batches, cache)
     step = _resume(engine, checkpointer, identity)
-    items, must_stop = config.batch_size * config.num_targets, False
+    must_stop = False
     options = dataclasses.replace(log_options, every=config.log_every)
     columns = (*COLUMNS, *(Column(f"{split}/code(nats)", split) for split in _measured(cache)))
     with (
@@ -190,6 +191,7 @@ def _loop(
                 rows = batches.rows(step)
             metrics = engine.train_step(step, rows)
             step += 1
+            items = int(rows.drawn.sum())
             writer.count(items=items, tokens=items * engine.model.num_codes)
             must_stop = stop.requested
             saves = step % config.checkpoint_every == 0 or step == config.num_steps or must_stop

@@ -20,9 +20,7 @@ from megatron_vilg.models.image_tokenizer import ImageTokenizer
 from megatron_vilg.train.pixel_source import seeded
 
 _PLAIN = 0.25
-"""Share of the rows that are shown as they are."""
-_FEWER = 0.2
-"""Share of the references but the first that are left out, so that one is enough."""
+"""Share of the rows that are shown as they are from the first step on."""
 _UNTOLD = 0.1
 """Share of the references whose manner is not told, so that a picture from elsewhere will do."""
 _MEASURED = 256
@@ -44,16 +42,18 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """B things: R references and J targets of each, as codes, and manners. Shapes as in :class:`Restyler`."""
+    """R + 1 pictures of each of B things. Shapes as in :class:`Restyler`."""
 
-    references: Tensor
+    pictures: Tensor
+    """Codes; a row with fewer pictures begins with hidden ones."""
     shown_in: Tensor
-    targets: Tensor
     wanted_in: Tensor
+    drawn: Tensor
+    """bool [B, R + 1]: what is to be learnt, or measured."""
 
     def to(self, device: torch.device) -> Rows:
         """The same on another device."""
-        return Rows(*(part.to(device) for part in (self.references, self.shown_in, self.targets, self.wanted_in)))
+        return Rows(*(part.to(device) for part in (self.pictures, self.shown_in, self.wanted_in, self.drawn)))
 
 
 class Batches:
@@ -86,26 +86,15 @@ class Batches:
 
     def rows(self, step: int) -> Rows:
         """What the step with this number (from 0) learns from, on the image tokenizer's device."""
-        pictures, shown = self._pictures(step)
-        config, manner = self.config, self.source.library.manner
-        codes = self._codes(step, pictures)
-        num_codes, num_manners = self.image_tokenizer.config.codebook_size, len(self.source.library.manners)
-        draws = seeded(config.seed, "restyler hidden", step)
-        told = torch.from_numpy(manner[pictures])
-        shown_in, wanted_in = told[:, : shown.shape[1]], told[:, shown.shape[1] :]
-        shown = shown & (torch.rand(len(shown), 1, generator=draws) >= config.hidden_references)
-        fewer = torch.rand(shown.shape, generator=draws) < _FEWER
-        shown[:, 1:] &= ~fewer[:, 1:]
-        untold = ~shown | (torch.rand(shown.shape, generator=draws) < _UNTOLD)
-        unwanted = torch.rand(wanted_in.shape, generator=draws) < config.hidden_manners
-        device = codes.device
-        references = codes[:, : shown.shape[1]].masked_fill(~shown.to(device)[:, :, None], num_codes)
-        return Rows(
-            references,
-            shown_in.masked_fill(untold, num_manners).to(device),
-            codes[:, shown.shape[1] :],
-            wanted_in.masked_fill(unwanted, num_manners).to(device),
-        )
+        pictures, real = self._pictures(step)
+        num_manners = len(self.source.library.manners)
+        codes = self._codes(step, pictures, real)
+        draws = seeded(self.config.seed, "restyler hidden", step)
+        manner = torch.from_numpy(self.source.library.manner[pictures])
+        untold = ~real | (torch.rand(real.shape, generator=draws) < _UNTOLD)
+        unwanted = torch.rand(real.shape, generator=draws) < self.config.hidden_manners
+        rows = Rows(codes, manner.masked_fill(untold, num_manners), manner.masked_fill(unwanted, num_manners), real)
+        return rows.to(self.device)
 
     def _thing(self, position: int) -> int:
         """Which thing stands at a position of the endless stream of passes."""
@@ -116,25 +105,24 @@ class Batches:
         return int(self._order[1][offset])
 
     def _pictures(self, step: int) -> tuple[np.ndarray, Tensor]:
-        """Numbers of pictures int64 [B, R + J], and whether each of the R is another one, bool [B, R]."""
+        """Numbers of pictures int64 [B, R + 1], and which of them are there, bool [B, R + 1]: the last of each row."""
         config, rng = self.config, np.random.default_rng([self.config.seed % 2**64, 1, step])
-        pictures = np.empty((config.batch_size, config.num_references + config.num_targets), np.int64)
-        shown = torch.ones(config.batch_size, config.num_references, dtype=torch.bool)
+        size = config.num_references + 1
+        pictures = np.empty((config.batch_size, size), np.int64)
+        real = torch.zeros(config.batch_size, size, dtype=torch.bool)
         for row in range(config.batch_size):
-            found = rng.permutation(self.source.library.pictures(self._thing(step * config.batch_size + row)))
-            seen = min(config.num_references, len(found) - 1)
-            pictures[row, : config.num_references] = np.resize(found[:seen], config.num_references)
-            pictures[row, config.num_references :] = np.resize(found[seen:], config.num_targets)
-            shown[row, seen:] = False
-        return pictures, shown
+            found = rng.permutation(self.source.library.pictures(self._thing(step * config.batch_size + row)))[:size]
+            pictures[row] = np.resize(found[::-1], size)[::-1]
+            real[row, size - len(found) :] = True
+        return pictures, real
 
     @torch.no_grad()
-    def _codes(self, step: int, pictures: np.ndarray) -> Tensor:
-        """Codes int64 [B, n, N] of pictures [B, n], those of a row moved and coloured alike."""
+    def _codes(self, step: int, pictures: np.ndarray, real: Tensor) -> Tensor:
+        """Codes int64 [B, n, N] of pictures [B, n], those of a row moved and coloured alike; hidden ones not there."""
         config, views = self.config, self.source.views
         rows, count = pictures.shape
         pixels = torch.from_numpy(self.source.pixels.read(self.source.pairs[pictures.ravel()]))
-        device = self.device
+        device, tokenizer = self.device, self.image_tokenizer.config
         stacked = (pixels.float() / 127.5 - 1.0).view(rows, -1, *pixels.shape[2:])
         moved = random_views(
             stacked,
@@ -144,15 +132,21 @@ class Batches:
             flip=views.view_flip,
         )
         draws = seeded(config.seed, "restyler colours", step)
-        plain = torch.rand(rows, generator=draws) < _PLAIN
+        plain = torch.rand(rows, generator=draws) < self._plain(step)
         stacked = torch.where(plain[:, None, None, None], stacked, moved)
         turned = (torch.rand(rows, generator=draws) < config.turned_colours) & ~plain
         angle = torch.rand(rows, generator=draws) * (2 * math.pi) * turned
         pictures_of = stacked.view(rows, count, 3, *pixels.shape[2:]).to(device)
         pictures_of = torch.einsum("bij,bnjhw->bnihw", colour_rotation(angle).to(device), pictures_of).clamp(-1, 1)
+        codes = torch.full((rows, count, tokenizer.grid_side**2), tokenizer.codebook_size, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.in_bf16):
-            codes = self.image_tokenizer.encode(pictures_of.flatten(0, 1))
-        return codes.view(rows, count, -1)
+            codes[real.to(device)] = self.image_tokenizer.encode(pictures_of[real.to(device)])
+        return codes
+
+    def _plain(self, step: int) -> float:
+        """Share of the rows of a step that are shown as they are."""
+        until = self.config.view_fall * self.config.num_steps
+        return 1.0 if step >= until else _PLAIN + (1.0 - _PLAIN) * step / until
 
 
 def colour_rotation(angle: Tensor) -> Tensor:
@@ -182,11 +176,16 @@ def held_out(config: RestylerConfig, library: Library, tokens: SplitTokens, code
     if not pairs:
         return None
     numbers = np.array(pairs, np.int64)
-    targets = torch.from_numpy(tokens.images(numbers, np.zeros_like(numbers)).astype(np.int64))[:, None]
-    references = torch.full((len(pairs), config.num_references, targets.shape[2]), codebook_size)
-    shown_in = torch.full((len(pairs), config.num_references), len(library.manners))
+    targets = torch.from_numpy(tokens.images(numbers, np.zeros_like(numbers)).astype(np.int64))
+    size = config.num_references
+    pictures = torch.full((len(pairs), size + 1, targets.shape[1]), codebook_size)
+    manners = torch.full((len(pairs), size + 1), len(library.manners))
+    pictures[:, -1] = targets
     for row, (thing, manner) in enumerate(asked):
-        others = library.pictures(thing, but=manner)[: config.num_references]
-        references[row, : len(others)] = torch.from_numpy(library.codes[others].astype(np.int64))
-        shown_in[row, : len(others)] = torch.from_numpy(library.manner[others])
-    return Rows(references, shown_in, targets, torch.tensor([[manner] for _, manner in asked]))
+        others = library.pictures(thing, but=manner)[:size]
+        pictures[row, size - len(others) : size] = torch.from_numpy(library.codes[others].astype(np.int64))
+        manners[row, size - len(others) : size] = torch.from_numpy(library.manner[others])
+        manners[row, -1] = manner
+    drawn = torch.zeros_like(manners, dtype=torch.bool)
+    drawn[:, -1] = True
+    return Rows(pictures, manners, manners, drawn)

@@ -156,7 +156,7 @@ def test_it_can_be_verified_and_what_is_wrong_is_said(
         (["train.seed=3"], "train.seed=3: this command has settings of the restyler alone. Works: restyler.num_layers"),
         (["restyler.num_heads=3"], "restyler.num_heads=3: must divide restyler.width=16. Works: 1, 2, 4, 8"),
         (["restyler.batch_size=99999999"], "restyler.batch_size=99999999: is more than one step can take."),
-        (["restyler.num_targets=5000"], "restyler.num_targets=5000: is more than a model or a job can have."),
+        (["restyler.num_references=5000"], "restyler.num_references=5000: is more than a model or a job can have."),
         (["restyler.lr=0"], "restyler.lr=0: must be a number above 0"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vilg.config.restyler import RestylerConfig
@@ -55,8 +56,9 @@ def _whole(restyling: Restyling, thing: int, manner: int, settings: SampleConfig
 
         def likely(codes: Tensor, shown: Tensor, wanted: int, place: int = place) -> Tensor:
             rows = len(codes)
-            logits = model(codes, shown, ids.expand(rows, 1, -1), torch.full((rows, 1), wanted))
-            return logits[:, 0, place].log_softmax(dim=-1).mean(dim=0)
+            pictures, manners = torch.cat([codes, ids.expand(rows, 1, -1)], dim=1), F.pad(shown, (0, 1), value=wanted)
+            logits = model(pictures, manners, pictures, manners)
+            return logits[:, -1, place].log_softmax(dim=-1).mean(dim=0)
 
         told = likely(references, shown_in, manner)
         mixed = told + settings.restyle_manner_guidance * (told - likely(references, shown_in, model.num_manners))
@@ -88,15 +90,15 @@ def test_a_picture_depends_on_seed_prompt_and_number_alone(
     assert not torch.equal(restyling.draw_ids(asked, streams, SETTINGS, num_images=3, seed=4), drawn)
 
 
-def test_references_are_the_things_other_pictures_used_alike(restyling: Restyling) -> None:
+def test_references_are_the_things_other_pictures_in_several_orders(restyling: Restyling) -> None:
     library = restyling.library
-    codes, shown_in = restyling._references(0, 0, 4, (1, 2))
-    assert codes.shape == (4, 2, 16) and sorted(shown_in.flatten().tolist()) == [1] * 4 + [2] * 4
+    codes, shown_in = restyling._references(0, 0, 20, (1, 2))
+    assert codes.shape == (20, 2, 16) and {tuple(row) for row in shown_in.tolist()} == {(1, 2), (2, 1)}
     for row, manner in zip(codes.flatten(0, 1), shown_in.flatten(), strict=True):
         picture = next(n for n in library.pictures(0) if library.manner[n] == manner)
         assert row.tolist() == library.codes[picture].tolist()
     codes, shown_in = restyling._references(4, 1, 3, (1, 2))  # one picture for two references
-    assert (shown_in == torch.tensor([0, 3])).all() and (codes[:, 1] == 11).all()
+    assert (shown_in == torch.tensor([3, 0])).all() and (codes[:, 0] == 11).all()
 
 
 def test_the_others_are_drawn_as_without_it(run: tuple[Path, Library], restyling: Restyling) -> None:

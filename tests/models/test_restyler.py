@@ -14,17 +14,26 @@ SIDE, CODES, MANNERS = 3, 7, 4
 @pytest.fixture
 def model() -> Restyler:
     torch.manual_seed(0)
-    config = RestylerConfig(num_layers=2, width=16, num_heads=2, num_references=2, num_targets=3)
+    config = RestylerConfig(num_layers=2, width=16, num_heads=2, num_references=2)
     restyler = Restyler(config, torch.randn(CODES, 4), SIDE, MANNERS)
     for parameter in restyler.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return restyler.eval()
 
 
-def drawn(rows: int = 2, references: int = 2, targets: int = 3) -> list[torch.Tensor]:
-    codes = torch.randint(CODES, (rows, references + targets, SIDE**2))
-    manners = torch.randint(MANNERS, (rows, references + targets))
-    return [codes[:, :references], manners[:, :references], codes[:, references:], manners[:, references:]]
+def drawn(rows: int = 2, pictures: int = 3) -> list[torch.Tensor]:
+    """Arguments of ``forward``: what is read of a drawing need not be what it is as a reference."""
+    codes = torch.randint(CODES, (2, rows, pictures, SIDE**2))
+    manners = torch.randint(MANNERS, (2, rows, pictures))
+    return [codes[0], manners[0], codes[1], manners[1]]
+
+
+def differs(model: Restyler, arguments: list[torch.Tensor], number: int, at: object) -> torch.Tensor:
+    """Which predictions [B, R + 1, N] change with one argument's value at a place."""
+    changed = [argument.clone() for argument in arguments]
+    count = CODES if number in (0, 2) else MANNERS
+    changed[number][at] = (changed[number][at] + 1) % count  # type: ignore[index]
+    return (model(*arguments) != model(*changed)).any(dim=-1)
 
 
 def test_shapes(model: Restyler) -> None:
@@ -32,41 +41,36 @@ def test_shapes(model: Restyler) -> None:
     assert model.hidden_code == CODES and model.num_codes == SIDE**2
 
 
-def test_a_target_sees_the_references_and_its_own_codes_so_far(model: Restyler) -> None:
-    references, shown_in, targets, wanted_in = drawn()
-    before = model(references, shown_in, targets, wanted_in)
+def test_a_drawing_sees_its_own_codes_so_far_and_no_other_drawing(model: Restyler) -> None:
     place = 4
-    changed = targets.clone()
-    changed[:, 1, place] = (changed[:, 1, place] + 1) % CODES
-    after = model(references, shown_in, changed, wanted_in)
-    differs = (before != after).any(dim=-1)
-    assert not differs[:, [0, 2]].any() and not differs[:, 1, : place + 1].any() and differs[:, 1, place + 1 :].all()
-    for changed_references, changed_manners in (
-        ((references + 1) % CODES, shown_in),
-        (references, (shown_in + 1) % MANNERS),
-    ):
-        assert (model(changed_references, changed_manners, targets, wanted_in) != before).any(dim=-1).all()
-    assert (model(references, shown_in, targets, (wanted_in + 1) % MANNERS) != before).any(dim=-1).all()
+    found = differs(model, drawn(), 2, (slice(None), 1, place))
+    assert not found[:, [0, 2]].any() and not found[:, 1, : place + 1].any() and found[:, 1, place + 1 :].all()
+    manner = differs(model, drawn(), 3, (slice(None), 1))
+    assert not manner[:, [0, 2]].any() and manner[:, 1].all()
 
 
-def test_the_last_code_of_a_target_is_not_read(model: Restyler) -> None:
-    references, shown_in, targets, wanted_in = drawn()
-    changed = targets.clone()
-    changed[:, :, -1] = (changed[:, :, -1] + 1) % CODES
-    assert torch.equal(model(references, shown_in, targets, wanted_in), model(references, shown_in, changed, wanted_in))
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_drawing_sees_the_pictures_before_it(model: Restyler, number: int) -> None:
+    for picture in range(3):
+        found = differs(model, drawn(), number, (slice(None), picture))
+        assert not found[:, : picture + 1].any() and found[:, picture + 1 :].all()
+
+
+def test_the_last_code_of_a_drawing_is_not_read(model: Restyler) -> None:
+    assert not differs(model, drawn(), 2, (slice(None), slice(None), -1)).any()
 
 
 def test_steps_agree_with_the_whole(model: Restyler) -> None:
-    references, shown_in, targets, wanted_in = drawn(targets=1)
+    pictures, shown_in, read, wanted_in = drawn()
     with torch.no_grad():
-        whole = model(references, shown_in, targets, wanted_in)[:, 0]
-        seen = model.look(references, shown_in).of(torch.tensor([1, 0, 1]))
+        whole = model(pictures, shown_in, read, wanted_in)[:, -1]
+        seen = model.look(pictures[:, :-1], shown_in[:, :-1]).of(torch.tensor([1, 0, 1]))
         rows = torch.tensor([1, 0, 1])
         before = torch.full((3,), model.hidden_code)
         for place in range(model.num_codes):
-            logits = model.step(seen, place, before, wanted_in[rows, 0])
+            logits = model.step(seen, place, before, wanted_in[rows, -1])
             torch.testing.assert_close(logits, whole[rows, place], rtol=1e-5, atol=1e-5)
-            before = targets[rows, 0, place]
+            before = read[rows, -1, place]
 
 
 def test_a_new_one_starts_from_the_seed_and_predicts_about_evenly() -> None:

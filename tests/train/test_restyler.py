@@ -22,7 +22,7 @@ from megatron_vilg.train.restyler_batches import Batches, Rows, Source, colour_r
 from tests.styled_run import Levels, write_styled_run
 
 CONFIG = RestylerConfig(
-    num_layers=1, width=16, num_heads=2, num_steps=6, batch_size=3, num_targets=2, checkpoint_every=2, log_every=2
+    num_layers=1, width=16, num_heads=2, num_steps=6, batch_size=3, num_references=2, checkpoint_every=2, log_every=2
 )
 LOG = LogConfig(tensorboard=False)
 
@@ -40,49 +40,68 @@ def batches(made: tuple[Source, Path, TokenCache], config: RestylerConfig = CONF
     return Batches(config, made[0], Levels(), torch.device("cpu"))  # type: ignore[arg-type]
 
 
-PLAIN = dataclasses.replace(CONFIG, hidden_references=0.0, hidden_manners=0.0)
+PLAIN = dataclasses.replace(CONFIG, view_fall=0.0, hidden_manners=0.0)
 
 
 def test_a_step_sees_pictures_of_one_thing_per_row(
     made: tuple[Source, Path, TokenCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they are, each has the codes of the token cache."""
-    monkeypatch.setattr("megatron_vilg.train.restyler_batches._PLAIN", 1.0)
     monkeypatch.setattr("megatron_vilg.train.restyler_batches._UNTOLD", 0.0)
     library = made[0].library
+    codes = {tuple(library.codes[n]): (library.thing[n], library.manner[n]) for n in range(len(library))}
     found = batches(made, PLAIN)
-    seen = set()
+    seen, firsts = set(), set()
     for step in range(8):
         rows = found.rows(step)
-        assert rows.references.shape == (3, 2, 16) and rows.targets.shape == (3, 2, 16)
+        assert rows.pictures.shape == (3, 3, 16) and torch.equal(rows.shown_in[:, 1:], rows.wanted_in[:, 1:])
+        # Two pictures of each thing, for three places.
+        assert not rows.drawn[:, 0].any() and rows.drawn[:, 1:].all()
+        assert (rows.pictures[:, 0] == 11).all() and (rows.shown_in[:, 0] == 3).all()
         for row in range(3):
-            codes = {tuple(library.codes[n]): (library.thing[n], library.manner[n]) for n in range(len(library))}
-            first = codes[tuple(rows.references[row, 0].tolist())]
-            assert first[1] == rows.shown_in[row, 0]
-            # Two pictures of each thing: one is shown, the other drawn twice.
-            assert (rows.references[row, 1] == 11).all() and rows.shown_in[row, 1] == 3
-            for target in range(2):
-                thing, manner = codes[tuple(rows.targets[row, target].tolist())]
-                assert thing == first[0] and manner != first[1] and manner == rows.wanted_in[row, target]
-            seen.add(int(first[0]))
+            shown = [codes[tuple(rows.pictures[row, picture].tolist())] for picture in (1, 2)]
+            assert shown[0][0] == shown[1][0] and [manner for _, manner in shown] == rows.shown_in[row, 1:].tolist()
+            assert shown[0][1] != shown[1][1]
+            seen.add(int(shown[0][0]))
+            firsts.add((int(shown[0][0]), int(shown[0][1])))
     assert seen == {0, 1, 2, 3}  # the moon is shown in one style only
+    assert len(firsts) > 4  # orders differ
+
+
+def test_a_row_has_no_more_pictures_than_places(made: tuple[Source, Path, TokenCache]) -> None:
+    rows = batches(made, dataclasses.replace(PLAIN, num_references=1)).rows(0)
+    assert rows.pictures.shape == (3, 2, 16) and rows.drawn.all()
+
+
+def test_pictures_are_moved_less_and_less(
+    made: tuple[Source, Path, TokenCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_vilg.train.restyler_batches._PLAIN", 0.0)
+    known = {tuple(row) for row in made[0].library.codes.tolist()}
+    config = dataclasses.replace(CONFIG, num_steps=40, view_fall=0.5, batch_size=100)
+    found = batches(made, config)
+
+    def plain(step: int) -> float:
+        rows = found.rows(step)
+        return float(np.mean([tuple(row) in known for row in rows.pictures[rows.drawn].tolist()]))
+
+    shares = [plain(step) for step in (0, 10, 20, 39)]
+    assert shares[0] < shares[1] < 1.0 and shares[2:] == [1.0, 1.0]
 
 
 def test_a_step_is_a_function_of_seed_and_number(made: tuple[Source, Path, TokenCache]) -> None:
     one, other = batches(made).rows(5), batches(made).rows(5)
-    for name in ("references", "shown_in", "targets", "wanted_in"):
+    for name in ("pictures", "shown_in", "wanted_in", "drawn"):
         assert torch.equal(getattr(one, name), getattr(other, name))
     differs = batches(made, dataclasses.replace(CONFIG, seed=1)).rows(5)
-    assert not torch.equal(one.targets, differs.targets)
+    assert not torch.equal(one.pictures, differs.pictures)
 
 
-def test_references_and_manners_are_hidden_as_often_as_asked(made: tuple[Source, Path, TokenCache]) -> None:
-    config = dataclasses.replace(CONFIG, hidden_references=0.5, hidden_manners=0.25, batch_size=100)
-    rows = batches(made, config).rows(0)
-    assert 0.35 < (rows.references[:, 0] == 11).all(dim=1).float().mean() < 0.65
-    assert 0.15 < (rows.wanted_in == 3).float().mean() < 0.35
-    is_hidden = (rows.references == 11).all(dim=2)
-    assert (rows.shown_in[is_hidden] == 3).all() and (rows.references[~is_hidden] < 11).all()
+def test_manners_are_hidden_as_often_as_asked(made: tuple[Source, Path, TokenCache]) -> None:
+    rows = batches(made, dataclasses.replace(CONFIG, hidden_manners=0.25, batch_size=100)).rows(0)
+    assert 0.15 < (rows.wanted_in[rows.drawn] == 3).float().mean() < 0.35
+    assert 0.03 < (rows.shown_in[rows.drawn] == 3).float().mean() < 0.2
+    assert (rows.shown_in[~rows.drawn] == 3).all() and (rows.pictures[~rows.drawn] == 11).all()
 
 
 def test_colours_turn_around_grey() -> None:
@@ -105,13 +124,14 @@ def test_things_in_one_style_teach_nothing(made: tuple[Source, Path, TokenCache]
 def test_held_out_pairs_stand_behind_their_things_pictures(made: tuple[Source, Path, TokenCache]) -> None:
     library, cache = made[0].library, made[2]
     rows = held_out(CONFIG, library, cache.split("val-pairs"), 11)
-    assert rows is not None and len(rows.targets) == len(cache.split("val-pairs")) == 4
+    assert rows is not None and len(rows.pictures) == len(cache.split("val-pairs")) == 4
+    assert rows.drawn[:, -1].all() and rows.drawn.sum() == 4
     for row, record in enumerate(cache.split("val-pairs").records()):
         thing, manner = library.find(record.caption) or (-1, -1)
-        assert rows.wanted_in[row, 0] == manner
+        assert rows.wanted_in[row, -1] == manner
         shown = library.pictures(thing)
-        np.testing.assert_array_equal(rows.references[row].numpy(), library.codes[shown].astype(np.int64))
-        np.testing.assert_array_equal(rows.shown_in[row].numpy(), library.manner[shown])
+        np.testing.assert_array_equal(rows.pictures[row, :-1].numpy(), library.codes[shown].astype(np.int64))
+        np.testing.assert_array_equal(rows.shown_in[row, :-1].numpy(), library.manner[shown])
     unknown = dataclasses.replace(library, things=tuple("abcde"))
     assert held_out(CONFIG, unknown, cache.split("val-pairs"), 11) is None
 
@@ -126,13 +146,20 @@ def trained(
 
 def test_it_learns(made: tuple[Source, Path, TokenCache], tmp_path: Path) -> None:
     config = dataclasses.replace(
-        PLAIN, num_steps=150, batch_size=12, width=32, turned_colours=0.0, input_noise=0.0, checkpoint_every=150
+        PLAIN,
+        num_steps=150,
+        batch_size=12,
+        width=32,
+        turned_colours=0.0,
+        input_noise=0.0,
+        last_input_noise=0.0,
+        checkpoint_every=150,
     )
     found = train_restyler(config, batches(made, config), made[2], out=tmp_path / "restyler", log_options=LOG)
     assert found is not None
     rows = batches(made, config).rows(1000)
-    logits = found[0](rows.references, rows.shown_in, rows.targets, rows.wanted_in)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), rows.targets.flatten())
+    logits = found[0](rows.pictures, rows.shown_in, rows.pictures, rows.wanted_in)[:, -1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.pictures[:, -1].flatten())
     assert loss < 0.7 * np.log(11)
 
 
@@ -216,3 +243,23 @@ def test_lines_of_saved_steps_say_how_well_pairs_are_drawn_that_are_not_learnt(
     assert found is not None
     (last,) = (line for line in caplog.text.splitlines() if "step 6/6 " in line)
     assert f"val-pairs {found[1]['val-pairs']:.3f}" in last
+
+
+def test_fewer_and_fewer_codes_are_read_wrongly(
+    made: tuple[Source, Path, TokenCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, shares = restyler.Engine.loss, []
+
+    def seen(engine: restyler.Engine, rows: Rows, read: torch.Tensor) -> torch.Tensor:
+        if engine.model.training:
+            shares.append((read != rows.pictures).float().mean().item())
+        return loss(engine, rows, read)
+
+    monkeypatch.setattr(restyler.Engine, "loss", seen)
+    config = dataclasses.replace(
+        CONFIG, batch_size=50, num_steps=4, checkpoint_every=4, input_noise=0.8, last_input_noise=0.0
+    )
+    trained(made, tmp_path / "restyler", config)
+    # One code in eleven is replaced by itself, but for the hidden ones (a third), which are no picture's.
+    for share, noise in zip(shares, (0.8, 0.6, 0.4, 0.2), strict=True):
+        assert abs(share - noise * (1 / 3 + 2 / 3 * 10 / 11)) < 0.05
